@@ -1,0 +1,216 @@
+"""Augmentation of a batch on the training device: one affine resampling, colour, blur, noise, MixUp, CutMix.
+
+Numbers are drawn on the CPU for the whole global batch from (seed, epoch, step), so a run does not depend on the
+device, on a restart, or on how many processes share the batch; the tensor work runs where the batch lies.
+
+    python train.py --augment advanced
+    python train.py --augment basic --rotate 25 --cutmix 0.3
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from labels import FLIP, NUM_CLASSES
+
+
+@dataclass(frozen=True)
+class Strength:
+    """How strongly each kind of change is drawn; 0 turns it off."""
+
+    flip: float = 0.0  # probability
+    rotate: float = 0.0  # degrees, uniform in +-
+    scale: float = 0.0  # natural logarithm of the factor, uniform in +-
+    shift: float = 0.0  # fraction of the side, uniform in +-, each axis
+    brightness: float = 0.0  # factor 1 +- this
+    contrast: float = 0.0  # factor 1 +- this, around the image's mean grey
+    saturation: float = 0.0  # factor 1 +- this, around each pixel's grey
+    blur: float = 0.0  # probability of a Gaussian blur, sigma 0.3..1.2 pixels
+    noise: float = 0.0  # probability of Gaussian noise, standard deviation 0..0.05
+    mixup: float = 0.0  # probability (arXiv 1710.09412)
+    cutmix: float = 0.0  # probability (arXiv 1905.04899)
+    mixup_alpha: float = 0.2  # both parameters of MixUp's Beta distribution
+    cutmix_alpha: float = 1.0
+    exchange_sides: bool = True  # a mirrored image exchanges left and right labels; False only to show the cost
+
+
+_BASIC = {
+    "flip": 0.5, "rotate": 15, "scale": 0.1, "shift": 0.05, "brightness": 0.2, "contrast": 0.2, "saturation": 0.1,
+}  # fmt: skip
+_STRONG = {
+    "flip": 0.5, "rotate": 15, "scale": 0.2, "shift": 0.1, "brightness": 0.3, "contrast": 0.3, "saturation": 0.3,
+    "blur": 0.1, "noise": 0.1,
+}  # fmt: skip
+PRESETS = {
+    "none": {},
+    "basic": _BASIC,
+    "strong": _STRONG,
+    "advanced": {**_BASIC, "blur": 0.1, "noise": 0.1, "mixup": 0.3, "cutmix": 0.3},
+}
+
+
+def draw(count, strength, seed):
+    """Random numbers for a global batch of `count` images: a dict of float32 tensors whose first axis is the image.
+
+    `seed` is any sequence of integers >= 0, here (seed, epoch, step). `theta` (count, 2, 3) maps output to input
+    coordinates in -1..1, as F.affine_grid wants it; `box` (count, 4) is CutMix's x0, y0, x1, y1 as fractions.
+    """
+    rng = np.random.default_rng(seed)
+
+    def around(amount):
+        return rng.uniform(-amount, amount, count)
+
+    flip = rng.random(count) < strength.flip
+    angle = np.radians(around(strength.rotate))
+    zoom = np.exp(around(strength.scale))  # > 1 enlarges the face
+    shift_x, shift_y = around(2 * strength.shift), around(2 * strength.shift)
+    mirror = np.where(flip, -1.0, 1.0)
+    cos, sin = np.cos(angle) / zoom, np.sin(angle) / zoom
+    theta = np.stack([mirror * cos, -mirror * sin, mirror * shift_x, sin, cos, shift_y], 1).reshape(count, 2, 3)
+
+    kind = rng.random(count)
+    mixup = kind < strength.mixup
+    cutmix = ~mixup & (kind < strength.mixup + strength.cutmix)
+    lam = np.where(mixup, rng.beta(strength.mixup_alpha, strength.mixup_alpha, count), 1.0)
+    side = np.where(cutmix, np.sqrt(1 - rng.beta(strength.cutmix_alpha, strength.cutmix_alpha, count)), 0.0) / 2
+    centre = rng.random((count, 2))
+    box = np.concatenate([centre - side[:, None], centre + side[:, None]], 1).clip(0, 1)
+
+    drawn = {
+        "flip": flip,
+        "theta": theta,
+        "brightness": 1 + around(strength.brightness),
+        "contrast": 1 + around(strength.contrast),
+        "saturation": 1 + around(strength.saturation),
+        "blur": np.where(rng.random(count) < strength.blur, rng.uniform(0.3, 1.2, count), 0.0),
+        "noise": np.where(rng.random(count) < strength.noise, rng.uniform(0.0, 0.05, count), 0.0),
+        "noise_seed": rng.integers(0, 2**24, count),
+        "lam": lam,
+        "box": box,
+    }
+    return {name: torch.from_numpy(np.asarray(value, np.float32)) for name, value in drawn.items()}
+
+
+def shrink(images, size):
+    """uint8 images (B, 3, S, S) to float (B, 3, size, size), values 0..1, by averaging over areas."""
+    factor, rest = divmod(images.shape[-1], size)
+    if rest or factor == 0:
+        return F.interpolate(images.float() / 255, size=(size, size), mode="area")
+    # Whole factors are summed as 16-bit integers, several times faster than pooling floats.
+    rows = sum((images[:, :, i::factor] for i in range(1, factor)), images[:, :, ::factor].short())
+    cells = sum((rows[..., i::factor] for i in range(1, factor)), rows[..., ::factor])
+    return cells.float() / (255 * factor**2)
+
+
+def warp(images, masks, drawn, size, exchange_sides=True):
+    """Flip, rotate, scale and shift as one resampling.
+
+    uint8 images (B, 3, S, S), uint8 masks (B, M, M), S and M >= size -> float images (B, 3, size, size), values
+    0..1, and uint8 masks (B, size, size). Images are bilinear from a source of at most twice the size, where an
+    identity is the exact area average that prediction uses; masks are nearest from their full resolution, left and
+    right exchanged where mirrored. What lies outside is the reflected image.
+    """
+    device, count = images.device, len(images)
+    points = F.affine_grid(drawn["theta"].to(device), (count, 1, size, size), align_corners=False)
+    source = shrink(images, min(images.shape[-1], 2 * size))
+    warped = F.grid_sample(source, points, padding_mode="reflection", align_corners=False)
+
+    side = masks.shape[-1]
+    unit = ((points + 1) / 2).abs() % 2
+    index = (torch.minimum(unit, 2 - unit) * side).long().clamp_(max=side - 1)
+    flat = index[..., 1] * side + index[..., 0]
+    labels = masks.flatten(1).gather(1, flat.flatten(1)).view(count, size, size)
+    if exchange_sides:
+        exchange = torch.tensor(FLIP, dtype=torch.uint8, device=device)
+        flipped = drawn["flip"].to(device).bool()[:, None, None]
+        labels = torch.where(flipped, exchange[labels.long()], labels)
+    return warped, labels
+
+
+def colour(images, drawn):
+    """Saturation, contrast and brightness, then blur and noise where drawn; float images 0..1 in and out."""
+    device = images.device
+    saturation, contrast, brightness = (
+        drawn[name].to(device)[:, None, None, None] for name in ("saturation", "contrast", "brightness")
+    )
+    weights = torch.tensor([0.299, 0.587, 0.114], device=device)[:, None, None]  # luma of ITU-R BT.601
+    grey = (images * weights).sum(1, keepdim=True)
+    images = torch.lerp(grey, images, saturation)
+    images = torch.lerp(grey.mean((2, 3), keepdim=True), images, contrast) * brightness
+    if drawn["blur"].any():
+        images = blur(images, drawn["blur"].to(device))
+    for i in drawn["noise"].nonzero().flatten().tolist():
+        generator = torch.Generator(device).manual_seed(int(drawn["noise_seed"][i]))
+        noise = torch.randn(images[i].shape, generator=generator, device=device)
+        images[i] += noise * drawn["noise"][i].to(device)
+    return images.clamp_(0, 1)
+
+
+def blur(images, sigma):
+    """Gaussian blur of images (B, C, H, W) by sigma (B,) pixels each, 0 for none; 7 taps a direction."""
+    count, channels, height, width = images.shape
+    offsets = torch.arange(-3, 4, device=images.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-3)[:, None]) ** 2)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)[:, None]
+    x = F.pad(images, (3, 3, 3, 3), mode="replicate").view(1, count * channels, height + 6, width + 6)
+    x = F.conv2d(x, kernel[:, :, None, :], groups=count * channels)
+    return F.conv2d(x, kernel[:, :, :, None], groups=count * channels).view_as(images)
+
+
+def soft_labels(masks, stride=1):
+    """uint8 masks (B, H, W) to each label's share of every stride x stride cell: (B, 19, H/stride, W/stride)."""
+    count, height, width = masks.shape
+    shares = torch.zeros(count, NUM_CLASSES, height // stride, width // stride, device=masks.device)
+    weight = torch.full((1, 1, 1, 1), 1 / stride**2, device=masks.device).expand_as(shares[:, :1])
+    for dy in range(stride):
+        for dx in range(stride):
+            shares.scatter_add_(1, masks[:, None, dy::stride, dx::stride].long(), weight)
+    return shares
+
+
+def mix(images, masks, drawn, stride):
+    """CutMix and MixUp between neighbours (0 with 1, 2 with 3, ...; the batch comes shuffled), and the target.
+
+    Returns images (B, 3, H, W) and either hard labels (B, H, W) int64, where stride is 1 and nothing was blended, or
+    soft ones (B, 19, H/stride, W/stride) that add up to 1.
+    """
+    device, (count, height, width) = images.device, masks.shape
+    partner = torch.arange(count, device=device) ^ 1
+    partner[-1] = min(int(partner[-1]), count - 1)  # the last of an odd batch is its own partner
+    box = drawn["box"].to(device)
+    if bool((box[:, 2] > box[:, 0]).any()):
+        x = (torch.arange(width, device=device) + 0.5) / width
+        y = (torch.arange(height, device=device) + 0.5) / height
+        inside_x = (x >= box[:, 0, None]) & (x < box[:, 2, None])
+        inside_y = (y >= box[:, 1, None]) & (y < box[:, 3, None])
+        inside = inside_y[:, :, None] & inside_x[:, None, :]
+        images = torch.where(inside[:, None], images[partner], images)
+        masks = torch.where(inside, masks[partner], masks)
+    lam = drawn["lam"].to(device)[:, None, None, None]
+    blended = bool((lam < 1).any())
+    if blended:
+        images = torch.lerp(images[partner], images, lam)
+    if stride == 1 and not blended:
+        return images, masks.long()
+    target = soft_labels(masks, stride)
+    return images, torch.lerp(target[partner], target, lam) if blended else target
+
+
+def augment(images, masks, drawn, size, stride=1, exchange_sides=True):
+    """A training batch from stored uint8 pairs: float images (B, 3, size, size) 0..1 and targets as `mix` gives."""
+    images, masks = warp(images, masks, drawn, size, exchange_sides)
+    return mix(colour(images, drawn), masks, drawn, stride)
+
+
+def slice_batch(drawn, start, stop):
+    """The share of one process in the numbers drawn for the global batch."""
+    return {name: value[start:stop] for name, value in drawn.items()}
+
+
+def needs_pairs(strength):
+    """Whether images are mixed with their neighbours, so that a share of a batch must be even."""
+    return strength.mixup > 0 or strength.cutmix > 0
+
+

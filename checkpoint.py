@@ -1,0 +1,60 @@
+"""Checkpoints: written whole or not at all, read without running code.
+
+`best.pt` holds what inference needs (`state_dict`, `model`, `model_args`, `size`); `last.pt` adds what a resume needs.
+"""
+
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+
+from atomic import atomic
+from errors import UserError
+from model import MODELS, build
+
+
+def save(path, content):
+    """Write a dict of tensors, numbers, strings and containers of them, atomically."""
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            # torch's zip writer reports a failed write (full disk) as a RuntimeError.
+            raise OSError(f"{error}".split("\n")[0]) from None
+
+
+def load(path):
+    """The dict stored by `save`. UserError where it is missing, truncated, or holds anything but plain data."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile):
+        raise UserError(f"{path} is damaged or no checkpoint of plain tensors") from None
+    if not isinstance(content, dict) or not {"state_dict", "model", "model_args"} <= content.keys():
+        raise UserError(f"{path} is no checkpoint of this project: it lacks state_dict, model or model_args")
+    return content
+
+
+def load_state(model, state, source):
+    """Load a state_dict into a model; UserError naming `source` where names or shapes differ."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first = str(error).split("\n")[1].strip() if "\n" in str(error) else str(error)
+        raise UserError(f"{source} is of another network: {first}") from None
+
+
+def load_model(path, device="cpu"):
+    """The network of a checkpoint, in evaluation mode and float32, and the checkpoint's other entries."""
+    content = load(path)
+    if content["model"] not in MODELS:
+        raise UserError(f"{path} holds an unknown network {content['model']!r}; known: {', '.join(MODELS)}")
+    try:
+        model = build(content["model"], **content["model_args"])
+    except TypeError as error:
+        raise UserError(f"{path} does not fit this version's {content['model']}: {error}") from None
+    load_state(model, content.pop("state_dict"), path)
+    return model.to(device, memory_format=torch.channels_last).eval(), content

@@ -1,0 +1,194 @@
+"""The training pairs: found, decoded once into a memory-mapped cache, split.
+
+    python data.py --data data          # build the cache and print what it holds
+    python data.py --data data-synth --cache build/cache
+"""
+
+import argparse
+import hashlib
+import os
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from errors import UserError, run_main
+from metrics import read_mask
+from sides import reversed_sides, swap_sides
+from synth import make_dataset
+
+SIZE = 512  # side of every stored image and mask
+IMAGE_BYTES, MASK_BYTES = 3 * SIZE * SIZE, SIZE * SIZE
+CACHE_VERSION = 1
+DRAWN = Path("build/drawn-faces")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Images (N, 3, 512, 512) and masks (N, 512, 512), both uint8 and memory-mapped, which pairs have left and right
+    reversed (N,) bool, and the names (N,) they go by, sorted."""
+
+    images: np.ndarray
+    masks: np.ndarray
+    reversed: np.ndarray
+    names: list
+
+    def batch(self, indices, fix_sides=True):
+        """Copies (B, 3, 512, 512) and (B, 512, 512) of some pairs; reversed masks are repaired by `fix_sides`."""
+        images, masks = self.images[indices], self.masks[indices]
+        if fix_sides:
+            for i in np.flatnonzero(self.reversed[indices]):
+                masks[i] = swap_sides(masks[i])
+        return images, masks
+
+
+def resolve(data=None):
+    """The data folder to use: `data` as given; else ./data; else drawn faces, made on first use and said so."""
+    if data is not None:
+        if not Path(data).is_dir():
+            raise UserError(f"no data folder {data}; `make data RAW=/path/to/download DATA={data}` prepares one")
+        return Path(data)
+    if Path("data").is_dir():
+        return Path("data")
+    print(
+        f"No data/ folder: using drawn faces in {DRAWN} (synth.py). Scores on them say nothing about real faces; "
+        "`make data RAW=/path/to/CelebAMask` prepares the real ones.",
+        file=sys.stderr,
+    )
+    make_dataset(DRAWN)
+    return DRAWN
+
+
+def list_images(folder):
+    """The image files of a folder by name. UserError where there is none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no folder {folder}; `make data RAW=/path/to/download` prepares one")
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    if not files:
+        raise UserError(f"no images in {folder}")
+    return files
+
+
+def find_pairs(data):
+    """Image and mask paths [(image, mask), ...] of DATA/train, sorted by name; UserError where one lacks its other."""
+    images = list_images(Path(data, "train", "images"))
+    masks = {p.stem: p for p in list_images(Path(data, "train", "masks"))}
+    lonely = [p.name for p in images if p.stem not in masks] + sorted(masks.keys() - {p.stem for p in images})
+    if lonely:
+        raise UserError(f"{len(lonely)} files of {data}/train lack a partner, first {lonely[0]}; see `make check-data`")
+    return [(p, masks[p.stem]) for p in images]
+
+
+def split(count, val_split=0.1, seed=42):
+    """Indices for training and validation: the reference's split, the last share of a seeded permutation.
+
+    `val_split` 0 trains on all and leaves nothing to validate. UserError where either side would be empty by accident.
+    """
+    held = round(count * val_split)
+    if not 0 <= val_split < 1 or held >= count or (val_split and not held):
+        raise UserError(f"--val-split {val_split} of {count} pairs: {held} to validate, {count - held} to train")
+    order = np.random.RandomState(seed).permutation(count)
+    return order[: count - held], order[count - held :]
+
+
+def _key(pairs):
+    """A name for the cache that changes with any byte or name of the files it is made from."""
+    digest = hashlib.sha256(f"version {CACHE_VERSION} size {SIZE}".encode())
+    for pair in pairs:
+        for path in pair:
+            try:
+                digest.update(path.name.encode("utf-8", "surrogateescape") + hashlib.sha256(path.read_bytes()).digest())
+            except OSError as error:
+                raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return digest.hexdigest()[:16]
+
+
+def read_image(path):
+    """An image file of 512 x 512 as uint8 (3, 512, 512)."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            pixels = np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read image {path}: {error}; see `make check-data`") from None
+    return pixels.transpose(2, 0, 1)
+
+
+def _decode(task):
+    """Writes one pair into its place in the cache file (in a worker process)."""
+    cache, index, count, image_path, mask_path = task
+    image, mask = read_image(image_path), read_mask(mask_path)
+    for path, array in ((image_path, image), (mask_path, mask)):
+        if array.shape[-2:] != (SIZE, SIZE):
+            raise UserError(f"{path} is {array.shape[-1]} x {array.shape[-2]}, not 512 x 512; `make data` resizes")
+    with open(cache, "r+b") as file:
+        for offset, array in (
+            (index * IMAGE_BYTES, image),
+            (count * IMAGE_BYTES + index * MASK_BYTES, mask),
+            (count * (IMAGE_BYTES + MASK_BYTES) + index, np.array([reversed_sides(mask)], np.uint8)),
+        ):
+            file.seek(offset)
+            file.write(array.tobytes())
+
+
+def load_pairs(data, cache="build/cache", workers=None):
+    """All pairs of DATA/train from the cache, which is made first where there is none for exactly these files.
+
+    The cache is one file: N images, N masks, N bytes that say whether left and right are reversed.
+    """
+    pairs = find_pairs(data)
+    count = len(pairs)
+    total = count * (IMAGE_BYTES + MASK_BYTES + 1)
+    path = Path(cache, f"{_key(pairs)}.u8")
+    if not path.is_file() or path.stat().st_size != total:
+        if path.is_file():
+            print(f"{path} is cut short: making it again", file=sys.stderr)
+        _build(path, pairs, total, workers)
+    whole = np.memmap(path, np.uint8, "r")
+    images = whole[: count * IMAGE_BYTES].reshape(count, 3, SIZE, SIZE)
+    masks = whole[count * IMAGE_BYTES : count * (IMAGE_BYTES + MASK_BYTES)].reshape(count, SIZE, SIZE)
+    return Pairs(images, masks, np.array(whole[-count:], bool), [p.stem for p, _ in pairs])
+
+
+def _build(path, pairs, total, workers):
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        try:
+            # Reserving the blocks now turns a full disk into an error here, not a SIGBUS in a mapped page later.
+            os.posix_fallocate(handle, 0, total)
+            os.close(handle)
+            tasks = [(temporary, i, len(pairs), *pair) for i, pair in enumerate(pairs)]
+            with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+                for done, _ in enumerate(pool.map(_decode, tasks, chunksize=8), 1):
+                    if sys.stderr.isatty() and (done % 20 == 0 or done == len(pairs)):
+                        print(f"\rdecoding {done}/{len(pairs)}", end="", file=sys.stderr)
+            if sys.stderr.isatty():
+                print(file=sys.stderr)
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write the cache {path} ({total >> 20} MiB): {error.strerror}; see --cache") from None
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--data", help="folder with train/images and train/masks; default ./data, else drawn faces")
+    parser.add_argument("--cache", default="build/cache", help="folder of the decoded copies")
+    parser.add_argument("--workers", type=int, help="decoding processes; default one a core")
+    args = parser.parse_args()
+    pairs = load_pairs(resolve(args.data), args.cache, args.workers)
+    print(f"{len(pairs.names)} pairs, {int(pairs.reversed.sum())} with left and right reversed")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,26 @@
+"""How every script here reports a user's mistake: one line on stderr and exit status 2."""
+
+import sys
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The message is one line that names the thing and the remedy."""
+
+
+def run_main(main):
+    """Call `main()`; print a UserError as one line and exit with status 2, Ctrl-C with 130.
+
+    Any other exception is a programming error and keeps its traceback.
+    """
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone: not an error of ours.
+        sys.stderr.close()
+        sys.exit(0)

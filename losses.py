@@ -1,0 +1,74 @@
+"""Training losses: CE (or focal) and Dice, on hard or soft labels, in one pass over the log-probabilities.
+
+    python train.py --ce 1.0 --dice 1.5
+    python train.py --focal 2 --dice 1 --dice-over all
+"""
+
+import torch
+import torch.nn.functional as F
+
+from labels import NUM_CLASSES
+
+
+def label_sums(values, labels):
+    """Sum of values (B, H, W) over the pixels of each label of labels (B, H, W): (B, 19)."""
+    sums = values.new_zeros(len(values), NUM_CLASSES)
+    return sums.scatter_add(1, labels.flatten(1), values.flatten(1))
+
+
+def segmentation_loss(
+    logits, target, *, ce=1.0, dice=1.0, focal=0.0, class_weights=None, smoothing=0.0, dice_over="present"
+):
+    """ce * cross-entropy + dice * Dice, a scalar.
+
+    logits (B, 19, H, W); target int64 labels (B, H, W) or shares (B, 19, H, W) that add up to 1.
+
+    - `focal` > 0 multiplies each pixel's cross-entropy by (1 - p)^focal, p the true label's probability
+      (arXiv 1708.02002); for soft labels each label's own term.
+    - `class_weights` (19,) weigh the labels' terms; the mean is over pixels, not over weights, so that shares of a
+      batch on several processes average to the whole.
+    - `smoothing` gives that share of each pixel's target to all labels alike (arXiv 1512.00567); Dice keeps the
+      labels as they are.
+    - `dice_over`: "present" averages 1 - Dice over the labels of each image's own target, which is what the
+      official score rewards; "all" over all 19, an absent label counting 1 - 1/(1 + its predicted pixels).
+    """
+    log_p = F.log_softmax(logits, 1)
+    p = log_p.exp()
+    hard = target.dim() == 3
+    loss = logits.new_zeros(())
+    if ce:
+        loss = ce * _cross_entropy(log_p, p, target, hard, focal, class_weights, smoothing)
+    if dice:
+        predicted = p.sum((2, 3))
+        if hard:
+            intersection = label_sums(p.gather(1, target[:, None])[:, 0], target)
+            true = label_sums(torch.ones_like(target, dtype=p.dtype), target)
+        else:
+            intersection, true = (p * target).sum((2, 3)), target.sum((2, 3))
+        terms = 1 - (2 * intersection + 1) / (predicted + true + 1)
+        if dice_over == "present":
+            present = (true > 0).to(terms.dtype)
+            terms = (terms * present).sum(1) / present.sum(1)
+        loss = loss + dice * terms.mean()
+    return loss
+
+
+def _cross_entropy(log_p, p, target, hard, focal, class_weights, smoothing):
+    if hard:
+        terms = log_p.gather(1, target[:, None])
+        if focal:
+            terms = terms * (1 - p.gather(1, target[:, None])) ** focal
+        if class_weights is not None:
+            terms = terms * class_weights[target][:, None]
+    else:
+        terms = _weigh(log_p, p, focal, class_weights) * target
+    loss = -terms.sum() / target[:, :1].numel() if not hard else -terms.mean()
+    if smoothing:
+        loss = torch.lerp(loss, -_weigh(log_p, p, focal, class_weights).mean(), smoothing)
+    return loss
+
+
+def _weigh(log_p, p, focal, class_weights):
+    """Every label's log-probability at every pixel, with its focal and class weight."""
+    terms = log_p * (1 - p) ** focal if focal else log_p
+    return terms if class_weights is None else terms * class_weights[:, None, None]

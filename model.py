@@ -1,0 +1,302 @@
+"""The networks: MicroSegFormer (the reference) and MicroUNet, each from an image to 19 logits per pixel.
+
+    python model.py --model microsegformer     # table of parameters by module, fails at the limit
+    python model.py --model microsegformer --no-lmsa
+
+Both take float images (B, 3, H, W) with values 0..1 and return logits (B, 19, H, W).
+"""
+
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from labels import NUM_CLASSES
+
+# A submission must have fewer parameters than this, frozen ones included.
+PARAM_LIMIT = 1_821_085
+
+
+def standardise(image):
+    """Images (B, 3, H, W) with values 0..1 to the same shape with values -2..2."""
+    return (image - 0.5) * 4
+
+
+def upsample(x, size):
+    """Bilinear resizing of (B, C, h, w) to `size` = (H, W), pixel centres aligned."""
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def tokens(x):
+    """(B, C, H, W) to (B, H*W, C); a view when x is channels-last."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def grid(x, height, width):
+    """(B, H*W, C) to (B, C, H, W) in channels-last memory; a view."""
+    return x.transpose(1, 2).unflatten(2, (height, width))
+
+
+class Attention(nn.Module):
+    """SegFormer's efficient self-attention, one head (arXiv 2105.15203, section 3.1).
+
+    Keys and values come from the map shrunk `ratio` times by a strided convolution.
+    """
+
+    def __init__(self, dim, ratio=1, dropout=0.0):
+        super().__init__()
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.reduce = nn.Conv2d(dim, dim, ratio, ratio) if ratio > 1 else None
+        self.norm = nn.LayerNorm(dim) if ratio > 1 else None
+        self.dropout = dropout
+
+    def forward(self, x, height, width):
+        """x (B, N, C) with N = height * width; the same shape comes back."""
+        source = x if self.reduce is None else self.norm(tokens(self.reduce(grid(x, height, width))))
+        k, v = self.kv(source).unsqueeze(1).chunk(2, dim=-1)  # (B, 1, M, C) each: one head
+        p = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(self.q(x).unsqueeze(1), k, v, dropout_p=p).squeeze(1)
+        return F.dropout(self.proj(out), p, self.training)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm residual attention and MLP (GELU)."""
+
+    def __init__(self, dim, ratio=1, mlp_ratio=2, dropout=0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attention = Attention(dim, ratio, dropout)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, dim * mlp_ratio),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(dim * mlp_ratio, dim),
+            nn.Dropout(dropout),
+        )
+
+    def forward(self, x, height, width):
+        x = x + self.attention(self.norm1(x), height, width)
+        return x + self.mlp(self.norm2(x))
+
+
+class LMSA(nn.Module):
+    """Lightweight multi-scale attention: a depthwise-separable branch, gated by channel, added to its input.
+
+    25,984 parameters at 128 channels.
+    """
+
+    def __init__(self, dim, reduction=4):
+        super().__init__()
+        self.depthwise = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.pointwise = nn.Conv2d(dim, dim, 1, bias=False)
+        self.norm = nn.BatchNorm2d(dim)
+        self.gate = nn.Sequential(
+            nn.Linear(dim, dim // reduction, bias=False),
+            nn.ReLU(),
+            nn.Linear(dim // reduction, dim, bias=False),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x):
+        gate = self.gate(x.mean((2, 3)))[:, :, None, None]
+        return x + gate * self.norm(self.pointwise(self.depthwise(x)))
+
+
+class MicroSegFormer(nn.Module):
+    """The reference: a SegFormer of four stages with an all-MLP decoder (arXiv 2105.15203) and LMSA.
+
+    1,747,923 parameters, 1,721,939 without LMSA. `dropout` is scaled by 0.5, 0.75, 1, 1.25 from stage to stage.
+    Image sides must be multiples of 32.
+    """
+
+    WIDTHS, DEPTHS, RATIOS, EMBED = (32, 64, 128, 192), (1, 2, 2, 2), (8, 4, 2, 1), 128
+    stride = 4
+
+    def __init__(self, *, lmsa=True, dropout=0.15):
+        super().__init__()
+        self.embeddings, self.embedding_norms = nn.ModuleList(), nn.ModuleList()
+        self.stages, self.norms = nn.ModuleList(), nn.ModuleList()
+        previous = 3
+        for stage, (width, depth, ratio) in enumerate(zip(self.WIDTHS, self.DEPTHS, self.RATIOS, strict=True)):
+            kernel, stride = (7, 4) if stage == 0 else (3, 2)
+            self.embeddings.append(nn.Conv2d(previous, width, kernel, stride, kernel // 2))
+            self.embedding_norms.append(nn.LayerNorm(width))
+            rate = dropout * (0.5 + 0.25 * stage)
+            self.stages.append(nn.ModuleList(TransformerBlock(width, ratio, dropout=rate) for _ in range(depth)))
+            self.norms.append(nn.LayerNorm(width))
+            previous = width
+        self.decode = nn.ModuleList(nn.Linear(width, self.EMBED) for width in self.WIDTHS)
+        self.fuse = nn.Linear(4 * self.EMBED, self.EMBED)
+        self.mix = nn.Linear(self.EMBED, self.EMBED)
+        self.lmsa = LMSA(self.EMBED) if lmsa else nn.Identity()
+        self.classifier = nn.Conv2d(self.EMBED, NUM_CLASSES, 1)
+        self.apply(_init_transformer)
+
+    def features(self, image):
+        """Four maps (B, C, H/s, W/s), s = 4, 8, 16, 32, of image (B, 3, H, W)."""
+        x, maps = standardise(image), []
+        for embed, embed_norm, blocks, norm in zip(
+            self.embeddings, self.embedding_norms, self.stages, self.norms, strict=True
+        ):
+            x = embed(x)
+            height, width = x.shape[2:]
+            x = embed_norm(tokens(x))
+            for block in blocks:
+                x = block(x, height, width)
+            x = grid(norm(x), height, width)
+            maps.append(x)
+        return maps
+
+    def forward(self, image, full_size=True):
+        """Image (B, 3, H, W) to logits (B, 19, H, W), or (B, 19, H/4, W/4) with full_size=False.
+
+        A bilinear sample's weights add up to 1, so Linear maps and bilinear resizing commute: each stage's Linear
+        and its slice of the fusion act as one map at the stage's own resolution, and the classifier acts before
+        the last upsampling. `checks/plain_segformer.py` is the literal evaluation this equals.
+        """
+        maps = self.features(image)
+        fused = self.fuse.bias[:, None, None]
+        for x, linear, weight in zip(maps, self.decode, self.fuse.weight.chunk(4, dim=1), strict=True):
+            composed = F.conv2d(x, (weight @ linear.weight)[:, :, None, None], weight @ linear.bias)
+            fused = fused + (composed if x is maps[0] else upsample(composed, maps[0].shape[2:]))
+        mixed = F.conv2d(F.gelu(fused), self.mix.weight[:, :, None, None], self.mix.bias)
+        logits = self.classifier(self.lmsa(mixed))
+        return upsample(logits, image.shape[2:]) if full_size else logits
+
+
+def _init_transformer(module):
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class ConvNorm(nn.Sequential):
+    """3x3 (or `kernel`) convolution without bias, batch norm, and ReLU where `act`."""
+
+    def __init__(self, inputs, outputs, kernel=3, stride=1, dilation=1, act=True):
+        padding = dilation * (kernel // 2)
+        layers = [
+            nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False),
+            nn.BatchNorm2d(outputs),
+        ]
+        super().__init__(*layers, *([nn.ReLU(inplace=True)] if act else []))
+
+
+class Gate(nn.Module):
+    """Squeeze-and-excitation: every channel scaled by 0..1 as the whole map decides (arXiv 1709.01507)."""
+
+    def __init__(self, dim, reduction=4):
+        super().__init__()
+        self.down = nn.Linear(dim, dim // reduction)
+        self.up = nn.Linear(dim // reduction, dim)
+
+    def forward(self, x):
+        return x * self.up(F.relu(self.down(x.mean((2, 3))))).sigmoid()[:, :, None, None]
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with a gate beside an identity (arXiv 1512.03385)."""
+
+    def __init__(self, dim, dilation=1):
+        super().__init__()
+        self.conv1 = ConvNorm(dim, dim, dilation=dilation)
+        self.conv2 = ConvNorm(dim, dim, act=False)
+        self.gate = Gate(dim)
+        # Each block starts as the identity, which steadies the first steps at a high learning rate.
+        nn.init.zeros_(self.conv2[1].weight)
+
+    def forward(self, x):
+        return F.relu(x + self.gate(self.conv2(self.conv1(x))))
+
+
+class MicroUNet(nn.Module):
+    """The successor: a residual U-Net (arXiv 1505.04597) with logits at stride 2.
+
+    Encoder stages at strides 2, 4, 8, 16, 32 of `widths` channels and `depths` residual blocks; attention blocks at
+    stride 32; a decoder that rises level by level, each a 3x3 convolution over the upsampled map and the skip.
+    Two channels of coordinates (-1..1) stand beside RGB, since portraits are aligned.
+    Image sides must be multiples of 32.
+    """
+
+    stride = 2
+
+    def __init__(
+        self,
+        *,
+        widths=(16, 32, 64, 96, 96),
+        depths=(0, 1, 2, 4, 1),
+        dilations=(1, 2, 4, 1),
+        decoder=(16, 32, 64, 96),
+        attention=0,
+        lmsa=(),
+        coordinates=True,
+        dropout=0.0,
+    ):
+        super().__init__()
+        self.coordinates = coordinates
+        previous = 5 if coordinates else 3
+        self.encoder = nn.ModuleList()
+        for level, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+            rates = [dilations[i % len(dilations)] if level == 3 else 1 for i in range(depth)]
+            blocks = [ResidualBlock(width, rate) for rate in rates]
+            self.encoder.append(nn.Sequential(ConvNorm(previous, width, 5 if level == 0 else 3, 2), *blocks))
+            previous = width
+        self.attention = nn.ModuleList(TransformerBlock(previous, dropout=dropout) for _ in range(attention))
+        self.attention.apply(_init_transformer)
+        self.decoder = nn.ModuleList()
+        for level in reversed(range(len(decoder))):
+            width = decoder[level]
+            gate = LMSA(width) if level in lmsa else nn.Identity()
+            self.decoder.append(nn.Sequential(ConvNorm(previous + widths[level], width), gate))
+            previous = width
+        self.dropout = nn.Dropout2d(dropout)
+        self.classifier = nn.Conv2d(previous, NUM_CLASSES, 1)
+
+    def forward(self, image, full_size=True):
+        """Image (B, 3, H, W) to logits (B, 19, H, W), or (B, 19, H/2, W/2) with full_size=False."""
+        x = standardise(image)
+        if self.coordinates:
+            x = torch.cat([x, coordinates(image)], 1)
+        x = x.contiguous(memory_format=torch.channels_last)
+        skips = []
+        for stage in self.encoder:
+            x = stage(x)
+            skips.append(x)
+        height, width = x.shape[2:]
+        if self.attention:
+            sequence = tokens(x)
+            for block in self.attention:
+                sequence = block(sequence, height, width)
+            x = grid(sequence, height, width)
+        for stage, skip in zip(self.decoder, skips[-2::-1], strict=True):
+            x = stage(torch.cat([upsample(x, skip.shape[2:]), skip], 1))
+        logits = self.classifier(self.dropout(x))
+        return upsample(logits, image.shape[2:]) if full_size else logits
+
+
+def coordinates(image):
+    """Two channels (B, 2, H, W), x and y of each pixel's centre from -1 to 1, for image (B, 3, H, W)."""
+    batch, _, height, width = image.shape
+    theta = torch.eye(2, 3, dtype=image.dtype, device=image.device).expand(batch, 2, 3)
+    return F.affine_grid(theta, (batch, 1, height, width), align_corners=False).permute(0, 3, 1, 2)
+
+
+MODELS = {"microsegformer": MicroSegFormer, "microunet": MicroUNet}
+
+
+def build(name, **arguments):
+    """The network called `name` (a key of MODELS) with these constructor arguments."""
+    return MODELS[name](**arguments)
+
+
+def count_parameters(model):
+    """All parameters, frozen ones included, as the challenge counts them; buffers are none."""
+    return sum(p.numel() for p in model.parameters())

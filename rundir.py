@@ -1,0 +1,219 @@
+"""The folder of a run: opened once by one training, appended to, and found again.
+
+args.json (arguments, commit, versions), metrics.jsonl (a line an epoch), best.json (the best epoch's scores by label
+and image), best.pt (inference), last.pt (resume), .lock (held while a training runs).
+"""
+
+import argparse
+import fcntl
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy
+import PIL
+import torch
+import torch.distributed as dist
+
+import checkpoint
+from atomic import write_text
+from errors import UserError
+from metrics import by_label, f_scores
+from options import RESUME_MAY_CHANGE
+
+RELEASE = Path(__file__).with_name("runs") / "release"
+
+
+def open_run(args, given, rank=0):
+    """The folder, the arguments in force, and the state of last.pt (None for a new run).
+
+    A new run refuses an existing name unless --overwrite; a resumed one takes its arguments from args.json and refuses
+    flags that differ. With several processes the first decides for all.
+    """
+    opened = [None, None]
+    if rank == 0:
+        opened = _resume(args, given) if args.resume else _create(args)
+    if dist.is_initialized():
+        dist.broadcast_object_list(opened)
+    folder, settings = Path(opened[0]), argparse.Namespace(**opened[1])
+    return folder, settings, checkpoint.load(folder / "last.pt") if args.resume else None
+
+
+def _create(args):
+    runs = Path(args.runs)
+    name = args.name
+    if name is None:
+        prefix, number = args.recipe or "run", 1
+        while (runs / f"{prefix}-{number}").exists():
+            number += 1
+        name = f"{prefix}-{number}"
+    if not name or name in (".", "..") or "/" in name:
+        raise UserError(f"--name {name!r}: give a plain folder name")
+    folder = runs / name
+    if folder.exists() and not args.overwrite:
+        remedy = f"`make resume NAME={name}` goes on with it" if (folder / "last.pt").exists() else "choose another"
+        raise UserError(f"run {folder} exists: {remedy}, --overwrite replaces it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {folder}: {error.strerror}; see --runs") from None
+    _lock(folder)
+    for old in ("best.pt", "last.pt", "best.json", "metrics.jsonl", "args.json"):
+        (folder / old).unlink(missing_ok=True)
+    settings = vars(args)
+    record = {"args": settings, "command": sys.argv, "commit": commit(), "versions": versions(), "started": now()}
+    write_text(folder / "args.json", json.dumps(record, indent=1) + "\n")
+    write_text(folder / "metrics.jsonl", "")
+    return [str(folder), settings]
+
+
+def _resume(args, given):
+    folder = find_run(args.resume, args.runs)
+    if not (folder / "last.pt").is_file():
+        raise UserError(f"{folder} has no last.pt to go on from; start it anew with --overwrite")
+    _lock(folder)
+    settings = read_json(folder / "args.json")["args"]
+    changed = [
+        key for key in sorted(given - RESUME_MAY_CHANGE - {"name"}) if vars(args)[key] != settings.get(key, None)
+    ]
+    if changed:
+        flag = f"--{changed[0].replace('_', '-')}"
+        raise UserError(
+            f"{flag} {vars(args)[changed[0]]} differs from run {folder.name}'s {settings.get(changed[0])}: a resumed "
+            f"run keeps its arguments; start a new one with --from {folder}"
+        )
+    kept = {key: value for key, value in vars(args).items() if key in RESUME_MAY_CHANGE & (given | {"resume", "runs"})}
+    return [str(folder), {**vars(args), **settings, **kept}]
+
+
+_locks = []
+
+
+def _lock(folder):
+    """Hold the run for this process; the system lets go of it when the process ends, however it ends."""
+    try:
+        file = open(folder / ".lock", "w")  # noqa: SIM115 - open as long as the process lives
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another training is writing {folder}; wait for it or choose another --name") from None
+    except OSError as error:
+        raise UserError(f"cannot write in {folder}: {error.strerror}") from None
+    _locks.append(file)
+
+
+def find_run(name, runs="runs"):
+    """The folder of a run given by name or path."""
+    for folder in (Path(runs, name), Path(name)):
+        if (folder / "args.json").is_file():
+            return folder
+    known = sorted(p.parent.name for p in Path(runs).glob("*/args.json"))
+    raise UserError(f"no run {name} in {runs}; there are: {', '.join(known) or 'none'}")
+
+
+def find_weights(text=None, runs="runs"):
+    """The checkpoint file for `text`: a file, a run's name or folder; by default the release, else the best run's."""
+    if text is None:
+        scored = [(best_score(p.parent), p) for p in Path(runs).glob("*/best.pt")]
+        if (RELEASE / "best.pt").is_file():
+            return RELEASE / "best.pt"
+        if not scored:
+            raise UserError(f"no trained weights in {runs}; train with `make train` or name a file with --weights")
+        return max(scored)[1]
+    if Path(text).is_file():
+        return Path(text)
+    path = find_run(text, runs) / "best.pt"
+    if not path.is_file():
+        raise UserError(f"{path.parent} holds no best.pt: its weights were not kept or no epoch has ended")
+    return path
+
+
+def best_score(folder):
+    """Best official score of a run, -1 where none was measured."""
+    return max((line.get("official", -1.0) for line in read_metrics(folder)), default=-1.0)
+
+
+def read_json(path):
+    """A JSON file; UserError where it is missing or torn."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def read_metrics(folder):
+    """The whole lines of metrics.jsonl as dicts; a last line torn by a crash is passed over."""
+    try:
+        lines = Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    metrics = []
+    for line in lines:
+        try:
+            metrics.append(json.loads(line))
+        except ValueError:
+            break
+    return metrics
+
+
+def truncate_metrics(folder, epochs):
+    """Keep the lines of the first `epochs` epochs, those that last.pt knows of."""
+    kept = [line for line in read_metrics(folder) if line["epoch"] <= epochs]
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def append_metrics(folder, line):
+    """Add an epoch's line and force it to the disk."""
+    try:
+        with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"cannot write {folder}/metrics.jsonl: {error.strerror}") from None
+
+
+def write_best(folder, content, scores):
+    """best.pt and, where there was a validation, best.json. `scores` is None or (line, confusions, image names)."""
+    checkpoint.save(folder / "best.pt", content)
+    if scores:
+        line, confusions, names = scores
+        f, images = by_label(confusions)
+        record = {
+            "epoch": line["epoch"], "official": line["official"], "batch32": line["batch32"],
+            "labels": plain(f), "images_with_label": images.tolist(), "confusion": confusions.sum(0).tolist(),
+            "image_scores": {name: plain(row) for name, row in zip(names, f_scores(confusions), strict=True)},
+        }  # fmt: skip
+        write_text(folder / "best.json", json.dumps(record) + "\n")
+
+
+def plain(values):
+    """Floats (a list of them) for JSON, to 4 digits, None for NaN."""
+    return [None if math.isnan(value) else round(float(value), 4) for value in values]
+
+
+def commit():
+    """The repository's commit, with + where files differ from it; "unknown" outside a checkout."""
+    where = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "diff", "--quiet", "HEAD"], cwd=where, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if dirty.returncode else "")
+
+
+def versions():
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
+        "pillow": PIL.__version__, "machine": platform.machine(), "cpus": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }  # fmt: skip
+
+
+def now():
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
