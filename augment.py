@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from labels import FLIP, NUM_CLASSES
+from views import resize
 
 
 @dataclass(frozen=True)
@@ -93,17 +94,6 @@ def draw(count, strength, seed):
     return {name: torch.from_numpy(np.asarray(value, np.float32)) for name, value in drawn.items()}
 
 
-def shrink(images, size):
-    """uint8 images (B, 3, S, S) to float (B, 3, size, size), values 0..1, by averaging over areas."""
-    factor, rest = divmod(images.shape[-1], size)
-    if rest or factor == 0:
-        return F.interpolate(images.float() / 255, size=(size, size), mode="area")
-    # Whole factors are summed as 16-bit integers, several times faster than pooling floats.
-    rows = sum((images[:, :, i::factor] for i in range(1, factor)), images[:, :, ::factor].short())
-    cells = sum((rows[..., i::factor] for i in range(1, factor)), rows[..., ::factor])
-    return cells.float() / (255 * factor**2)
-
-
 def warp(images, masks, drawn, size, exchange_sides=True):
     """Flip, rotate, scale and shift as one resampling.
 
@@ -114,7 +104,8 @@ def warp(images, masks, drawn, size, exchange_sides=True):
     """
     device, count = images.device, len(images)
     points = F.affine_grid(drawn["theta"].to(device), (count, 1, size, size), align_corners=False)
-    source = shrink(images, min(images.shape[-1], 2 * size))
+    source_size = min(images.shape[-1], 2 * size)
+    source = resize(images, source_size, source_size)
     warped = F.grid_sample(source, points, padding_mode="reflection", align_corners=False)
 
     side = masks.shape[-1]

@@ -47,14 +47,20 @@ def load_state(model, state, source):
         raise UserError(f"{source} is of another network: {first}") from None
 
 
-def load_model(path, device="cpu"):
-    """The network of a checkpoint, in evaluation mode and float32, and the checkpoint's other entries."""
-    content = load(path)
+def restore(content, source, device="cpu"):
+    """The network of a loaded checkpoint, in evaluation mode and float32. UserError naming `source` if it is foreign."""
     if content["model"] not in MODELS:
-        raise UserError(f"{path} holds an unknown network {content['model']!r}; known: {', '.join(MODELS)}")
+        raise UserError(f"{source} holds an unknown network {content['model']!r}; known: {', '.join(MODELS)}")
     try:
         model = build(content["model"], **content["model_args"])
     except TypeError as error:
-        raise UserError(f"{path} does not fit this version's {content['model']}: {error}") from None
-    load_state(model, content.pop("state_dict"), path)
-    return model.to(device, memory_format=torch.channels_last).eval(), content
+        raise UserError(f"{source} does not fit this version's {content['model']}: {error}") from None
+    load_state(model, content["state_dict"], source)
+    return model.to(device, memory_format=torch.channels_last).eval()
+
+
+def load_model(path, device="cpu"):
+    """The network of a checkpoint file, ready for inference, and the checkpoint's other entries."""
+    content = load(path)
+    model = restore(content, path, device)
+    return model, {key: value for key, value in content.items() if key != "state_dict"}

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from errors import UserError, run_main
-from metrics import read_mask
+from images import image_files, read_image, read_mask
 from sides import reversed_sides, swap_sides
 from synth import make_dataset
 
@@ -25,7 +24,6 @@ SIZE = 512  # side of every stored image and mask
 IMAGE_BYTES, MASK_BYTES = 3 * SIZE * SIZE, SIZE * SIZE
 CACHE_VERSION = 1
 DRAWN = Path("build/drawn-faces")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 @dataclass(frozen=True)
@@ -64,21 +62,10 @@ def resolve(data=None):
     return DRAWN
 
 
-def list_images(folder):
-    """The image files of a folder by name. UserError where there is none."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}; `make data RAW=/path/to/download` prepares one")
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    if not files:
-        raise UserError(f"no images in {folder}")
-    return files
-
-
 def find_pairs(data):
     """Image and mask paths [(image, mask), ...] of DATA/train, sorted by name; UserError where one lacks its other."""
-    images = list_images(Path(data, "train", "images"))
-    masks = {p.stem: p for p in list_images(Path(data, "train", "masks"))}
+    images = image_files(Path(data, "train", "images"))
+    masks = {p.stem: p for p in image_files(Path(data, "train", "masks"))}
     lonely = [p.name for p in images if p.stem not in masks] + sorted(masks.keys() - {p.stem for p in images})
     if lonely:
         raise UserError(f"{len(lonely)} files of {data}/train lack a partner, first {lonely[0]}; see `make check-data`")
@@ -109,21 +96,10 @@ def _key(pairs):
     return digest.hexdigest()[:16]
 
 
-def read_image(path):
-    """An image file of 512 x 512 as uint8 (3, 512, 512)."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            pixels = np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read image {path}: {error}; see `make check-data`") from None
-    return pixels.transpose(2, 0, 1)
-
-
 def _decode(task):
     """Writes one pair into its place in the cache file (in a worker process)."""
     cache, index, count, image_path, mask_path = task
-    image, mask = read_image(image_path), read_mask(mask_path)
+    image, mask = read_image(image_path).transpose(2, 0, 1), read_mask(mask_path)
     for path, array in ((image_path, image), (mask_path, mask)):
         if array.shape[-2:] != (SIZE, SIZE):
             raise UserError(f"{path} is {array.shape[-1]} x {array.shape[-2]}, not 512 x 512; `make data` resizes")

@@ -5,11 +5,11 @@ import contextlib
 import numpy as np
 import torch
 
-from augment import shrink, soft_labels
+from augment import soft_labels
 from labels import NUM_CLASSES
 from losses import segmentation_loss
 from metrics import confusion
-from model import upsample
+from views import label_map, resize
 
 
 @torch.no_grad()
@@ -29,12 +29,11 @@ def evaluate(model, pairs, indices, size, device, *, batch=4, share=(0, 1), auto
         chosen = rows[start : start + batch]
         images, masks = pairs.batch(indices[chosen], fix_sides=False)
         with autocast():
-            logits = model(shrink(torch.from_numpy(images).to(device), size), full_size=False)
+            logits = model(resize(torch.from_numpy(images).to(device), size, size), full_size=False)
         logits = logits.float()
         target = soft_labels(torch.from_numpy(masks).to(device), masks.shape[-1] // logits.shape[-1])
         for row, one, share_of_label, mask in zip(chosen, logits, target, masks, strict=True):
             losses[row] = segmentation_loss(one[None], share_of_label[None]).item()
-            pred = upsample(one[None], mask.shape).argmax(1)[0]
-            confusions[row] = confusion(pred.byte().cpu().numpy(), mask)
+            confusions[row] = confusion(label_map(one[None], *mask.shape)[0].cpu().numpy(), mask)
     model.train(was_training)
     return confusions, losses

@@ -8,9 +8,9 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from errors import UserError, run_main
+from images import read_mask
 from labels import NAMES, NUM_CLASSES
 
 
@@ -61,20 +61,6 @@ def table(confusions):
     ]
     lines += [f"{NAMES[i]:<12}{f[i]:>8.4f}{images[i]:>8d}" for i in range(NUM_CLASSES) if images[i]]
     return "\n".join(lines)
-
-
-def read_mask(path):
-    """A mask file as uint8 labels (H, W). UserError where it is unreadable, not of one channel, or above 18."""
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("P", "L"):
-                raise UserError(f"{path} is a picture of mode {image.mode}, not a mask of one channel (P or L)")
-            mask = np.array(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read mask {path}: {error}") from None
-    if mask.max(initial=0) >= NUM_CLASSES:
-        raise UserError(f"{path} holds label {mask.max()}; labels are 0 to {NUM_CLASSES - 1}")
-    return mask
 
 
 def main():

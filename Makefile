@@ -1,0 +1,126 @@
+# Face parsing with under 1,821,085 parameters. `make` lists what there is.
+#
+# Settings are variables: make train NAME=a LR=8e-4 DICE=1.5. An empty one passes no flag, so that the scripts own
+# their defaults; ARGS= takes any other flag of the script behind a target.
+
+VENV ?= .venv
+# PYTHON makes the environment; with VENV= (empty) it is the environment.
+PYTHON ?= python3
+
+# Settings that are flags of train.py of the same name.
+TRAIN_VARS := RECIPE MODEL DROPOUT EPOCHS SIZES BATCH LR SCHEDULE WARMUP PATIENCE CE DICE FOCAL SMOOTHING EMA AUGMENT \
+	FLIP ROTATE SCALE SHIFT MIXUP CUTMIX SEED CLIP AMP DEVICE THREADS
+##@ Settings
+##= NAME      a run: folder below runs/
+##= DATA      folder with train/, dev/, test/ (default: data, else drawn faces)
+##= RECIPE    named settings of recipes.toml (make recipes)
+##= FROM      run or checkpoint whose weights a training starts from
+##= NPROC     processes of a training, through torchrun
+##= LMSA      1 or 0: with or without LMSA
+##= MODEL DROPOUT EPOCHS SIZES BATCH LR SCHEDULE WARMUP PATIENCE CE DICE FOCAL SMOOTHING EMA AUGMENT FLIP
+##=           ROTATE SCALE SHIFT MIXUP CUTMIX SEED CLIP AMP DEVICE THREADS: flags of train.py of the same name
+##= OVERWRITE 1 replaces a run of the same name
+##= IN OUT    images to predict (file or folder), folder for their masks
+##= WEIGHTS   checkpoint to predict with (default: release, else best run)
+##= VIEWS     views to average: flip, scales, or numbers
+##= PHASE     test or dev: which images a submission is for
+##= ZIP       submission to write or check
+##= RUN       images on which check-submission runs the zip's run.py
+##= MATRIC REPORT  matriculation number and PDF of the course zip
+##= RAW       downloaded data, as a zip or folder
+##= PYTHON VENV  interpreter and environment; VENV= uses PYTHON as it is
+##= ARGS      any other flags of the script
+VARS := $(TRAIN_VARS) NAME DATA FROM NPROC LMSA OVERWRITE IN OUT WEIGHTS VIEWS PHASE ZIP RUN MATRIC REPORT RAW PYTHON \
+	VENV ARGS
+
+# A misspelt variable must not be ignored.
+GIVEN := $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $(v))),$(v)))
+UNKNOWN := $(filter-out $(VARS) MAKEFLAGS MAKEOVERRIDES -*-command-variables-*-,$(GIVEN))
+ifneq ($(strip $(UNKNOWN)),)
+$(error unknown variable $(firstword $(UNKNOWN)); `make help` lists them)
+endif
+
+PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+READY := $(if $(VENV),$(VENV)/.ready)
+flag = $(if $(strip $($(1))),--$(or $(2),$(shell echo $(1) | tr A-Z_ a-z-)) "$($(1))")
+DATA_FLAG = $(call flag,DATA)
+TRAIN_FLAGS = $(foreach v,$(TRAIN_VARS),$(call flag,$(v))) $(DATA_FLAG) $(call flag,FROM) \
+	$(if $(LMSA),$(if $(filter 0 no off false,$(LMSA)),--no-lmsa,--lmsa)) $(if $(OVERWRITE),--overwrite)
+TRAIN = $(PY) $(if $(NPROC),-m torch.distributed.run --standalone --nproc-per-node $(NPROC)) train.py
+
+.DEFAULT_GOAL := help
+.PHONY: help install data check-data train resume sweep recipes runs predict check-params submit check-submission \
+	report-zip demo test lint clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{printf "  %-18s%s\n", $$1, $$2}'
+	@echo; echo "  Settings, as in: make train NAME=a LR=8e-4 DICE=1.5"
+	@sed -n 's/^##= /  /p' Makefile
+
+$(VENV)/.ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+install: $(READY) ## make the environment (any target does, once)
+
+# make data RAW=~/Downloads/CelebAMask-HQ.zip
+data: $(READY) ## prepare DATA from RAW: the challenge's zip or folder, or the CelebAMask-HQ release
+	$(PY) prepare.py $(call flag,RAW) --out "$(or $(DATA),data)" $(ARGS)
+
+check-data: $(READY) ## audit DATA: unpaired, damaged, wrong size or labels, duplicates, reversed sides
+	$(PY) audit.py $(DATA_FLAG) $(ARGS)
+
+# make train NAME=a LR=8e-4 DICE=1.5
+train: $(READY) ## train a run
+	$(TRAIN) $(call flag,NAME) $(TRAIN_FLAGS) $(ARGS)
+
+# make resume NAME=a
+resume: $(READY) ## go on with run NAME exactly where it stopped
+	$(TRAIN) --resume "$(NAME)" $(DATA_FLAG) $(call flag,DEVICE) $(call flag,THREADS) $(ARGS)
+
+# make sweep DICE="0.5 1.0 1.5 2.0"
+sweep: $(READY) ## one run for each value of a variable that holds several
+	$(PY) sweep.py $(call flag,NAME) $(TRAIN_FLAGS) $(ARGS)
+
+recipes: $(READY) ## list the recipes with the reference's figures and ours
+	$(PY) leaderboard.py --recipes $(ARGS)
+
+runs: $(READY) ## leaderboard of runs/
+	$(PY) leaderboard.py $(ARGS)
+
+# make predict IN=photos OUT=masks NAME=a VIEWS=flip,scales
+predict: $(READY) ## masks for IN (file or folder) into OUT
+	$(PY) predict.py $(call flag,IN,input) $(call flag,OUT,output) $(call flag,$(if $(WEIGHTS),WEIGHTS,NAME),weights) \
+		$(call flag,VIEWS) $(call flag,DEVICE) $(ARGS)
+
+# make check-params MODEL=microsegformer LMSA=0
+check-params: $(READY) ## parameters by module; fails at the challenge's limit
+	$(PY) model.py $(call flag,MODEL) $(if $(filter 0 no off false,$(LMSA)),--no-lmsa) $(ARGS)
+
+# make submit NAME=a PHASE=test ZIP=a.zip
+submit: $(READY) ## Codabench zip of run NAME, proven by running what is in it
+	$(PY) package.py $(call flag,NAME) $(call flag,WEIGHTS) $(DATA_FLAG) $(call flag,PHASE) $(call flag,ZIP) \
+		$(call flag,VIEWS) $(call flag,DEVICE) $(ARGS)
+
+# make check-submission ZIP=theirs.zip RUN=5
+check-submission: $(READY) ## judge any Codabench zip
+	$(PY) check_submission.py $(call flag,ZIP) $(DATA_FLAG) $(call flag,PHASE) $(call flag,RUN) $(ARGS)
+
+# make report-zip MATRIC=A12345678B REPORT=report.pdf NAME=a
+report-zip: $(READY) ## course zip of run NAME
+	$(PY) report_zip.py $(call flag,MATRIC) $(call flag,REPORT) $(call flag,NAME) $(DATA_FLAG) $(ARGS)
+
+demo: $(READY) ## no data needed: drawn faces, a short training, masks, a proven zip
+	$(PY) train.py --recipe demo --overwrite --name demo
+	$(PY) predict.py --weights demo --input build/drawn-faces/dev/images --output build/demo-masks --overlay
+	$(PY) package.py --name demo --data build/drawn-faces
+
+test: $(READY) ## lint and tests
+	$(PY) -m pip install --quiet --disable-pip-version-check -r checks/requirements.txt
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pytest -q $(ARGS)
+
+clean: ## remove the environment, caches and drawn faces; never runs/ or data
+	rm -rf $(or $(VENV),.venv) build .pytest_cache .ruff_cache __pycache__ checks/__pycache__

@@ -1,0 +1,84 @@
+"""Images in, masks out: any picture to RGB pixels, label maps to palette PNGs."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from errors import UserError
+from labels import COLOURS, NUM_CLASSES, PALETTE
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+# A small file can claim huge dimensions (a decompression bomb): refused rather than warned about.
+warnings.simplefilter("error", Image.DecompressionBombWarning)
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+def read_image(path):
+    """An image file of any mode as uint8 RGB (H, W, 3), upright as its EXIF says, its first frame where animated.
+
+    16-bit and float greys are brought to 0..255, transparency is laid over white. UserError where it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            image = ImageOps.exif_transpose(image)
+            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+                return _deep_grey(np.asarray(image))
+            if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return np.array(image.convert("RGB"))
+    except UNREADABLE as error:
+        raise UserError(f"cannot read image {path}: {error}") from None
+
+
+def _deep_grey(values):
+    """Integer greys of more than 8 bits and floats (0..1, or any range) as uint8 RGB."""
+    values = np.nan_to_num(values.astype(np.float64))
+    top = values.max(initial=0)
+    scale = 1 if 1 < top <= 255 else 255 if top <= 1 and values.dtype.kind == "f" else 1 / 257
+    grey = (values * scale).round().clip(0, 255).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, 2)
+
+
+def read_mask(path):
+    """A mask file as uint8 labels (H, W). UserError where it is unreadable, not of one channel, or above 18."""
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("P", "L"):
+                raise UserError(f"{path} is a picture of mode {image.mode}, not a mask of one channel (P or L)")
+            mask = np.array(image)
+    except UNREADABLE as error:
+        raise UserError(f"cannot read mask {path}: {error}") from None
+    if mask.max(initial=0) >= NUM_CLASSES:
+        raise UserError(f"{path} holds label {mask.max()}; labels are 0 to {NUM_CLASSES - 1}")
+    return mask
+
+
+def write_mask(path, mask):
+    """Labels (H, W) uint8 as a PNG of mode P in the challenge's palette."""
+    image = Image.fromarray(mask)
+    image.putpalette(PALETTE)
+    image.save(path, format="PNG")
+
+
+def overlay(pixels, mask, opacity=0.5):
+    """The mask's colours over the image, background left clear: uint8 (H, W, 3) of pixels (H, W, 3) and mask (H, W)."""
+    tint = np.array(COLOURS, np.float32)[mask]
+    share = np.where(mask > 0, np.float32(opacity), 0)[..., None]
+    return (pixels * (1 - share) + tint * share).round().astype(np.uint8)
+
+
+def image_files(path):
+    """[path] of a file, or the image files of a folder by name. UserError where there is none."""
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"no file or folder {path}")
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    if not files:
+        raise UserError(f"no images in {path} (looked for {' '.join(IMAGE_SUFFIXES)})")
+    return files

@@ -1,0 +1,89 @@
+"""From an image to a label map through one or several views: mirrored, rescaled, averaged.
+
+One model seen through several views is still one model, as the challenge counts.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from errors import UserError
+from labels import FLIP
+
+SCALES = (0.75, 1.0, 1.25)
+
+
+def resize(images, height, width):
+    """uint8 images (B, 3, H, W) to float (B, 3, height, width), values 0..1: area averages down, bilinear up."""
+    (down_y, rest_y), (down_x, rest_x) = divmod(images.shape[2], height), divmod(images.shape[3], width)
+    if rest_y or rest_x or not down_y or not down_x:
+        shrinks = height * width < images.shape[2] * images.shape[3]
+        mode = {"mode": "area"} if shrinks else {"mode": "bilinear", "align_corners": False}
+        return F.interpolate(images.float() / 255, size=(height, width), **mode)
+    # Whole factors are summed as 32-bit integers, several times faster than pooling floats.
+    rows = images[:, :, ::down_y].int()
+    for i in range(1, down_y):
+        rows += images[:, :, i::down_y]
+    cells = rows[..., ::down_x].clone()
+    for i in range(1, down_x):
+        cells += rows[..., i::down_x]
+    return cells.float() / (255 * down_y * down_x)
+
+
+def parse_views(text):
+    """(flip, scales) of "", "flip", "scales", "flip,scales" or scales as numbers, as "flip,1,1.5"; UserError else."""
+    flip, scales = False, []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        if part == "flip":
+            flip = True
+        elif part == "scales":
+            scales += SCALES
+        else:
+            try:
+                scales.append(float(part))
+            except ValueError:
+                raise UserError(f"--views {text}: {part!r} is neither flip, scales nor a number") from None
+            if not 0.25 <= scales[-1] <= 4:
+                raise UserError(f"--views {text}: scales are from 0.25 to 4")
+    return flip, tuple(dict.fromkeys(scales)) or (1.0,)
+
+
+def input_size(height, width, size, scale=1.0):
+    """Height and width the network sees a picture at: its own shape, size * size * scale**2 pixels, multiples of 32."""
+    shape = math.sqrt(height / width)
+    return tuple(max(32, round(size * scale * side / 32) * 32) for side in (shape, 1 / shape))
+
+
+@torch.inference_mode()
+def log_probabilities(models, images, size, views=(False, (1.0,))):
+    """Logarithm of the probabilities averaged over views and models: (B, 19, h, w) on the finest view's logit grid.
+
+    images are uint8 (B, 3, H, W) on the models' device; `size` is the side of the square the models were trained on.
+    """
+    flip, scales = views
+    average, count = None, 0
+    # From the finest view down, so that coarser ones are brought to the finest grid.
+    for scale in sorted(scales, reverse=True):
+        view = resize(images, *input_size(*images.shape[2:], size, scale))
+        for mirrored in (False, True) if flip else (False,):
+            for model in models:
+                logits = model(view.flip(3) if mirrored else view, full_size=False).float()
+                if mirrored:
+                    logits = logits[:, FLIP].flip(3)
+                if len(scales) == len(models) == 1 and not flip:
+                    return logits.log_softmax(1)
+                p = logits.softmax(1)
+                if average is None:
+                    average = torch.zeros_like(p)
+                elif p.shape != average.shape:
+                    p = F.interpolate(p, size=average.shape[2:], mode="bilinear", align_corners=False)
+                average += p
+                count += 1
+    return (average / count).clamp_min(1e-9).log()
+
+
+@torch.inference_mode()
+def label_map(log_p, height, width):
+    """uint8 labels (B, height, width): the likeliest of (B, 19, h, w), upsampled before the choice is made."""
+    return F.interpolate(log_p, size=(height, width), mode="bilinear", align_corners=False).argmax(1).byte()
