@@ -15,7 +15,7 @@ TRAIN_VARS := RECIPE MODEL DROPOUT EPOCHS SIZES BATCH LR SCHEDULE WARMUP PATIENC
 ##= DATA      folder with train/, dev/, test/ (default: data, else drawn faces)
 ##= RECIPE    named settings of recipes.toml (make recipes)
 ##= FROM      run or checkpoint whose weights a training starts from
-##= NPROC     processes of a training, through torchrun
+##= NPROC     processes of a training (default: one a GPU, or one a core)
 ##= LMSA      1 or 0: with or without LMSA
 ##= MODEL DROPOUT EPOCHS SIZES BATCH LR SCHEDULE WARMUP PATIENCE CE DICE FOCAL SMOOTHING EMA AUGMENT FLIP
 ##=           ROTATE SCALE SHIFT MIXUP CUTMIX SEED CLIP AMP DEVICE THREADS: flags of train.py of the same name
@@ -46,7 +46,7 @@ flag = $(if $(strip $($(1))),--$(or $(2),$(shell echo $(1) | tr A-Z_ a-z-)) "$($
 DATA_FLAG = $(call flag,DATA)
 TRAIN_FLAGS = $(foreach v,$(TRAIN_VARS),$(call flag,$(v))) $(DATA_FLAG) $(call flag,FROM) \
 	$(if $(LMSA),$(if $(filter 0 no off false,$(LMSA)),--no-lmsa,--lmsa)) $(if $(OVERWRITE),--overwrite)
-TRAIN = $(PY) $(if $(NPROC),-m torch.distributed.run --standalone --nproc-per-node $(NPROC)) train.py
+TRAIN = $(PY) launch.py $(call flag,NPROC)
 
 .DEFAULT_GOAL := help
 .PHONY: help install data check-data train resume sweep recipes runs predict check-params submit check-submission \

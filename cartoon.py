@@ -50,9 +50,9 @@ def ribbon(points, width):
 
 
 def symmetric(half):
-    """A half contour at positive x, from axis to axis, joined with its mirror image."""
+    """A half contour at positive x, from top to bottom or back, joined with its mirror image."""
     half = np.asarray(half, float)
-    return np.concatenate([half, half[::-1] * (-1, 1)])
+    return np.concatenate([half, half[half[:, 0] > 0][::-1] * (-1, 1)])
 
 
 def rgba(colour, gain=1.0, alpha=255):
@@ -122,7 +122,7 @@ def body(rng, who):
 
 def head(rng, who):
     """Ears, the skin with its shades and a beard, the nose."""
-    size, ear = rng.normal(1, 0.1), curve([(-34, -40), (8, -48), (22, -30), (20, 8), (6, 42), (-30, 36)])
+    size, ear = rng.normal(1, 0.1), curve([(-46, -34), (8, -48), (22, -30), (20, 8), (6, 42), (-42, 30)])
     for side, label in ((-1, "r_ear"), (1, "l_ear")):
         yield ID[label], -80, rgba(who.skin, 0.93), (ear * size + (146, 2)) * (side, 1)
         yield None, -80, rgba(who.skin, 0.6, 170), ribbon((ear[4:19] * size * 0.62 + (148, -2)) * (side, 1), 5)

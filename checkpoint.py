@@ -48,7 +48,7 @@ def load_state(model, state, source):
 
 
 def restore(content, source, device="cpu"):
-    """The network of a loaded checkpoint, in evaluation mode and float32. UserError naming `source` if it is foreign."""
+    """The network of a loaded checkpoint, in evaluation mode and float32; UserError naming `source` where foreign."""
     if content["model"] not in MODELS:
         raise UserError(f"{source} holds an unknown network {content['model']!r}; known: {', '.join(MODELS)}")
     try:

@@ -9,14 +9,15 @@ import hashlib
 import os
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from errors import UserError, run_main
 from images import image_files, read_image, read_mask
+from parallel import in_parallel
 from sides import reversed_sides, swap_sides
 from synth import make_dataset
 
@@ -43,6 +44,27 @@ class Pairs:
             for i in np.flatnonzero(self.reversed[indices]):
                 masks[i] = swap_sides(masks[i])
         return images, masks
+
+
+class Batches:
+    """Training batches as uint8 tensors on the device: all pairs resident if they fit, else read from the map."""
+
+    def __init__(self, pairs, indices, device, fix_sides):
+        self.pairs, self.indices, self.device, self.fix_sides = pairs, indices, device, fix_sides
+        self.resident = None
+        # On the CPU the map is memory already; on a GPU the pairs may take a share of what is free.
+        needed = len(indices) * (IMAGE_BYTES + MASK_BYTES)
+        if device.type == "cuda" and needed < 0.4 * torch.cuda.mem_get_info(device)[0]:
+            chunks = [self.read(chunk) for chunk in np.array_split(np.arange(len(indices)), len(indices) // 64 + 1)]
+            self.resident = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+
+    def read(self, positions):
+        """Images (B, 3, 512, 512) and masks (B, 512, 512) of the training pairs at these positions (B,)."""
+        if self.resident is not None:
+            chosen = torch.from_numpy(positions).to(self.device)
+            return [part[chosen] for part in self.resident]
+        batch = self.pairs.batch(self.indices[positions], self.fix_sides)
+        return [torch.from_numpy(part).to(self.device, non_blocking=True) for part in batch]
 
 
 def resolve(data=None):
@@ -141,12 +163,8 @@ def _build(path, pairs, total, workers):
             os.posix_fallocate(handle, 0, total)
             os.close(handle)
             tasks = [(temporary, i, len(pairs), *pair) for i, pair in enumerate(pairs)]
-            with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-                for done, _ in enumerate(pool.map(_decode, tasks, chunksize=8), 1):
-                    if sys.stderr.isatty() and (done % 20 == 0 or done == len(pairs)):
-                        print(f"\rdecoding {done}/{len(pairs)}", end="", file=sys.stderr)
-            if sys.stderr.isatty():
-                print(file=sys.stderr)
+            for _ in in_parallel(_decode, tasks, workers, "decoding"):
+                pass
             os.replace(temporary, path)
         finally:
             Path(temporary).unlink(missing_ok=True)

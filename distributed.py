@@ -7,7 +7,6 @@ import os
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from torch import nn
 
 
@@ -49,6 +48,18 @@ def wait():
         dist.barrier()
 
 
+class _Sum(torch.autograd.Function):
+    """The sum of a tensor over all processes; its gradient is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        return total(tensor.clone())
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return total(gradient.clone())
+
+
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """Batch norm with the statistics of the global batch; torch's own works on GPUs only."""
 
@@ -56,7 +67,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         if not (self.training and dist.is_initialized()):
             return super().forward(x)
         count = x.numel() // x.shape[1] * dist.get_world_size()
-        sums = dist_nn.all_reduce(torch.cat([x.sum((0, 2, 3)), (x * x).sum((0, 2, 3))]))
+        sums = _Sum.apply(torch.cat([x.sum((0, 2, 3)), (x * x).sum((0, 2, 3))]))
         mean, square = (sums / count).chunk(2)
         variance = square - mean * mean
         with torch.no_grad():

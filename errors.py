@@ -1,5 +1,6 @@
 """How every script here reports a user's mistake: one line on stderr and exit status 2."""
 
+import os
 import sys
 
 
@@ -15,7 +16,9 @@ def run_main(main):
     try:
         sys.exit(main())
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        # Of several processes that meet the same mistake the first one tells.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -4,6 +4,7 @@ import contextlib
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from augment import soft_labels
 from labels import NUM_CLASSES
@@ -31,7 +32,10 @@ def evaluate(model, pairs, indices, size, device, *, batch=4, share=(0, 1), auto
         with autocast():
             logits = model(resize(torch.from_numpy(images).to(device), size, size), full_size=False)
         logits = logits.float()
-        target = soft_labels(torch.from_numpy(masks).to(device), masks.shape[-1] // logits.shape[-1])
+        # Halved down to the next finer grid, then averaged to the logits' own, which need not divide the mask.
+        stride = 1 << (masks.shape[-1] // logits.shape[-1]).bit_length() - 1
+        target = soft_labels(torch.from_numpy(masks).to(device), stride)
+        target = F.interpolate(target, size=logits.shape[2:], mode="area")
         for row, one, share_of_label, mask in zip(chosen, logits, target, masks, strict=True):
             losses[row] = segmentation_loss(one[None], share_of_label[None]).item()
             confusions[row] = confusion(label_map(one[None], *mask.shape)[0].cpu().numpy(), mask)

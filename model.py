@@ -210,8 +210,6 @@ class ResidualBlock(nn.Module):
         self.conv1 = ConvNorm(dim, dim, dilation=dilation)
         self.conv2 = ConvNorm(dim, dim, act=False)
         self.gate = Gate(dim)
-        # Each block starts as the identity, which steadies the first steps at a high learning rate.
-        nn.init.zeros_(self.conv2[1].weight)
 
     def forward(self, x):
         return F.relu(x + self.gate(self.conv2(self.conv1(x))))

@@ -93,6 +93,7 @@ def build_parser():
 
     score = parser.add_argument_group("validation")
     score.add_argument("--val-every", type=int, default=1, help="epochs between validations")
+    score.add_argument("--keep-every", type=int, default=0, help="keep epoch-NNN.pt every so many epochs; 0 none")
     score.add_argument("--val-size", type=int, default=0, help="image side to validate at; 0 is the training's")
 
     machine = parser.add_argument_group("machine")

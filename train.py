@@ -8,20 +8,24 @@ runs/NAME/ holds args.json (arguments, commit, versions), metrics.jsonl (a line 
 best epoch by label and image), best.pt (inference) and last.pt (resume).
 """
 
+import argparse
 import copy
 import math
 import signal
 import sys
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import distributed
-from augment import augment, draw, needs_pairs, slice_batch
-from data import load_pairs, resolve, split
+from augment import Strength, augment, draw, needs_pairs, slice_batch
+from data import Batches, Pairs, load_pairs, resolve, split
 from errors import UserError, run_main
 from evaluate import evaluate
 from labels import NAMES
@@ -35,16 +39,89 @@ from schedule import cost, learning_rate, parse_sizes, size_at
 LONG_HOURS = 6
 
 
-class Stop:
-    """Remembers SIGINT or SIGTERM until the step is done."""
+@dataclass
+class Training:
+    """Everything a training holds; `progress` with the networks, optimiser and scaler is what a resume restores."""
 
-    def __init__(self):
-        self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self)
+    args: argparse.Namespace
+    folder: Path
+    device: torch.device
+    rank: int
+    processes: int
+    pairs: Pairs
+    batches: Batches
+    val_indices: np.ndarray
+    phases: list  # [(size, epochs), ...]
+    changes: Strength
+    batch: int  # images a step, over all processes
+    steps: int  # an epoch
+    model: nn.Module
+    network: nn.Module  # the model as it is called: compiled, distributed
+    average: nn.Module | None
+    optimiser: torch.optim.Optimizer
+    autocast: object
+    scaler: torch.amp.GradScaler
+    label_weights: torch.Tensor | None
+    progress: dict  # epoch and step to go on with, sum of losses since the epoch's start, best score, seconds spent
 
-    def __call__(self, number, frame):
-        self.signal = number
+    @property
+    def epochs(self):
+        return sum(length for _, length in self.phases)
+
+
+def set_up(args, given):
+    """The training that the arguments describe, new or resumed."""
+    device = distributed.local_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rank, processes = distributed.start(device)
+    folder, args, state = open_run(args, given, rank)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.benchmark = device.type == "cuda"
+
+    if rank:
+        distributed.wait()  # the first process makes the cache
+    pairs = load_pairs(resolve(args.data), args.cache)
+    if not rank:
+        distributed.wait()
+    train_indices, val_indices = split(len(pairs.names), args.val_split, args.split_seed)
+    batch, changes = min(args.batch, len(train_indices)), strength(args)
+    if batch % processes or (processes > 1 and needs_pairs(changes) and batch // processes % 2):
+        raise UserError(f"--batch {batch} does not share out evenly (in pairs for mixing) over {processes} processes")
+
+    try:
+        model = build(args.model, **model_arguments(args))
+    except TypeError as error:
+        raise UserError(f"--model-args: {args.model} does not take them: {error}") from None
+    model.to(device, memory_format=torch.channels_last)
+    if args.start_from and state is None:
+        source = find_weights(args.start_from, args.runs)
+        checkpoint.load_state(model, checkpoint.load(source)["state_dict"], source)
+    average = copy.deepcopy(model).requires_grad_(False) if args.ema else None
+    groups = parameter_groups(model, args.weight_decay, args.decay_all)
+    optimiser = torch.optim.AdamW(groups, lr=args.lr, fused=device.type != "mps")
+    autocast, scaler = precision(args.amp, device)
+    progress = {"epoch": 0, "step": 0, "loss": 0.0, "best": -1.0, "best_epoch": 0, "seconds": 0.0}
+    if state:
+        checkpoint.load_state(model, state["state_dict"], folder / "last.pt")
+        if average:
+            checkpoint.load_state(average, state["average"], folder / "last.pt")
+        optimiser.load_state_dict(state["optimiser"])
+        scaler.load_state_dict(state["scaler"])
+        progress = state["progress"]
+        if not rank:
+            truncate_metrics(folder, progress["epoch"])
+
+    network = distributed.synchronise_batch_norm(model) if processes > 1 else model
+    if args.compile:
+        network = torch.compile(network)
+    if processes > 1:
+        network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
+    return Training(
+        args, folder, device, rank, processes, pairs, Batches(pairs, train_indices, device, args.fix_sides),
+        val_indices, parse_sizes(args.sizes, args.epochs), changes, batch, len(train_indices) // batch, model, network,
+        average, optimiser, autocast, scaler, label_weights(args, pairs, train_indices, device), progress,
+    )  # fmt: skip
 
 
 def parameter_groups(model, weight_decay, decay_all):
@@ -56,15 +133,16 @@ def parameter_groups(model, weight_decay, decay_all):
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-@torch.no_grad()
-def update_average(average, model, decay, step):
-    """Move the average's weights and statistics towards the model's; the decay warms up from 0 over the first steps."""
-    share = 1 - min(decay, (1 + step) / (10 + step))
-    for kept, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
-        if kept.is_floating_point():
-            kept.lerp_(new, share)
-        else:
-            kept.copy_(new)
+def precision(amp, device):
+    """A function that makes the autocast context, and the gradient scaler (does nothing unless fp16)."""
+    if amp == "auto":
+        amp = "off" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+
+    def autocast():
+        return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+    return autocast, torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
 
 def label_weights(args, pairs, indices, device):
@@ -78,242 +156,209 @@ def label_weights(args, pairs, indices, device):
     return torch.tensor(weights / (weights * shares).sum(), dtype=torch.float32, device=device)
 
 
-def precision(args, device):
-    """A function that makes the autocast context, and the gradient scaler (does nothing unless fp16)."""
-    kind = args.amp if args.amp != "auto" else "off"
-    if args.amp == "auto" and device.type == "cuda":
-        kind = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    dtype = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[kind]
-
-    def autocast():
-        return torch.autocast(device.type, dtype if kind != "off" else None, enabled=kind != "off")
-
-    return autocast, torch.amp.GradScaler(device.type, enabled=kind == "fp16")
+@torch.no_grad()
+def update_average(average, model, decay, step):
+    """Move the average's weights and statistics towards the model's; the decay warms up from 0 over the first steps."""
+    share = 1 - min(decay, (1 + step) / (10 + step))
+    for kept, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        if kept.is_floating_point():
+            kept.lerp_(new, share)
+        else:
+            kept.copy_(new)
 
 
-class Source:
-    """Training batches as uint8 tensors on the device: all pairs resident if they fit, else read from the map."""
-
-    def __init__(self, pairs, indices, device, fix_sides):
-        self.pairs, self.indices, self.device, self.fix_sides = pairs, indices, device, fix_sides
-        self.resident = None
-        size = len(indices) * (pairs.images[0].nbytes + pairs.masks[0].nbytes)
-        if device.type == "cuda" and size < 0.4 * torch.cuda.mem_get_info(device)[0]:
-            chunks = [self.read(chunk) for chunk in np.array_split(np.arange(len(indices)), len(indices) // 64 + 1)]
-            self.resident = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
-
-    def read(self, positions):
-        if self.resident is not None:
-            chosen = torch.from_numpy(positions).to(self.device)
-            return [part[chosen] for part in self.resident]
-        batch = self.pairs.batch(self.indices[positions], self.fix_sides)
-        return [torch.from_numpy(part).to(self.device, non_blocking=True) for part in batch]
+def rate_at(args, phases, epoch):
+    """Learning rate after `epoch` epochs, a float."""
+    return learning_rate(
+        epoch, phases, lr=args.lr, warmup=args.warmup, kind=args.schedule, floor=args.lr_floor,
+        period=args.restart_period, growth=args.restart_growth,
+    )  # fmt: skip
 
 
-def main(argv=None):
-    args, given = parse(sys.argv[1:] if argv is None else argv)
-    device = distributed.local_device(args.device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    rank, processes = distributed.start(device)
-    folder, args, state = open_run(args, given, rank)
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.benchmark = device.type == "cuda"
-
-    if rank:
-        distributed.wait()  # the first process builds the cache
-    pairs = load_pairs(resolve(args.data), args.cache)
-    if not rank:
-        distributed.wait()
-    train_indices, val_indices = split(len(pairs.names), args.val_split, args.split_seed)
-    source = Source(pairs, train_indices, device, args.fix_sides)
-    phases = parse_sizes(args.sizes, args.epochs)
-    epochs = sum(length for _, length in phases)
-    batch = min(args.batch, len(train_indices))
-    changes = strength(args)
-    if batch % processes or (processes > 1 and needs_pairs(changes) and batch // processes % 2):
-        raise UserError(f"--batch {batch} does not share out evenly (in pairs for mixing) over {processes} processes")
-    steps = len(train_indices) // batch
-    mine = slice(rank * batch // processes, (rank + 1) * batch // processes)
-
-    try:
-        model = build(args.model, **model_arguments(args))
-    except TypeError as error:
-        raise UserError(f"--model-args: {args.model} does not take them: {error}") from None
-    model.to(device, memory_format=torch.channels_last)
-    if args.start_from and state is None:
-        weights_file = find_weights(args.start_from, args.runs)
-        checkpoint.load_state(model, checkpoint.load(weights_file)["state_dict"], weights_file)
-    average = copy.deepcopy(model).requires_grad_(False) if args.ema else None
-    optimiser = torch.optim.AdamW(
-        parameter_groups(model, args.weight_decay, args.decay_all), lr=args.lr, fused=device.type != "mps"
-    )
-    autocast, scaler = precision(args, device)
-    weights = label_weights(args, pairs, train_indices, device)
-    progress = {"epoch": 0, "step": 0, "loss": 0.0, "best": -1.0, "best_epoch": 0, "seconds": 0.0}
-    if state:
-        checkpoint.load_state(model, state["state_dict"], folder / "last.pt")
-        if average:
-            checkpoint.load_state(average, state["average"], folder / "last.pt")
-        optimiser.load_state_dict(state["optimiser"])
-        scaler.load_state_dict(state["scaler"])
-        progress = state["progress"]
-        if not rank:
-            truncate_metrics(folder, progress["epoch"])
-    network = distributed.synchronise_batch_norm(model) if processes > 1 else model
-    if args.compile:
-        network = torch.compile(network)
-    if processes > 1:
-        network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
-
-    talk = not rank and sys.stdout.isatty()
-    parameters = count_parameters(model)
-    if not rank:
-        limit = "" if parameters < PARAM_LIMIT else f" (NOT below the limit of {PARAM_LIMIT:,})"
-        print(
-            f"{folder}: {args.model} {parameters:,} parameters{limit}, {len(train_indices)} training and "
-            f"{len(val_indices)} validation pairs, {epochs} epochs of {steps} steps, {device} x {processes}"
+def train_step(t, epoch, step, positions):
+    """One step on the pairs at `positions` (of the whole batch); the loss over all processes, finite, as a float."""
+    args = t.args
+    for group in t.optimiser.param_groups:
+        group["lr"] = rate_at(args, t.phases, epoch + (step + 1) / t.steps)
+    # Dropout draws from the step's own seed, so that a resumed run draws the same.
+    torch.manual_seed(int(np.random.SeedSequence((args.seed, epoch, step, t.rank)).generate_state(1)[0]))
+    mine = slice(t.rank * t.batch // t.processes, (t.rank + 1) * t.batch // t.processes)
+    drawn = slice_batch(draw(t.batch, t.changes, (args.seed, epoch, step)), mine.start, mine.stop)
+    images, masks = t.batches.read(positions[mine])
+    stride = 1 if args.loss_grid == "image" else t.model.stride
+    images, target = augment(images, masks, drawn, size_at(t.phases, epoch), stride, t.changes.exchange_sides)
+    with t.autocast():
+        logits = t.network(images, full_size=stride == 1)
+    loss = segmentation_loss(
+        logits.float(), target, ce=args.ce, dice=args.dice, focal=args.focal, class_weights=t.label_weights,
+        smoothing=args.smoothing, dice_over=args.dice_over,
+    )  # fmt: skip
+    value = distributed.total(loss.detach().clone()).item() / t.processes
+    if not math.isfinite(value):
+        raise UserError(
+            f"the loss is {value} in epoch {epoch + 1}, step {step + 1}; the last save is whole: try a lower --lr"
         )
+    t.optimiser.zero_grad(set_to_none=True)
+    t.scaler.scale(loss).backward()
+    if args.clip:
+        t.scaler.unscale_(t.optimiser)
+        nn.utils.clip_grad_norm_(t.model.parameters(), args.clip)
+    t.scaler.step(t.optimiser)
+    t.scaler.update()
+    if t.average:
+        update_average(t.average, t.model, args.ema, epoch * t.steps + step)
+    return value
 
-    def save_last():
-        if not rank:
-            content = {
-                "model": args.model, "model_args": model_arguments(args), "size": size_at(phases, epochs - 1),
-                "state_dict": model.state_dict(), "average": average.state_dict() if average else None,
-                "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict(), "progress": progress,
-            }  # fmt: skip
-            checkpoint.save(folder / "last.pt", content)
 
-    def rate(epoch):
-        return learning_rate(
-            epoch, phases, lr=args.lr, warmup=args.warmup, kind=args.schedule, floor=args.lr_floor,
-            period=args.restart_period, growth=args.restart_growth,
-        )  # fmt: skip
+def validate(t, size):
+    """Scores of the averaged weights (the plain ones without --ema) on the held-out pairs: (metrics, confusions)."""
+    confusions, losses = evaluate(
+        t.average or t.model, t.pairs, t.val_indices, t.args.val_size or size, t.device,
+        share=(t.rank, t.processes), autocast=t.autocast,
+    )  # fmt: skip
+    confusions = distributed.total(torch.from_numpy(confusions).to(t.device)).cpu().numpy()
+    losses = distributed.total(torch.from_numpy(losses).float().to(t.device))
+    metrics = {
+        "val_loss": float(losses.mean()), "official": official_score(confusions), "batch32": batch_score(confusions),
+        "labels": plain(by_label(confusions)[0]),
+    }  # fmt: skip
+    return metrics, confusions
 
-    stop, clock, saved = Stop(), time.monotonic(), time.monotonic()
-    model.train()
-    for epoch in range(progress["epoch"], epochs):
-        size = size_at(phases, epoch)
-        stride = 1 if args.loss_grid == "image" else model.stride
-        order = np.random.default_rng((args.seed, epoch)).permutation(len(train_indices))
-        epoch_start, first = time.monotonic(), progress["step"]
-        for step in range(first, steps):
-            for group in optimiser.param_groups:
-                group["lr"] = rate(epoch + (step + 1) / steps)
-            torch.manual_seed(hash((args.seed, epoch, step, rank)) % 2**63)  # dropout restarts with the step
-            drawn = slice_batch(draw(batch, changes, (args.seed, epoch, step)), mine.start, mine.stop)
-            images, masks = source.read(order[step * batch : (step + 1) * batch][mine])
-            images, target = augment(images, masks, drawn, size, stride, changes.exchange_sides)
-            with autocast():
-                logits = network(images, full_size=stride == 1)
-            loss = segmentation_loss(
-                logits.float(), target, ce=args.ce, dice=args.dice, focal=args.focal, class_weights=weights,
-                smoothing=args.smoothing, dice_over=args.dice_over,
-            )  # fmt: skip
-            value = distributed.total(loss.detach().clone()).item() / processes
-            if not math.isfinite(value):
-                raise UserError(
-                    f"loss is {value} in epoch {epoch + 1}, step {step + 1}: nothing was saved of it; try a lower --lr"
-                )
-            optimiser.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            if args.clip:
-                scaler.unscale_(optimiser)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-            scaler.step(optimiser)
-            scaler.update()
-            if average:
-                update_average(average, model, args.ema, epoch * steps + step)
-            progress["loss"] += value
-            progress["step"] = step + 1
-            now = time.monotonic()
-            progress["seconds"] += now - clock
-            clock = now
-            speed = (step + 1 - first) * batch / (now - epoch_start)
-            if epoch == 0 and step == min(4, steps - 1) and not rank:
-                warn_if_long(cost(phases, epochs) / size**2 * len(train_indices) / speed, args)
-            if talk:
-                done = cost(phases, epoch + (step + 1) / steps) / cost(phases, epochs)
-                left = progress["seconds"] * (1 / done - 1) / 60
-                print(
-                    f"\repoch {epoch + 1}/{epochs} {size}px step {step + 1}/{steps} loss "
-                    f"{progress['loss'] / (step + 1):.4f} {speed:.1f} images/s ETA {left:.0f} min ",
-                    end="",
-                )
-            if distributed.any_of(bool(stop.signal), device):
-                save_last()
-                return interrupted(folder, stop.signal or signal.SIGTERM, epoch, rank)
-            if distributed.any_of(now - saved > 60 * args.save_minutes and not rank, device):
-                save_last()
-                saved = now
 
-        line = {
-            "epoch": epoch + 1, "size": size, "lr": rate(epoch + 1), "loss": progress["loss"] / steps,
-            "images_per_s": round(speed, 2) if first < steps else None,
+def save_last(t):
+    """Write last.pt, from which --resume goes on exactly."""
+    if t.rank == 0:
+        content = {
+            "model": t.args.model, "model_args": model_arguments(t.args), "size": t.phases[-1][0],
+            "state_dict": t.model.state_dict(), "average": t.average.state_dict() if t.average else None,
+            "optimiser": t.optimiser.state_dict(), "scaler": t.scaler.state_dict(), "progress": t.progress,
         }  # fmt: skip
-        tested = average or model
-        last = epoch + 1 == epochs
-        if len(val_indices) and ((epoch + 1) % args.val_every == 0 or last):
-            confusions, losses = evaluate(
-                tested, pairs, val_indices, args.val_size or size, device, share=(rank, processes), autocast=autocast
-            )
-            confusions = distributed.total(torch.from_numpy(confusions).to(device)).cpu().numpy()
-            losses = distributed.total(torch.from_numpy(losses).float().to(device)).cpu().numpy()
-            line |= {
-                "val_loss": float(losses.mean()), "official": official_score(confusions),
-                "batch32": batch_score(confusions), "labels": plain(by_label(confusions)[0]),
-            }  # fmt: skip
-        progress["seconds"] += time.monotonic() - clock
-        clock = time.monotonic()
-        line["minutes"] = round(progress["seconds"] / 60, 2)
-        progress |= {"epoch": epoch + 1, "step": 0, "loss": 0.0}
-        better = line.get("official", -1.0 if len(val_indices) else epoch) > progress["best"]
+        checkpoint.save(t.folder / "last.pt", content)
+
+
+def close_epoch(t, epoch, line):
+    """Validate where it is due, and record the epoch: metrics.jsonl, best.pt, last.pt; the epoch's line completed."""
+    size, scores = size_at(t.phases, epoch), None
+    start = time.monotonic()
+    if len(t.val_indices) and ((epoch + 1) % t.args.val_every == 0 or epoch + 1 == t.epochs):
+        metrics, confusions = validate(t, size)
+        line |= metrics
+        scores = line, confusions, [t.pairs.names[i] for i in t.val_indices]
+    t.progress["seconds"] += time.monotonic() - start
+    line["minutes"] = round(t.progress["seconds"] / 60, 2)
+    # Without validation the last epoch is the best there is.
+    score = line.get("official", -1.0) if len(t.val_indices) else float(epoch)
+    better = score > t.progress["best"]
+    if better:
+        t.progress |= {"best": score, "best_epoch": epoch + 1}
+    t.progress |= {"epoch": epoch + 1, "step": 0, "loss": 0.0}
+    if t.rank == 0:
+        append_metrics(t.folder, line)
+        content = {
+            "model": t.args.model, "model_args": model_arguments(t.args), "size": t.args.val_size or size,
+            "state_dict": (t.average or t.model).state_dict(), "epoch": epoch + 1, "official": line.get("official"),
+        }  # fmt: skip
         if better:
-            progress |= {"best": line.get("official", float(epoch)), "best_epoch": epoch + 1}
-        if not rank:
-            append_metrics(folder, line)
-            if better:
-                content = {
-                    "model": args.model, "model_args": model_arguments(args), "size": args.val_size or size,
-                    "state_dict": tested.state_dict(), "epoch": epoch + 1, "official": line.get("official"),
-                }  # fmt: skip
-                names = [pairs.names[i] for i in val_indices]
-                write_best(folder, content, (line, confusions, names) if "official" in line else None)
-            print(("\r" if talk else "") + epoch_line(line, epochs, better), flush=True)
-        save_last()
-        saved = time.monotonic()
-        stale = epoch + 1 - progress["best_epoch"]
-        if args.target and line.get("official", 0) >= args.target or args.patience and stale >= args.patience:
-            break
-    if not rank:
-        print(f"best epoch {progress['best_epoch']}, official score {progress['best']:.4f}, weights {folder}/best.pt")
-        print(f"next: make predict NAME={folder.name} IN=photos OUT=masks, or make submit NAME={folder.name}")
-    return 0
+            write_best(t.folder, content, scores)
+        if t.args.keep_every and (epoch + 1) % t.args.keep_every == 0:
+            checkpoint.save(t.folder / f"epoch-{epoch + 1:03d}.pt", content)
+        print(("\r" if sys.stdout.isatty() else "") + epoch_text(line, t.epochs, better), flush=True)
+    save_last(t)
 
 
-def epoch_line(line, epochs, better):
-    """One compact line of an epoch."""
+def epoch_text(line, epochs, better):
+    """One compact line of an epoch; * marks the best score so far."""
     text = f"epoch {line['epoch']}/{epochs} {line['size']}px loss {line['loss']:.4f} lr {line['lr']:.2e}"
     if "official" in line:
         text += f" official {line['official']:.4f}{'*' if better else ''} batch32 {line['batch32']:.4f}"
     return text + f" {line['images_per_s']} images/s {line['minutes']:.1f} min"
 
 
-def warn_if_long(seconds, args):
+def show_progress(t, epoch, step, speed):
+    """The running line on a terminal."""
+    done = cost(t.phases, epoch + (step + 1) / t.steps) / cost(t.phases, t.epochs)
+    left = t.progress["seconds"] * (1 / done - 1) / 60
+    loss = t.progress["loss"] / (step + 1)
+    print(
+        f"\repoch {epoch + 1}/{t.epochs} {size_at(t.phases, epoch)}px step {step + 1}/{t.steps} loss {loss:.4f} "
+        f"{speed:.1f} images/s ETA {left:.0f} min ",
+        end="",
+        flush=True,
+    )
+
+
+def warn_if_long(t, speed):
     """Say so when the first steps show that the run will take very long, and what would not."""
-    if seconds > LONG_HOURS * 3600:
+    hours = cost(t.phases, t.epochs) / t.phases[0][0] ** 2 * t.steps * t.batch / speed / 3600
+    if hours > LONG_HOURS:
         print(
-            f"at this speed the run takes about {seconds / 3600:.0f} hours on this device; RECIPE=cpu (128 then 256 "
-            "pixels) fits an evening, and Ctrl-C here loses nothing",
+            f"at this speed the run takes about {hours:.0f} hours on this device; RECIPE=cpu (128, then 256 pixels) "
+            "takes about half an hour on two cores",
             file=sys.stderr,
         )
 
 
-def interrupted(folder, number, epoch, rank):
-    """Report a clean stop and give the exit status of a process that died of this signal."""
-    if not rank:
-        print(f"\nstopped in epoch {epoch + 1}, saved; go on with: make resume NAME={folder.name}", flush=True)
-    return 128 + number
+def train(t):
+    """The epochs that are left; the number of the signal that stopped them, or 0."""
+    caught = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: caught.append(number))
+    clock = saved = time.monotonic()
+    t.model.train()
+    for epoch in range(t.progress["epoch"], t.epochs):
+        order = np.random.default_rng((t.args.seed, epoch)).permutation(len(t.batches.indices))
+        begun, first, speed = time.monotonic(), t.progress["step"], None
+        for step in range(first, t.steps):
+            loss = train_step(t, epoch, step, order[step * t.batch : (step + 1) * t.batch])
+            now = time.monotonic()
+            t.progress["seconds"] += now - clock
+            clock = now
+            t.progress |= {"loss": t.progress["loss"] + loss, "step": step + 1}
+            speed = (step + 1 - first) * t.batch / (now - begun)
+            if t.rank == 0 and sys.stdout.isatty():
+                show_progress(t, epoch, step, speed)
+            if t.rank == 0 and epoch == 0 and step == min(4, t.steps - 1):
+                warn_if_long(t, speed)
+            if distributed.any_of(bool(caught), t.device):
+                save_last(t)
+                return caught[0] if caught else signal.SIGTERM
+            if t.rank == 0 and now - saved > 60 * t.args.save_minutes:
+                save_last(t)
+                saved = now
+        line = {
+            "epoch": epoch + 1, "size": size_at(t.phases, epoch), "lr": rate_at(t.args, t.phases, epoch + 1),
+            "loss": t.progress["loss"] / t.steps, "images_per_s": speed and round(speed, 2),
+        }  # fmt: skip
+        close_epoch(t, epoch, line)
+        clock = saved = time.monotonic()
+        if t.args.target and t.progress["best"] >= t.args.target:
+            break
+        if t.args.patience and epoch + 1 - t.progress["best_epoch"] >= t.args.patience:
+            print(f"no gain for {t.args.patience} epochs: stopping early") if t.rank == 0 else None
+            break
+    return 0
+
+
+def main():
+    args, given = parse(sys.argv[1:])
+    t = set_up(args, given)
+    count = count_parameters(t.model)
+    if t.rank == 0:
+        print(
+            f"{t.folder}: {t.args.model} {count:,} parameters{'' if count < PARAM_LIMIT else ' (TOO MANY to submit)'}, "
+            f"{len(t.batches.indices)} training and {len(t.val_indices)} validation pairs, {t.epochs} epochs of "
+            f"{t.steps} steps, {t.device} x {t.processes}",
+            flush=True,
+        )
+    number = train(t)
+    if t.rank == 0 and number:
+        print(f"\nstopped in epoch {t.progress['epoch'] + 1}, saved; go on with: make resume NAME={t.folder.name}")
+    elif t.rank == 0:
+        best, epoch = t.progress["best"], t.progress["best_epoch"]
+        score = f"official score {best:.4f} in epoch {epoch}" if len(t.val_indices) else f"{epoch} epochs done"
+        print(f"{score}, weights {t.folder}/best.pt")
+        print(f"next: make predict NAME={t.folder.name} IN=photos OUT=masks, or make submit NAME={t.folder.name}")
+    return 128 + number if number else 0
 
 
 if __name__ == "__main__":

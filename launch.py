@@ -1,0 +1,60 @@
+"""Start train.py in one process or several, with user mistakes told once and before any process starts.
+
+    python launch.py --nproc 2 --name a --dice 1.5
+    python launch.py --resume a
+
+All flags but --nproc are train.py's. By default there is one process a GPU, or on a CPU one a core with one thread
+each, which is faster than one process with all threads (README, "How fast").
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from errors import UserError, run_main
+from options import parse
+
+
+def default_processes(args):
+    """One process a GPU or, on a CPU, one a core that takes an even share of the batch."""
+    if args.device.startswith(("mps", "cuda:")):
+        return 1
+    if torch.cuda.is_available() and args.device in ("auto", "cuda"):
+        return torch.cuda.device_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(n for n in range(1, cores + 1) if args.batch % (2 * n) == 0 or n == 1)
+
+
+def main():
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--nproc", type=int, default=0)
+    own, flags = parser.parse_known_args()
+    args, _ = parse(flags)
+    if own.nproc < 0 or own.nproc > 1024:
+        raise UserError(f"--nproc {own.nproc}: give the number of processes, or 0 for one a core or GPU")
+    processes = own.nproc or default_processes(args)
+    command = [sys.executable, str(Path(__file__).with_name("train.py")), *flags]
+    if processes == 1:
+        os.execv(command[0], command)
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        run_id=str(os.getpid()), max_restarts=0, monitor_interval=0.2,
+    )  # fmt: skip
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        elastic_launch(config, command[0])(*command[1:])
+    except ChildFailedError as error:
+        return max(failure.exitcode for failure in error.failures.values())
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
