@@ -203,5 +203,3 @@ def slice_batch(drawn, start, stop):
 def needs_pairs(strength):
     """Whether images are mixed with their neighbours, so that a share of a batch must be even."""
     return strength.mixup > 0 or strength.cutmix > 0
-
-

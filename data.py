@@ -1,7 +1,7 @@
 """The training pairs: found, decoded once into a memory-mapped cache, split.
 
-    python data.py --data data          # build the cache and print what it holds
-    python data.py --data data-synth --cache build/cache
+python data.py --data data          # build the cache and print what it holds
+python data.py --data data-synth --cache build/cache
 """
 
 import argparse

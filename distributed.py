@@ -1,6 +1,6 @@
 """One run on several processes: start, shares of a batch, sums over all, and batch norm over the whole batch.
 
-    torchrun --standalone --nproc-per-node 2 train.py --name a
+torchrun --standalone --nproc-per-node 2 train.py --name a
 """
 
 import os

@@ -1,7 +1,7 @@
 """Training losses: CE (or focal) and Dice, on hard or soft labels, in one pass over the log-probabilities.
 
-    python train.py --ce 1.0 --dice 1.5
-    python train.py --focal 2 --dice 1 --dice-over all
+python train.py --ce 1.0 --dice 1.5
+python train.py --focal 2 --dice 1 --dice-over all
 """
 
 import torch

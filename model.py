@@ -6,11 +6,15 @@
 Both take float images (B, 3, H, W) with values 0..1 and return logits (B, 19, H, W).
 """
 
+import argparse
+import json
+import sys
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from errors import run_main
 from labels import NUM_CLASSES
 
 # A submission must have fewer parameters than this, frozen ones included.
@@ -298,3 +302,32 @@ def build(name, **arguments):
 def count_parameters(model):
     """All parameters, frozen ones included, as the challenge counts them; buffers are none."""
     return sum(p.numel() for p in model.parameters())
+
+
+def parameter_table(model):
+    """Parameters by top-level module and in all, as text."""
+    rows = [(name, count_parameters(module)) for name, module in model.named_children()]
+    rows = [(name, count) for name, count in rows if count] + [("total", count_parameters(model))]
+    return "\n".join(f"{name:<18}{count:>12,}" for name, count in rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Count a network's parameters by module.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", choices=sorted(MODELS), default="microsegformer")
+    parser.add_argument("--lmsa", action=argparse.BooleanOptionalAction, default=True, help="LMSA in MicroSegFormer")
+    parser.add_argument("--model-args", default="{}", type=json.loads, help="further constructor arguments as JSON")
+    args = parser.parse_args()
+    own = {"lmsa": args.lmsa} if args.model == "microsegformer" else {}
+    model = build(args.model, **own, **args.model_args)
+    print(parameter_table(model))
+    if count_parameters(model) >= PARAM_LIMIT:
+        print(f"FAIL: the challenge wants fewer than {PARAM_LIMIT:,}", file=sys.stderr)
+        return 1
+    print(f"ok: fewer than {PARAM_LIMIT:,}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

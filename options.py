@@ -1,7 +1,7 @@
 """The flags of a training and the named recipes that set them.
 
-    python options.py                   # lists the recipes
-    python train.py --recipe lmsa_gpu_aug --dice 2
+python options.py                   # lists the recipes
+python train.py --recipe lmsa_gpu_aug --dice 2
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Masks for images: a file or a folder of any size to palette PNGs of the same size.
 
-    python predict.py --input photo.jpg --output masks
-    python predict.py --input data/test/images --output masks --weights runs/a/best.pt --views flip,scales --overlay
+python predict.py --input photo.jpg --output masks
+python predict.py --input data/test/images --output masks --weights runs/a/best.pt --views flip,scales --overlay
 """
 
 import argparse

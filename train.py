@@ -298,6 +298,12 @@ def warn_if_long(t, speed):
         )
 
 
+def finished(t):
+    """Whether the target is reached or the patience is over."""
+    stale = t.progress["epoch"] - t.progress["best_epoch"]
+    return 0 < t.args.target <= t.progress["best"] or 0 < t.args.patience <= stale
+
+
 def train(t):
     """The epochs that are left; the number of the signal that stopped them, or 0."""
     caught = []
@@ -306,6 +312,8 @@ def train(t):
     clock = saved = time.monotonic()
     t.model.train()
     for epoch in range(t.progress["epoch"], t.epochs):
+        if finished(t):
+            break
         order = np.random.default_rng((t.args.seed, epoch)).permutation(len(t.batches.indices))
         begun, first, speed = time.monotonic(), t.progress["step"], None
         for step in range(first, t.steps):
@@ -331,11 +339,6 @@ def train(t):
         }  # fmt: skip
         close_epoch(t, epoch, line)
         clock = saved = time.monotonic()
-        if t.args.target and t.progress["best"] >= t.args.target:
-            break
-        if t.args.patience and epoch + 1 - t.progress["best_epoch"] >= t.args.patience:
-            print(f"no gain for {t.args.patience} epochs: stopping early") if t.rank == 0 else None
-            break
     return 0
 
 

@@ -1,0 +1,100 @@
+"""The runs by score, and the recipes with the reference's figures beside ours.
+
+python leaderboard.py
+python leaderboard.py --recipes
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from errors import UserError, run_main
+from model import build, count_parameters
+from options import load_recipes
+from rundir import read_json, read_metrics
+
+
+def summary(folder):
+    """What the leaderboard tells of one run, as a dict; None where no epoch was scored."""
+    args = read_json(folder / "args.json")["args"]
+    lines = read_metrics(folder)
+    scored = [line for line in lines if "official" in line]
+    if not scored:
+        return None
+    best = max(scored, key=lambda line: line["official"])
+    return {
+        "name": folder.name, "official": best["official"], "batch32": best["batch32"], "epoch": best["epoch"],
+        "epochs": lines[-1]["epoch"], "parameters": parameters(args), "lr": args["lr"], "dice": args["dice"],
+        "lmsa": args["lmsa"] if args["model"] == "microsegformer" else None, "model": args["model"],
+        "minutes": lines[-1]["minutes"], "recipe": args["recipe"], "labels": best["labels"],
+    }  # fmt: skip
+
+
+def parameters(args):
+    """Parameters of the network that a run's arguments describe, None where this version cannot build it."""
+    own = {"lmsa": args["lmsa"]} if args["model"] == "microsegformer" else {}
+    try:
+        with torch.device("meta"):
+            return count_parameters(build(args["model"], **own, **json.loads(args["model_args"])))
+    except (TypeError, KeyError):
+        return None
+
+
+def summaries(runs):
+    """Summaries of the scored runs below a folder, best first."""
+    if not Path(runs).is_dir():
+        raise UserError(f"no folder {runs}; `make train` makes the first run in it")
+    found = [summary(path.parent) for path in sorted(Path(runs).glob("*/args.json"))]
+    return sorted(filter(None, found), key=lambda row: -row["official"])
+
+
+def leaderboard(rows):
+    """The table of `make runs` as text."""
+    lines = [
+        f"{'rank':<5}{'name':<28}{'official':>9}{'batch32':>9}{'epoch':>9}{'parameters':>12}{'LR':>9}{'Dice':>6}"
+        f"{'LMSA':>6}{'minutes':>9}"
+    ]
+    for rank, row in enumerate(rows, 1):
+        count = f"{row['parameters']:,}" if row["parameters"] else "-"
+        lmsa = {True: "yes", False: "no", None: "-"}[row["lmsa"]]
+        lines.append(
+            f"{rank:<5}{row['name']:<28}{row['official']:>9.4f}{row['batch32']:>9.4f}"
+            f"{row['epoch']:>5}/{row['epochs']:<3}{count:>12}{row['lr']:>9.1e}{row['dice']:>6g}{lmsa:>6}"
+            f"{row['minutes']:>9.1f}"
+        )
+    return "\n".join(lines)
+
+
+def recipe_table(recipes, rows):
+    """The table of `make recipes` as text: the reference's figure and our best batch-of-32 and official scores."""
+    lines = [f"{'recipe':<30}{'reference':>10}{'batch32':>9}{'official':>9}  what it is"]
+    for name, recipe in recipes.items():
+        own = [row for row in rows if row["recipe"] == name]
+        reference = f"{recipe['reference']:.4f}" if "reference" in recipe else "-"
+        ours = [f"{own[0][key]:.4f}" if own else "-" for key in ("batch32", "official")]
+        lines.append(f"{name:<30}{reference:>10}{ours[0]:>9}{ours[1]:>9}  {recipe.get('about', '')}")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--runs", default="runs", help="folder of all runs")
+    parser.add_argument("--recipes", action="store_true", help="list the recipes instead")
+    args = parser.parse_args()
+    if args.recipes:
+        rows = summaries(args.runs) if Path(args.runs).is_dir() else []
+        print(recipe_table(load_recipes(), rows))
+        return 0
+    rows = summaries(args.runs)
+    if not rows:
+        raise UserError(f"no run in {args.runs} has been scored yet; `make train` makes one")
+    print(leaderboard(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

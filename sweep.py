@@ -1,0 +1,56 @@
+"""One training for each value of the flags that are given several values.
+
+    python sweep.py --dice "0.5 1.0 1.5 2.0" --sizes 128:12
+    python sweep.py --lr "4e-4 8e-4" --seed "1 2"
+
+Runs one after another, each named after its values; a run that exists already and is complete is passed over, one
+that was interrupted goes on, so the same command continues a sweep.
+"""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+from errors import UserError, run_main
+from options import parse
+
+HERE = Path(__file__).parent
+
+
+def expand(argv):
+    """[(name suffix, flags)] for every combination of the values that stand in one argument, separated by spaces."""
+    choices = [part.split() if " " in part.strip() and not part.startswith("{") else [part] for part in argv]
+    several = [i for i, values in enumerate(choices) if len(values) > 1]
+    if not several:
+        raise UserError('a sweep needs a flag with several values, as DICE="0.5 1.0 1.5"')
+    for flags in itertools.product(*choices):
+        suffix = "-".join(f"{argv[i - 1].removeprefix('--')}{flags[i]}".replace("/", "_") for i in several)
+        yield suffix.replace(":", "_").replace(",", "+"), list(flags)
+
+
+def main():
+    argv = sys.argv[1:]
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    runs = list(expand(argv))
+    for _, flags in runs:
+        parse(flags)  # every run's flags are checked before the first one starts
+    for suffix, flags in runs:
+        args, _ = parse(flags)
+        name = f"{args.name or args.recipe or 'sweep'}-{suffix}"
+        folder = Path(args.runs, name)
+        if (folder / "last.pt").is_file() and not args.overwrite:
+            flags = ["--resume", name, "--runs", args.runs]
+        else:
+            flags = [*flags, "--name", name, *(["--overwrite"] if folder.exists() else [])]
+        print(f"--- {name}", flush=True)
+        status = subprocess.call([sys.executable, str(HERE / "launch.py"), *flags])
+        if status:
+            return status
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
