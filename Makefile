@@ -101,7 +101,7 @@ check-params: $(READY) ## parameters by module; fails at the challenge's limit
 # make submit NAME=a PHASE=test ZIP=a.zip
 submit: $(READY) ## Codabench zip of run NAME, proven by running what is in it
 	$(PY) package.py $(call flag,NAME) $(call flag,WEIGHTS) $(DATA_FLAG) $(call flag,PHASE) $(call flag,ZIP) \
-		$(call flag,VIEWS) $(call flag,DEVICE) $(ARGS)
+		$(call flag,VIEWS) $(ARGS)
 
 # make check-submission ZIP=theirs.zip RUN=5
 check-submission: $(READY) ## judge any Codabench zip

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
@@ -33,13 +34,15 @@ from images import UNREADABLE, image_files, read_image
 from labels import NUM_CLASSES, PALETTE
 from model import PARAM_LIMIT, count_parameters
 
-MAX_BYTES, MAX_MEMBERS, MAX_RATIO = 2**30, 10_000, 100  # of an unpacked zip, far above a sound one's 20 MB
+MAX_BYTES, MAX_MEMBERS = 2**30, 10_000  # of an unpacked zip, far above a sound one's 20 MB
+MAX_GROWTH, SMALL = 100, 2**25  # a file grows no more than so many times, unless it stays small
 TIME_LIMIT = 180  # seconds for one image, the start of Python and torch included
 SHOWN = 20  # faults of one check that are named
 # run.py finds its own folder and the installed packages, but neither PYTHONPATH nor the user's site.
 ISOLATED = ("-E", "-s")
 JUNK = ("__MACOSX", ".DS_Store")
 FILES = ("ckpt.pth", "requirements.txt", "run.py")
+UNZIPPABLE = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, OSError, EOFError, ValueError)
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -62,7 +65,7 @@ def content(archive, info):
     try:
         with archive.open(info) as file:
             return file.read(info.file_size)
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, OSError, EOFError, ValueError) as error:
+    except UNZIPPABLE as error:
         raise UserError(f"{info.filename} cannot be unpacked: {error}") from None
 
 
@@ -85,7 +88,7 @@ def check_members(archive):
     bombs = [
         f"{info.filename} claims to grow {info.file_size // max(info.compress_size, 1)}-fold when unpacked"
         for info in infos
-        if info.file_size > max(2**20, MAX_RATIO * info.compress_size)
+        if info.file_size > max(SMALL, MAX_GROWTH * info.compress_size)
     ]
     if total > MAX_BYTES:
         bombs.append(f"{total:,} bytes unpacked, more than {MAX_BYTES:,}")
@@ -159,17 +162,21 @@ def check_masks(archive, files, images):
         except UserError as error:
             faults.append(f"masks/{name} {error}")
     findings = verdict("names", names, f"a mask for each of {len(images)} images")
-    return masks, findings + verdict("masks", faults, f"{len(masks)} in mode P, palette and labels as they should be")
+    if masks or faults:
+        findings += verdict("masks", faults, f"{len(masks)} in mode P, palette and labels as they should be")
+    return masks, findings
 
 
 def check_checkpoint(data):
     """Findings on the bytes of ckpt.pth: plain tensors, a state_dict, fewer parameters than the limit."""
-    if zipfile.is_zipfile(io.BytesIO(data)):
-        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if sum(info.file_size for info in archive.infolist()) > MAX_BYTES:
-                return verdict("checkpoint", ["ckpt.pth claims to grow beyond reason when unpacked"], "")
     try:
-        held = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(io.BytesIO(data)):
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                if sum(info.file_size for info in archive.infolist()) > MAX_BYTES:
+                    return verdict("checkpoint", [f"ckpt.pth claims to unpack to more than {MAX_BYTES:,} bytes"], "")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about old or foreign formats
+            held = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a stranger's bytes can make the reader raise anything; that is the finding
         reason = str(error).strip().split("\n")[0][:120]
         return verdict("checkpoint", [f"ckpt.pth is damaged or holds more than plain tensors: {reason}"], "")
@@ -189,10 +196,10 @@ def check_checkpoint(data):
     return verdict("checkpoint", [], "plain tensors with a state_dict") + verdict("parameters", over, fine)
 
 
-def check_solution(archive, files, phase):
-    """Findings on solution/; none where a development zip leaves it out."""
+def check_solution(archive, files):
+    """Findings on the files of solution/; none where there is no such folder."""
     solution = {"/".join(parts[1:]): info for parts, info in files.items() if parts[0] == "solution"}
-    if phase == "dev" and not solution:
+    if not solution:
         return []
     findings = verdict(
         "solution", [f"solution/{name} is missing" for name in FILES if name not in solution], ", ".join(FILES)
@@ -264,12 +271,14 @@ def judge(zip_path, images_dir, phase, run=0):
 
     With `run` above 0 the zip's run.py is executed. UserError where the zip or the images cannot be read at all.
     """
+    if run < 0:
+        raise UserError(f"--run {run}: give a number of images, 0 for none")
     images = image_files(images_dir)
     try:
         archive = zipfile.ZipFile(zip_path)
     except FileNotFoundError:
         raise UserError(f"no file {zip_path}") from None
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+    except UNZIPPABLE as error:
         raise UserError(f"{zip_path} is no zip or a damaged one: {error}") from None
     with archive:
         files, findings = check_members(archive)
@@ -277,7 +286,7 @@ def judge(zip_path, images_dir, phase, run=0):
             return findings
         files, more = check_folders(files, phase)
         masks, of_masks = check_masks(archive, files, images)
-        findings += more + of_masks + check_solution(archive, files, phase)
+        findings += more + of_masks + check_solution(archive, files)
         if run and ("solution", "run.py") in files:
             findings += check_run(archive, files, masks, images, run)
     return findings
@@ -297,7 +306,7 @@ def guess_phase(zip_path):
     try:
         with zipfile.ZipFile(zip_path) as archive:
             return "test" if any("solution/" in name for name in archive.namelist()) else "dev"
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
+    except UNZIPPABLE:
         return "test"  # judge() says what is wrong with it
 
 
@@ -311,8 +320,6 @@ def main():
     parser.add_argument("--phase", choices=("auto", "test", "dev"), default="auto", help="auto: test with solution/")
     parser.add_argument("--run", type=int, default=0, help="EXECUTE the zip's run.py on so many images")
     args = parser.parse_args()
-    if args.run < 0:
-        raise UserError(f"--run {args.run}: give a number of images, 0 for none")
     phase = guess_phase(args.zip) if args.phase == "auto" else args.phase
     images = args.images or resolve(args.data) / phase / "images"
     faults = show(judge(args.zip, images, phase, args.run))

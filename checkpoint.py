@@ -3,7 +3,6 @@
 `best.pt` holds what inference needs (`state_dict`, `model`, `model_args`, `size`); `last.pt` adds what a resume needs.
 """
 
-import pickle
 import zipfile
 from pathlib import Path
 
@@ -30,9 +29,12 @@ def load(path):
     if not path.is_file():
         raise UserError(f"no checkpoint {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile):
-        raise UserError(f"{path} is damaged or no checkpoint of plain tensors") from None
+        # torch.save writes zips; its older format is not ours, and its reader is less robust.
+        content = torch.load(path, map_location="cpu", weights_only=True) if zipfile.is_zipfile(path) else None
+    except Exception as error:  # noqa: BLE001 - foreign bytes make the unpickler raise anything
+        raise UserError(f"{path} is damaged or holds more than plain tensors ({type(error).__name__})") from None
+    if content is None:
+        raise UserError(f"{path} is damaged or no checkpoint")
     if not isinstance(content, dict) or not {"state_dict", "model", "model_args"} <= content.keys():
         raise UserError(f"{path} is no checkpoint of this project: it lacks state_dict, model or model_args")
     return content

@@ -7,11 +7,11 @@ Masks and checkpoint are those of the run's Codabench zip (package.py), which is
 """
 
 import argparse
+import contextlib
 import io
 import re
 import shlex
 import subprocess
-import sys
 import zipfile
 import zlib
 from pathlib import Path
@@ -120,18 +120,16 @@ def count_pages(path):
 
 
 def code_files():
-    """The project's files as paths relative to it: those git tracks, else scripts, settings and checks.
+    """The project's files as sorted paths relative to it: scripts, settings, checks, and whatever else git tracks.
 
-    Weights and runs are left out: the zip holds its checkpoint once.
+    Runs are left out: the zip holds its checkpoint once.
     """
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=HERE, capture_output=True, text=True, check=False).stdout
-    files = [Path(name) for name in listed.split("\0") if name]
-    if Path(__file__).name not in map(str, files):
-        patterns = ("*.py", "*.toml", "*.md", "Makefile", "LICENSE", "requirements.txt", "checks/*.py", "checks/*.txt")
-        files = [path.relative_to(HERE) for pattern in patterns for path in HERE.glob(pattern)]
-    elif forgotten := sorted({path.name for path in HERE.glob("*.py")} - set(map(str, files))):
-        print(f"note: not tracked by git, therefore left out: {', '.join(forgotten)}", file=sys.stderr)
-    return [path for path in files if path.parts[0] != "runs" and (HERE / path).is_file()]
+    patterns = ("*.py", "*.toml", "*.md", "Makefile", "LICENSE", "requirements.txt", "checks/*.py", "checks/*.txt")
+    files = {path.relative_to(HERE) for pattern in patterns for path in HERE.glob(pattern)}
+    with contextlib.suppress(FileNotFoundError):  # no git on this machine
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=HERE, capture_output=True, text=True).stdout
+        files |= {Path(name) for name in listed.split("\0") if name}
+    return sorted(path for path in files if path.parts[0] != "runs" and (HERE / path).is_file())
 
 
 def readme(matric, report, folder, parameters, masks):

@@ -1,0 +1,50 @@
+"""The networks have the parameters they must have and compute what a literal evaluation computes."""
+
+import pytest
+import torch
+
+from checks.plain_segformer import plain_forward
+from model import PARAM_LIMIT, MicroSegFormer, MicroUNet, count_parameters
+
+
+@pytest.mark.parametrize(("lmsa", "count"), [(True, 1_747_923), (False, 1_721_939)])
+def test_reference_has_exactly_its_parameters(lmsa, count):
+    assert count_parameters(MicroSegFormer(lmsa=lmsa)) == count
+
+
+def test_successor_is_below_the_limit():
+    assert count_parameters(MicroUNet()) < PARAM_LIMIT == 1_821_085
+
+
+@pytest.mark.parametrize("lmsa", [True, False])
+def test_economical_evaluation_equals_the_literal_one(lmsa):
+    torch.manual_seed(0)
+    model = MicroSegFormer(lmsa=lmsa).eval()
+    for parameter in model.parameters():  # biases and norms start at 0 and 1, which would hide a mistake
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    image = torch.rand(2, 3, 96, 128)
+    with torch.no_grad():
+        assert (model(image) - plain_forward(model, image)).abs().max() < 1e-4
+
+
+def test_dropout_acts_in_training_only():
+    torch.manual_seed(0)
+    model, image = MicroSegFormer(dropout=0.5), torch.rand(1, 3, 64, 64)
+    assert not torch.equal(model(image), model(image))
+    model.eval()
+    assert torch.equal(model(image), model(image))
+
+
+@pytest.mark.parametrize("kind", [MicroSegFormer, MicroUNet])
+def test_logits_at_both_sizes(kind):
+    model, image = kind().eval(), torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        assert model(image).shape == (1, 19, 64, 96)
+        assert model(image, full_size=False).shape == (1, 19, 64 // model.stride, 96 // model.stride)
+
+
+@pytest.mark.parametrize("kind", [MicroSegFormer, MicroUNet])
+def test_every_parameter_is_used(kind):
+    model = kind()
+    model(torch.rand(2, 3, 64, 64)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "k" not in n)

@@ -1,0 +1,171 @@
+"""Training: what is resumed equals what was never interrupted, several processes equal one, mistakes are told."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import checkpoint
+from synth import make_dataset
+
+# Two sizes, EMA, dropout, mixing: everything that has a state or draws a number.
+FLAGS = [
+    *("--sizes", "32:2,64:1", "--batch", "4", "--ema", "0.9", "--augment", "advanced"),
+    *("--lr", "1e-3", "--warmup", "1", "--threads", "1", "--device", "cpu"),
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("training")
+    make_dataset(root / "data", train=20, dev=0, test=0, workers=1)
+    os.symlink(root / "data", root / "again")
+    train(root, "--name", "whole", *FLAGS)
+    return root
+
+
+def command(place, *args):
+    return [sys.executable, "train.py", "--runs", str(place / "runs"), "--data", str(place / "data"),
+            "--cache", str(place / "cache"), *map(str, args)]  # fmt: skip
+
+
+def train(place, *args, ok=True):
+    done = subprocess.run(command(place, *args), capture_output=True, text=True)
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return done
+
+
+def state(place, name):
+    return checkpoint.load(place / "runs" / name / "last.pt")
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a if key != "seconds")
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def metrics(place, name, *keys):
+    lines = (place / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return [[json.loads(line)[key] for key in keys] for line in lines]
+
+
+def start_and_signal(place, name, number, *flags):
+    """Start a run that saves at every step, send the signal as soon as it has saved, and wait for its end."""
+    process = subprocess.Popen(
+        command(place, "--name", name, *FLAGS, "--save-minutes", 0, *flags), stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (place / "runs" / name / "last.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(number)
+    return process, process.communicate(timeout=60)[0]
+
+
+def same_run(place, name):
+    assert equal(state(place, name), state(place, "whole"))
+    keys = ("epoch", "loss", "official", "lr")
+    assert metrics(place, name, *keys) == metrics(place, "whole", *keys)
+
+
+def test_killed_and_resumed_equals_uninterrupted(place):
+    process, _ = start_and_signal(place, "killed", signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert state(place, "killed")["progress"]["epoch"] < 3
+    train(place, "--resume", "killed")
+    same_run(place, "killed")
+
+
+def test_ctrl_c_saves_and_tells_how_to_go_on(place):
+    process, out = start_and_signal(place, "stopped", signal.SIGINT)
+    assert process.returncode == 130 and out.splitlines()[-1].endswith("make resume NAME=stopped")
+    train(place, "--resume", "stopped")
+    same_run(place, "stopped")
+
+
+def test_two_processes_equal_one(place):
+    flags = [*FLAGS, "--model", "microunet", "--dropout", "0", "--sizes", "64:2"]
+    train(place, "--name", "one", *flags)
+    done = subprocess.run(
+        [sys.executable, "launch.py", "--nproc", "2", *command(place, "--name", "two", *flags)[2:]],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = (torch.tensor(metrics(place, name, "loss", "val_loss")) for name in ("one", "two"))
+    assert torch.allclose(one, two, rtol=1e-2) and not torch.equal(one[0], one[1])
+    assert torch.allclose(one[0], two[0], rtol=1e-3)  # before rounding has had time to grow
+
+
+def test_new_run_from_another_s_weights(place):
+    train(place, "--name", "from", "--from", "whole", *FLAGS, "--sizes", "32:1", "--lr", "1e-9", "--ema", "0")
+    started, given = state(place, "from")["state_dict"], checkpoint.load(place / "runs/whole/best.pt")["state_dict"]
+    assert torch.allclose(started["classifier.weight"], given["classifier.weight"], atol=1e-5)
+
+
+def test_bf16_autocast_trains(place):
+    train(place, "--name", "bf16", *FLAGS, "--sizes", "32:1", "--amp", "bf16")
+    assert metrics(place, "bf16", "loss")[0][0] == pytest.approx(metrics(place, "whole", "loss")[0][0], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--name", "whole"], "exists"),
+        (["--name", "../x"], "plain folder name"),
+        (["--resume", "nobody"], "no run nobody"),
+        (["--resume", "whole", "--dropout", "0.5"], "--dropout 0.5 differs"),
+        (["--resume", "whole", "--model", "microunet"], "--model microunet differs"),
+        (["--name", "x", "--recipe", "nothing"], "no recipe"),
+        (["--name", "x", "--lr", "-1"], "--lr -1"),
+        (["--name", "x", "--sizes", "100"], "--sizes 100"),
+        (["--name", "x", "--from", "nobody"], "no run nobody"),
+        (["--name", "x", "--model", "microunet", "--from", "whole"], "another network"),
+        (["--name", "x", "--data", "nowhere"], "no data folder nowhere"),
+        (["--name", "x", "--model-args", "{"], "not JSON"),
+        (["--name", "x", "--mixup", "2"], "probability"),
+        (["--name", "x", "--ce", "0", "--dice", "0"], "no loss"),
+        (["--name", "x", "--val-split", "0.001"], "--val-split"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_no_run(place, args, told):
+    done = train(place, *args, ok=False)
+    assert done.returncode == 2 and told in done.stderr and done.stderr.count("\n") == 1
+    assert not (place / "runs/x").exists()
+
+
+def test_unknown_flag_is_an_error(place):
+    done = train(place, "--dcie", "2", ok=False)
+    assert done.returncode == 2 and "--dcie" in done.stderr
+
+
+def test_diverging_loss_stops_and_keeps_the_last_save(place):
+    done = train(
+        place, "--name", "nan", *FLAGS, "--lr", "100", "--clip", "0", "--warmup", "0", "--sizes", "32:30", ok=False
+    )
+    assert done.returncode == 2 and "loss is" in done.stderr and done.stderr.count("\n") == 1
+    for path in (place / "runs/nan").glob("*.pt"):
+        assert all(v.isfinite().all() for v in checkpoint.load(path)["state_dict"].values())
+
+
+def test_second_training_of_a_name_is_refused(place):
+    process, _ = (
+        subprocess.Popen(command(place, "--name", "busy", *FLAGS, "--sizes", "64:50"), stdout=subprocess.PIPE),
+        None,
+    )
+    try:
+        while not (place / "runs/busy/last.pt").exists() and process.poll() is None:
+            time.sleep(0.01)
+        done = train(place, "--resume", "busy", ok=False)
+        assert done.returncode == 2 and "another training" in done.stderr
+    finally:
+        process.kill()
+        process.communicate()
