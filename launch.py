@@ -19,6 +19,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from errors import UserError, run_main
 from options import parse
+from rundir import in_force
 
 
 def default_processes(args):
@@ -35,7 +36,7 @@ def main():
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--nproc", type=int, default=0)
     own, flags = parser.parse_known_args()
-    args, _ = parse(flags)
+    args = in_force(*parse(flags))
     if own.nproc < 0 or own.nproc > 1024:
         raise UserError(f"--nproc {own.nproc}: give the number of processes, or 0 for one a core or GPU")
     processes = own.nproc or default_processes(args)

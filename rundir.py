@@ -29,19 +29,45 @@ from options import RESUME_MAY_CHANGE
 RELEASE = Path(__file__).with_name("runs") / "release"
 
 
-def open_run(args, given, rank=0):
-    """The folder, the arguments in force, and the state of last.pt (None for a new run).
+def in_force(args, given):
+    """The arguments of a training: those given or, where it resumes, the run's own from its args.json.
 
-    A new run refuses an existing name unless --overwrite; a resumed one takes its arguments from args.json and refuses
-    flags that differ. With several processes the first decides for all.
+    UserError where a flag that was given differs from the run's.
     """
-    opened = [None, None]
+    if not args.resume:
+        return args
+    folder = find_run(args.resume, args.runs)
+    settings = read_json(folder / "args.json")["args"]
+    for key in sorted(given - RESUME_MAY_CHANGE - {"name"}):
+        if vars(args)[key] != settings.get(key):
+            raise UserError(
+                f"--{key.replace('_', '-')} {vars(args)[key]} differs from run {folder.name}'s {settings.get(key)}: a "
+                f"resumed run keeps its arguments; start a new one with --from {folder}"
+            )
+    kept = {key: vars(args)[key] for key in RESUME_MAY_CHANGE & (given | {"resume", "runs"})}
+    return argparse.Namespace(**{**vars(args), **settings, **kept})
+
+
+def open_run(args, rank=0):
+    """The folder of a run, locked for this process, and the state of its last.pt (None for a new run).
+
+    A new run refuses an existing name unless --overwrite. With several processes the first decides for all.
+    """
+    opened = [None]
     if rank == 0:
-        opened = _resume(args, given) if args.resume else _create(args)
+        opened = [str(_reopen(args) if args.resume else _create(args))]
     if dist.is_initialized():
         dist.broadcast_object_list(opened)
-    folder, settings = Path(opened[0]), argparse.Namespace(**opened[1])
-    return folder, settings, checkpoint.load(folder / "last.pt") if args.resume else None
+    folder = Path(opened[0])
+    return folder, checkpoint.load(folder / "last.pt") if args.resume else None
+
+
+def _reopen(args):
+    folder = find_run(args.resume, args.runs)
+    if not (folder / "last.pt").is_file():
+        raise UserError(f"{folder} has no last.pt to go on from; start it anew with --overwrite")
+    _lock(folder)
+    return folder
 
 
 def _create(args):
@@ -65,30 +91,17 @@ def _create(args):
     _lock(folder)
     for old in ("best.pt", "last.pt", "best.json", "metrics.jsonl", "args.json"):
         (folder / old).unlink(missing_ok=True)
-    settings = vars(args)
-    record = {"args": settings, "command": sys.argv, "commit": commit(), "versions": versions(), "started": now()}
+    record = {
+        "args": vars(args),
+        "processes": dist.get_world_size() if dist.is_initialized() else 1,
+        "command": sys.argv,
+        "commit": commit(),
+        "versions": versions(),
+        "started": now(),
+    }
     write_text(folder / "args.json", json.dumps(record, indent=1) + "\n")
     write_text(folder / "metrics.jsonl", "")
-    return [str(folder), settings]
-
-
-def _resume(args, given):
-    folder = find_run(args.resume, args.runs)
-    if not (folder / "last.pt").is_file():
-        raise UserError(f"{folder} has no last.pt to go on from; start it anew with --overwrite")
-    _lock(folder)
-    settings = read_json(folder / "args.json")["args"]
-    changed = [
-        key for key in sorted(given - RESUME_MAY_CHANGE - {"name"}) if vars(args)[key] != settings.get(key, None)
-    ]
-    if changed:
-        flag = f"--{changed[0].replace('_', '-')}"
-        raise UserError(
-            f"{flag} {vars(args)[changed[0]]} differs from run {folder.name}'s {settings.get(changed[0])}: a resumed "
-            f"run keeps its arguments; start a new one with --from {folder}"
-        )
-    kept = {key: value for key, value in vars(args).items() if key in RESUME_MAY_CHANGE & (given | {"resume", "runs"})}
-    return [str(folder), {**vars(args), **settings, **kept}]
+    return folder
 
 
 _locks = []

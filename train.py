@@ -33,7 +33,7 @@ from losses import segmentation_loss
 from metrics import batch_score, by_label, official_score
 from model import PARAM_LIMIT, build, count_parameters
 from options import class_weights, model_arguments, parse, strength
-from rundir import append_metrics, find_weights, open_run, plain, truncate_metrics, write_best
+from rundir import append_metrics, find_weights, in_force, open_run, plain, truncate_metrics, write_best
 from schedule import cost, learning_rate, parse_sizes, size_at
 
 LONG_HOURS = 6
@@ -69,16 +69,13 @@ class Training:
         return sum(length for _, length in self.phases)
 
 
-def set_up(args, given):
+def set_up(args):
     """The training that the arguments describe, new or resumed."""
     device = distributed.local_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     rank, processes = distributed.start(device)
-    folder, args, state = open_run(args, given, rank)
-    torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = device.type == "cuda"
-
     if rank:
         distributed.wait()  # the first process makes the cache
     pairs = load_pairs(resolve(args.data), args.cache)
@@ -89,14 +86,17 @@ def set_up(args, given):
     if batch % processes or (processes > 1 and needs_pairs(changes) and batch // processes % 2):
         raise UserError(f"--batch {batch} does not share out evenly (in pairs for mixing) over {processes} processes")
 
+    torch.manual_seed(args.seed)
     try:
         model = build(args.model, **model_arguments(args))
     except TypeError as error:
         raise UserError(f"--model-args: {args.model} does not take them: {error}") from None
     model.to(device, memory_format=torch.channels_last)
-    if args.start_from and state is None:
+    if args.start_from and not args.resume:
         source = find_weights(args.start_from, args.runs)
         checkpoint.load_state(model, checkpoint.load(source)["state_dict"], source)
+    # Whatever the user can have mistaken is known by now: no run is begun that could not go on.
+    folder, state = open_run(args, rank)
     average = copy.deepcopy(model).requires_grad_(False) if args.ema else None
     groups = parameter_groups(model, args.weight_decay, args.decay_all)
     optimiser = torch.optim.AdamW(groups, lr=args.lr, fused=device.type != "mps")
@@ -343,8 +343,7 @@ def train(t):
 
 
 def main():
-    args, given = parse(sys.argv[1:])
-    t = set_up(args, given)
+    t = set_up(in_force(*parse(sys.argv[1:])))
     count = count_parameters(t.model)
     if t.rank == 0:
         print(

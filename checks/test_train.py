@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,13 @@ import pytest
 import torch
 
 import checkpoint
+from errors import UserError
+from losses import segmentation_loss
+from options import parse
+from rundir import in_force
 from synth import make_dataset
+from train import set_up
+from train import train as run_training
 
 # Two sizes, EMA, dropout, mixing: everything that has a state or draws a number.
 FLAGS = [
@@ -136,10 +143,15 @@ def test_bf16_autocast_trains(place):
         (["--name", "x", "--val-split", "0.001"], "--val-split"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_no_run(place, args, told):
-    done = train(place, *args, ok=False)
-    assert done.returncode == 2 and told in done.stderr and done.stderr.count("\n") == 1
+def test_mistakes_are_told_and_leave_no_run(place, args, told):
+    with pytest.raises(UserError, match=re.escape(told)):
+        set_up(in_force(*parse(command(place, *args)[2:])))
     assert not (place / "runs/x").exists()
+
+
+def test_a_mistake_is_one_line_and_status_2(place):
+    done = train(place, "--name", "whole", ok=False)
+    assert done.returncode == 2 and "exists" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_unknown_flag_is_an_error(place):
@@ -147,13 +159,16 @@ def test_unknown_flag_is_an_error(place):
     assert done.returncode == 2 and "--dcie" in done.stderr
 
 
-def test_diverging_loss_stops_and_keeps_the_last_save(place):
-    done = train(
-        place, "--name", "nan", *FLAGS, "--lr", "100", "--clip", "0", "--warmup", "0", "--sizes", "32:30", ok=False
-    )
-    assert done.returncode == 2 and "loss is" in done.stderr and done.stderr.count("\n") == 1
-    for path in (place / "runs/nan").glob("*.pt"):
-        assert all(v.isfinite().all() for v in checkpoint.load(path)["state_dict"].values())
+def test_loss_that_is_no_number_stops_and_keeps_the_last_save(place, monkeypatch):
+    t = set_up(in_force(*parse(command(place, "--name", "nan", *FLAGS, "--save-minutes", "0")[2:])))
+    calls = iter([1.0, 1.0, float("nan")])
+    real = segmentation_loss
+    monkeypatch.setattr("train.segmentation_loss", lambda *args, **more: real(*args, **more) * next(calls))
+    with pytest.raises(UserError, match="loss is nan in epoch 1, step 3"):
+        run_training(t)
+    kept = state(place, "nan")
+    assert kept["progress"]["step"] == 2 and all(v.isfinite().all() for v in kept["state_dict"].values())
+    assert not (place / "runs/nan/best.pt").exists()
 
 
 def test_second_training_of_a_name_is_refused(place):
