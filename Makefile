@@ -40,6 +40,9 @@ ifneq ($(strip $(UNKNOWN)),)
 $(error unknown variable $(firstword $(UNKNOWN)); `make help` lists them)
 endif
 
+# A setting is what is typed: an exported NAME or DEVICE of the shell is somebody else's.
+$(foreach v,$(filter-out PYTHON VENV,$(VARS)),$(if $(filter environment,$(origin $(v))),$(eval $(v) :=)))
+
 PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 READY := $(if $(VENV),$(VENV)/.ready)
 flag = $(if $(strip $($(1))),--$(or $(2),$(shell echo $(1) | tr A-Z_ a-z-)) "$($(1))")

@@ -1,0 +1,91 @@
+"""The Makefile: every target is listed, settings become flags, what is misspelt is an error."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import options
+
+MAKEFILE = Path("Makefile").read_text()
+
+
+def make(*args, **environment):
+    return subprocess.run(
+        ["make", "--no-print-directory", *args],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", **environment},
+    )
+
+
+def test_help_is_the_default_and_lists_every_target_and_variable():
+    shown = make("VENV=", "PYTHON=python3").stdout
+    phony = re.search(r"\.PHONY:((?:.*\\\n)*.*)", MAKEFILE)[1].replace("\\", "").split()
+    variables = re.search(r"^VARS :=((?:.*\\\n)*.*)", MAKEFILE, re.M)[1].replace("\\", "").split()
+    variables += re.search(r"^TRAIN_VARS :=((?:.*\\\n)*.*)", MAKEFILE, re.M)[1].replace("\\", "").split()
+    for word in [*phony, *(v for v in variables if not v.startswith("$"))]:
+        assert re.search(rf"\b{word}\b", shown), word
+
+
+def test_misspelt_variable_is_an_error():
+    wrong = make("-n", "train", "DCIE=2")
+    assert wrong.returncode == 2 and "DCIE" in wrong.stderr and wrong.stderr.count("\n") == 1
+
+
+def test_settings_become_flags_and_empty_ones_do_not():
+    line = make(
+        "-n", "train", "VENV=", "PYTHON=py", "LR=8e-4", "DICE=1.5", "LMSA=0", "NAME=a", "EPOCHS=", "NPROC=2"
+    ).stdout
+    assert line.split() == [
+        "py",
+        "launch.py",
+        "--nproc",
+        '"2"',
+        "--name",
+        '"a"',
+        "--lr",
+        '"8e-4"',
+        "--dice",
+        '"1.5"',
+        "--no-lmsa",
+    ]
+
+
+def test_environment_does_not_leak_into_settings():
+    assert "--name" not in make("-n", "train", "VENV=", NAME="laptop", DEVICE="sda").stdout
+
+
+def test_every_training_variable_is_a_flag():
+    names = re.search(r"^TRAIN_VARS :=((?:.*\\\n)*.*)", MAKEFILE, re.M)[1].replace("\\", "").split()
+    flags = {option for action in options.build_parser()._actions for option in action.option_strings}
+    assert {f"--{name.lower().replace('_', '-')}" for name in names} <= flags
+
+
+@pytest.mark.parametrize("name", sorted(options.load_recipes()))
+def test_every_recipe_parses(name):
+    args, given = options.parse(["--recipe", name, "--lr", "0.5"])
+    assert args.lr == 0.5 and {"lr", "recipe"} <= given
+
+
+def test_recipe_is_overridden_by_flags():
+    args, _ = options.parse(["--recipe", "lmsa_v1"])
+    assert args.dice == 1.0
+    assert options.parse(["--recipe", "lmsa_v1", "--dice", "3"])[0].dice == 3
+
+
+def test_sweep_makes_one_run_for_each_value():
+    from sweep import expand
+
+    runs = dict(expand(["--dice", "0.5 1.0", "--lr", "1e-3"]))
+    assert runs == {"dice0.5": ["--dice", "0.5", "--lr", "1e-3"], "dice1.0": ["--dice", "1.0", "--lr", "1e-3"]}
+
+
+def test_scripts_import_nothing_but_the_three_packages():
+    allowed = {"torch", "numpy", "PIL"} | {path.stem for path in Path().glob("*.py")}
+    import sys
+
+    for path in Path().glob("*.py"):
+        for module in re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M):
+            assert module in allowed or module in sys.stdlib_module_names, f"{path} imports {module}"
