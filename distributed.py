@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from errors import UserError
+
 
 def start(device):
     """Join the group torchrun set up, if it did; (rank, number of processes)."""
@@ -16,6 +18,11 @@ def start(device):
         return 0, 1
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
+
+
+def processes():
+    """How many processes share the run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_device(name):
@@ -42,10 +49,20 @@ def any_of(flag, device):
     return bool(total(torch.tensor(float(flag), device=device)) > 0)
 
 
-def wait():
-    """Wait for the other processes."""
-    if dist.is_initialized():
-        dist.barrier()
+def first(function):
+    """function() in the first process while the others wait; all get its result, and all meet its UserError."""
+    if not dist.is_initialized():
+        return function()
+    outcome = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except UserError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
 
 
 class _Sum(torch.autograd.Function):

@@ -8,6 +8,7 @@ each, which is faster than one process with all threads (README, "How fast").
 """
 
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -48,6 +49,7 @@ def main():
         run_id=str(os.getpid()), max_restarts=0, monitor_interval=0.2,
     )  # fmt: skip
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    logging.disable(logging.CRITICAL)  # the processes tell their own mistakes; the launcher's report would bury them
     try:
         elastic_launch(config, command[0])(*command[1:])
     except ChildFailedError as error:

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy
 import PIL
 import torch
-import torch.distributed as dist
 
 import checkpoint
+import distributed
 from atomic import write_text
 from errors import UserError
 from metrics import by_label, f_scores
@@ -48,17 +48,12 @@ def in_force(args, given):
     return argparse.Namespace(**{**vars(args), **settings, **kept})
 
 
-def open_run(args, rank=0):
+def open_run(args):
     """The folder of a run, locked for this process, and the state of its last.pt (None for a new run).
 
     A new run refuses an existing name unless --overwrite. With several processes the first decides for all.
     """
-    opened = [None]
-    if rank == 0:
-        opened = [str(_reopen(args) if args.resume else _create(args))]
-    if dist.is_initialized():
-        dist.broadcast_object_list(opened)
-    folder = Path(opened[0])
+    folder = distributed.first(lambda: _reopen(args) if args.resume else _create(args))
     return folder, checkpoint.load(folder / "last.pt") if args.resume else None
 
 
@@ -93,7 +88,7 @@ def _create(args):
         (folder / old).unlink(missing_ok=True)
     record = {
         "args": vars(args),
-        "processes": dist.get_world_size() if dist.is_initialized() else 1,
+        "processes": distributed.processes(),
         "command": sys.argv,
         "commit": commit(),
         "versions": versions(),

@@ -76,11 +76,9 @@ def set_up(args):
         torch.set_num_threads(args.threads)
     rank, processes = distributed.start(device)
     torch.backends.cudnn.benchmark = device.type == "cuda"
-    if rank:
-        distributed.wait()  # the first process makes the cache
-    pairs = load_pairs(resolve(args.data), args.cache)
-    if not rank:
-        distributed.wait()
+    data = distributed.first(lambda: resolve(args.data))
+    distributed.first(lambda: load_pairs(data, args.cache) and None)  # makes the cache where there is none
+    pairs = load_pairs(data, args.cache)
     train_indices, val_indices = split(len(pairs.names), args.val_split, args.split_seed)
     batch, changes = min(args.batch, len(train_indices)), strength(args)
     if batch % processes or (processes > 1 and needs_pairs(changes) and batch // processes % 2):
@@ -96,7 +94,7 @@ def set_up(args):
         source = find_weights(args.start_from, args.runs)
         checkpoint.load_state(model, checkpoint.load(source)["state_dict"], source)
     # Whatever the user can have mistaken is known by now: no run is begun that could not go on.
-    folder, state = open_run(args, rank)
+    folder, state = open_run(args)
     average = copy.deepcopy(model).requires_grad_(False) if args.ema else None
     groups = parameter_groups(model, args.weight_decay, args.decay_all)
     optimiser = torch.optim.AdamW(groups, lr=args.lr, fused=device.type != "mps")
@@ -352,7 +350,13 @@ def main():
             f"{t.steps} steps, {t.device} x {t.processes}",
             flush=True,
         )
-    number = train(t)
+    try:
+        number = train(t)
+    except RuntimeError as error:
+        # The first process has failed and told why; what the others see is a closed connection.
+        if t.rank and "Connection" in str(error):
+            return 1
+        raise
     if t.rank == 0 and number:
         print(f"\nstopped in epoch {t.progress['epoch'] + 1}, saved; go on with: make resume NAME={t.folder.name}")
     elif t.rank == 0:

@@ -154,6 +154,25 @@ def test_a_mistake_is_one_line_and_status_2(place):
     assert done.returncode == 2 and "exists" in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_a_mistake_of_several_processes_is_told_once(place):
+    done = subprocess.run(
+        [sys.executable, "launch.py", "--nproc", "2", *command(place, "--name", "whole", *FLAGS)[2:]],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "exists" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_full_disk_is_told_and_leaves_no_torn_checkpoint(place):
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({8 << 20}, {8 << 20}));"
+    script = f"{limit} import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path('train.py', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command(place, "--name", "full", *FLAGS)[1:]], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "cannot write" in done.stderr and done.stderr.count("\n") == 1
+    left = {path.name for path in (place / "runs/full").iterdir()}
+    assert left <= {".lock", "args.json", "metrics.jsonl", "best.pt", "best.json"}
+
+
 def test_unknown_flag_is_an_error(place):
     done = train(place, "--dcie", "2", ok=False)
     assert done.returncode == 2 and "--dcie" in done.stderr
