@@ -237,7 +237,7 @@ class MicroUNet(nn.Module):
         depths=(0, 1, 2, 4, 1),
         dilations=(1, 2, 4, 1),
         decoder=(16, 32, 64, 96),
-        attention=0,
+        attention=1,
         lmsa=(),
         coordinates=True,
         dropout=0.0,

@@ -77,7 +77,8 @@ def set_up(args):
     rank, processes = distributed.start(device)
     torch.backends.cudnn.benchmark = device.type == "cuda"
     data = distributed.first(lambda: resolve(args.data))
-    distributed.first(lambda: load_pairs(data, args.cache) and None)  # makes the cache where there is none
+    if processes > 1:
+        distributed.first(lambda: load_pairs(data, args.cache) and None)  # one of them makes the cache
     pairs = load_pairs(data, args.cache)
     train_indices, val_indices = split(len(pairs.names), args.val_split, args.split_seed)
     batch, changes = min(args.batch, len(train_indices)), strength(args)
