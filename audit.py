@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import UserError, run_main
+from errors import ArgumentParser, UserError, run_main
 from labels import NAMES, NUM_CLASSES
 from parallel import in_parallel
 from prepare import open_image, positive
@@ -117,9 +117,7 @@ def report(faults, pixels, files, data, every=False):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", default="data", help="folder with train/images, train/masks, dev and test")
     parser.add_argument("--workers", type=positive, help="processes; without it one a core")
     parser.add_argument("--list", action="store_true", help="name every faulty file, one a line")

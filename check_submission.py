@@ -29,7 +29,7 @@ from PIL import Image
 
 from checkpoint import restore
 from data import resolve
-from errors import UserError, run_main
+from errors import ArgumentParser, UserError, run_main
 from images import UNREADABLE, image_files, read_image
 from labels import NUM_CLASSES, PALETTE
 from model import PARAM_LIMIT, count_parameters
@@ -311,9 +311,7 @@ def guess_phase(zip_path):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--zip", required=True, help="zip to judge")
     parser.add_argument("--data", help="folder with test/images and dev/images; default ./data, else drawn faces")
     parser.add_argument("--images", help="folder of the images, instead of the phase's in --data")

@@ -12,6 +12,8 @@ from atomic import atomic
 from errors import UserError
 from model import MODELS, build
 
+NEEDED = {"state_dict", "model", "model_args", "size"}
+
 
 def save(path, content):
     """Write a dict of tensors, numbers, strings and containers of them, atomically."""
@@ -35,8 +37,8 @@ def load(path):
         raise UserError(f"{path} is damaged or holds more than plain tensors ({type(error).__name__})") from None
     if content is None:
         raise UserError(f"{path} is damaged or no checkpoint")
-    if not isinstance(content, dict) or not {"state_dict", "model", "model_args"} <= content.keys():
-        raise UserError(f"{path} is no checkpoint of this project: it lacks state_dict, model or model_args")
+    if not isinstance(content, dict) or not content.keys() >= NEEDED:
+        raise UserError(f"{path} is no checkpoint of this project: it lacks one of {', '.join(sorted(NEEDED))}")
     return content
 
 
@@ -55,7 +57,7 @@ def restore(content, source, device="cpu"):
         raise UserError(f"{source} holds an unknown network {content['model']!r}; known: {', '.join(MODELS)}")
     try:
         model = build(content["model"], **content["model_args"])
-    except TypeError as error:
+    except Exception as error:  # noqa: BLE001 - a foreign file's arguments make a constructor raise anything
         raise UserError(f"{source} does not fit this version's {content['model']}: {error}") from None
     load_state(model, content["state_dict"], source)
     return model.to(device, memory_format=torch.channels_last).eval()

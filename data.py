@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from errors import UserError, run_main
+from errors import ArgumentParser, UserError, run_main
 from images import image_files, read_image, read_mask
 from parallel import in_parallel
 from sides import reversed_sides, swap_sides
@@ -173,9 +173,7 @@ def _build(path, pairs, total, workers):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", help="folder with train/images and train/masks; default ./data, else drawn faces")
     parser.add_argument("--cache", default="build/cache", help="folder of the decoded copies")
     parser.add_argument("--workers", type=int, help="decoding processes; default one a core")

@@ -14,7 +14,7 @@ import torch
 
 import checkpoint
 from distributed import local_device
-from errors import UserError, run_main
+from errors import ArgumentParser, UserError, run_main
 from predict import add_arguments, predict_all
 from rundir import find_weights
 
@@ -35,9 +35,7 @@ def average_weights(paths):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--weights", nargs="+", required=True, help="checkpoints, or names or folders of runs")
     parser.add_argument("--average-weights", action="store_true", help="average the weights into one model")

@@ -1,11 +1,19 @@
 """How every script here reports a user's mistake: one line on stderr and exit status 2."""
 
+import argparse
 import os
 import sys
 
 
 class UserError(Exception):
     """A mistake the user can mend. The message is one line that names the thing and the remedy."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's parser, but a wrong flag is one line like any other mistake, not a page of usage."""
+
+    def error(self, message):
+        raise UserError(f"{message} ({self.prog} --help lists the flags)")
 
 
 def run_main(main):

@@ -7,7 +7,6 @@ All flags but --nproc are train.py's. By default there is one process a GPU, or 
 each, which is faster than one process with all threads (README, "How fast").
 """
 
-import argparse
 import logging
 import os
 import sys
@@ -18,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from errors import UserError, run_main
+from errors import ArgumentParser, UserError, run_main
 from options import parse
 from rundir import in_force
 
@@ -34,7 +33,7 @@ def default_processes(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--nproc", type=int, default=0)
     own, flags = parser.parse_known_args()
     args = in_force(*parse(flags))

@@ -5,41 +5,27 @@ python leaderboard.py --recipes
 """
 
 import argparse
-import json
 from pathlib import Path
 
-import torch
-
-from errors import UserError, run_main
-from model import build, count_parameters
+from errors import ArgumentParser, UserError, run_main
 from options import load_recipes
 from rundir import read_json, read_metrics
 
 
 def summary(folder):
     """What the leaderboard tells of one run, as a dict; None where no epoch was scored."""
-    args = read_json(folder / "args.json")["args"]
-    lines = read_metrics(folder)
+    record = read_json(folder / "args.json")
+    args, lines = record["args"], read_metrics(folder)
     scored = [line for line in lines if "official" in line]
     if not scored:
         return None
     best = max(scored, key=lambda line: line["official"])
     return {
         "name": folder.name, "official": best["official"], "batch32": best["batch32"], "epoch": best["epoch"],
-        "epochs": lines[-1]["epoch"], "parameters": parameters(args), "lr": args["lr"], "dice": args["dice"],
+        "epochs": lines[-1]["epoch"], "parameters": record.get("parameters"), "lr": args["lr"], "dice": args["dice"],
         "lmsa": args["lmsa"] if args["model"] == "microsegformer" else None, "model": args["model"],
         "minutes": lines[-1]["minutes"], "recipe": args["recipe"], "labels": best["labels"],
     }  # fmt: skip
-
-
-def parameters(args):
-    """Parameters of the network that a run's arguments describe, None where this version cannot build it."""
-    own = {"lmsa": args["lmsa"]} if args["model"] == "microsegformer" else {}
-    try:
-        with torch.device("meta"):
-            return count_parameters(build(args["model"], **own, **json.loads(args["model_args"])))
-    except (TypeError, KeyError):
-        return None
 
 
 def summaries(runs):
@@ -79,9 +65,7 @@ def recipe_table(recipes, rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--runs", default="runs", help="folder of all runs")
     parser.add_argument("--recipes", action="store_true", help="list the recipes instead")
     args = parser.parse_args()

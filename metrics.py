@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import UserError, run_main
+from errors import ArgumentParser, UserError, run_main
 from images import read_mask
 from labels import NAMES, NUM_CLASSES
 
@@ -64,7 +64,7 @@ def table(confusions):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pred", type=Path, help="folder of predicted masks")
     parser.add_argument("true", type=Path, help="folder of true masks; each prediction needs one of the same name")
     args = parser.parse_args()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from errors import run_main
+from errors import ArgumentParser, run_main
 from labels import NUM_CLASSES
 
 # A submission must have fewer parameters than this, frozen ones included.
@@ -312,7 +312,7 @@ def parameter_table(model):
 
 
 def main():
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description="Count a network's parameters by module.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--model", choices=sorted(MODELS), default="microsegformer")

@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 
 from augment import PRESETS, Strength
-from errors import UserError, run_main
+from errors import ArgumentParser, UserError, run_main
 from labels import NUM_CLASSES
 from model import MODELS
 from schedule import parse_sizes
@@ -22,7 +22,7 @@ RESUME_MAY_CHANGE = {"device", "threads", "data", "cache", "runs", "resume"}
 
 def build_parser():
     """The argument parser of train.py; every default of a training stands here."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="train.py",
         description="Train a face parser; one run is one folder.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -137,6 +137,8 @@ def parse(argv):
     first, _ = parser.parse_known_args(argv)
     given = (recipe_flags(first.recipe) if first.recipe else []) + list(argv)
     args = parser.parse_args(given)
+    if args.resume == "":
+        raise UserError("name the run to go on with: make resume NAME=a")
     check(args)
     unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # argparse sets no defaults where a value stands
     return args, {name for name, value in vars(parser.parse_args(given, unset)).items() if value is not None}

@@ -21,7 +21,7 @@ import checkpoint
 from atomic import atomic
 from check_submission import ISOLATED, judge, show
 from data import resolve
-from errors import UserError, run_main
+from errors import ArgumentParser, UserError, run_main
 from images import image_files
 from model import PARAM_LIMIT, count_parameters
 from rundir import find_run, find_weights
@@ -172,9 +172,7 @@ def make_submission(weights, images, phase, target, views=None, run=5):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--name", help="run to hand in; default the release, else the best run")
     parser.add_argument("--weights", help="checkpoint, instead of the run's best.pt")
     parser.add_argument("--data", help="folder with test/images and dev/images; default ./data, else drawn faces")

@@ -14,7 +14,7 @@ from PIL import Image
 from atomic import atomic
 from checkpoint import load_model
 from distributed import local_device
-from errors import UserError, run_main
+from errors import ArgumentParser, UserError, run_main
 from images import image_files, overlay, read_image, write_mask
 from rundir import find_weights
 from views import label_map, log_probabilities, parse_views
@@ -74,9 +74,7 @@ def predict_all(models, size, args, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--weights", help="checkpoint, or run's name or folder; default the release, else the best run")
     args = parser.parse_args()

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from errors import UserError, run_main
+from errors import ArgumentParser, UserError, run_main
 from labels import COLOURS, NAMES, NUM_CLASSES, PALETTE
 from parallel import in_parallel
 
@@ -302,9 +302,7 @@ def positive(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--raw", required=True, help="the download, a folder or a zip")
     parser.add_argument("--out", default="data", help="folder to make or to complete")
     parser.add_argument("--workers", type=positive, help="processes; without it one a core")

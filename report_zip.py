@@ -22,7 +22,7 @@ import checkpoint
 from atomic import atomic
 from check_submission import judge, show
 from data import resolve
-from errors import UserError, run_main
+from errors import ArgumentParser, UserError, run_main
 from model import PARAM_LIMIT, count_parameters
 from package import make_submission, write_zip
 from rundir import find_weights, read_json, read_metrics
@@ -196,9 +196,7 @@ def proven(submission, weights, images):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--matric", required=True, help="matriculation number, as A12345678B")
     parser.add_argument("--report", required=True, type=Path, help=f"PDF of at most {MAX_PAGES} pages")
     parser.add_argument("--name", help="run to hand in; default the release, else the best run")

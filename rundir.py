@@ -48,12 +48,13 @@ def in_force(args, given):
     return argparse.Namespace(**{**vars(args), **settings, **kept})
 
 
-def open_run(args):
+def open_run(args, parameters):
     """The folder of a run, locked for this process, and the state of its last.pt (None for a new run).
 
-    A new run refuses an existing name unless --overwrite. With several processes the first decides for all.
+    A new run refuses an existing name unless --overwrite, and notes the network's number of parameters. With several
+    processes the first decides for all.
     """
-    folder = distributed.first(lambda: _reopen(args) if args.resume else _create(args))
+    folder = distributed.first(lambda: _reopen(args) if args.resume else _create(args, parameters))
     return folder, checkpoint.load(folder / "last.pt") if args.resume else None
 
 
@@ -65,7 +66,7 @@ def _reopen(args):
     return folder
 
 
-def _create(args):
+def _create(args, parameters):
     runs = Path(args.runs)
     name = args.name
     if name is None:
@@ -88,6 +89,7 @@ def _create(args):
         (folder / old).unlink(missing_ok=True)
     record = {
         "args": vars(args),
+        "parameters": parameters,
         "processes": distributed.processes(),
         "command": sys.argv,
         "commit": commit(),

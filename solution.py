@@ -15,7 +15,7 @@ import torch
 
 from atomic import atomic
 from checkpoint import load_model
-from errors import UserError, run_main
+from errors import ArgumentParser, UserError, run_main
 from images import image_files, write_mask
 from predict import mask_of
 from views import parse_views
@@ -44,9 +44,7 @@ def targets(source, output):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--input", required=True, help="an image, or a folder of images")
     parser.add_argument("--output", required=True, help="the mask's PNG, or a folder for NAME.png")
     parser.add_argument("--weights", default="ckpt.pth", help="checkpoint")

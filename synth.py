@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from atomic import atomic, write_text
 from cartoon import ID, draw_person, parts, rgba
-from errors import UserError, run_main
+from errors import ArgumentParser, UserError, run_main
 from labels import PALETTE
 
 
@@ -137,9 +137,7 @@ def make_dataset(root, train=200, dev=8, test=8, size=512, seed=0, workers=2):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="data-synth", help="folder of the dataset")
     parser.add_argument("--train", type=int, default=200, help="number of image-mask pairs")
     parser.add_argument("--dev", type=int, default=8, help="number of images without masks")

@@ -95,7 +95,7 @@ def set_up(args):
         source = find_weights(args.start_from, args.runs)
         checkpoint.load_state(model, checkpoint.load(source)["state_dict"], source)
     # Whatever the user can have mistaken is known by now: no run is begun that could not go on.
-    folder, state = open_run(args)
+    folder, state = open_run(args, count_parameters(model))
     average = copy.deepcopy(model).requires_grad_(False) if args.ema else None
     groups = parameter_groups(model, args.weight_decay, args.decay_all)
     optimiser = torch.optim.AdamW(groups, lr=args.lr, fused=device.type != "mps")

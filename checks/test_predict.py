@@ -140,9 +140,9 @@ def test_a_bad_image_is_named_and_the_others_are_done(weights, tmp_path):
         (b"\x80\x04junk", "damaged"),
         ("truncated", "damaged"),
         ({"weights": 1}, "lacks"),
-        ({"model": "other", "model_args": {}, "state_dict": {}}, "unknown network"),
-        ({"model": "microunet", "model_args": {"wings": 2}, "state_dict": {}}, "does not fit"),
-        ({"model": "microsegformer", "model_args": {}, "state_dict": {}}, "another network"),
+        ({"model": "other", "model_args": {}, "state_dict": {}, "size": 64}, "unknown network"),
+        ({"model": "microunet", "model_args": {"wings": 2}, "state_dict": {}, "size": 64}, "does not fit"),
+        ({"model": "microsegformer", "model_args": {}, "state_dict": {}, "size": 64}, "another network"),
     ],
 )
 def test_bad_checkpoints_are_refused(weights, tmp_path, content, told):

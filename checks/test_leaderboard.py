@@ -1,0 +1,51 @@
+"""The leaderboard reads what runs left."""
+
+import json
+
+import pytest
+
+from errors import UserError
+from leaderboard import leaderboard, recipe_table, summaries
+
+
+def write_run(runs, name, scores, **args):
+    (runs / name).mkdir(parents=True)
+    args = {"lr": 1e-3, "dice": 1.5, "lmsa": True, "model": "microsegformer", "recipe": None, **args}
+    (runs / name / "args.json").write_text(json.dumps({"args": args, "parameters": 1_747_923}))
+    lines = [
+        {"epoch": i, "official": score, "batch32": score - 0.1, "minutes": i * 2.0, "labels": []}
+        for i, score in enumerate(scores, 1)
+    ]
+    (runs / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_runs_stand_by_their_best_score(tmp_path):
+    write_run(tmp_path, "late", [0.5, 0.7, 0.6])
+    write_run(tmp_path, "early", [0.8, 0.1], lmsa=False)
+    write_run(tmp_path, "unscored", [])
+    rows = leaderboard(summaries(tmp_path)).splitlines()[1:]
+    assert [row.split()[:5] for row in rows] == [
+        ["1", "early", "0.8000", "0.7000", "1/2"],
+        ["2", "late", "0.7000", "0.6000", "2/3"],
+    ]
+    assert rows[0].split()[5:] == ["1,747,923", "1.0e-03", "1.5", "no", "4.0"]
+
+
+def test_a_torn_last_line_is_passed_over(tmp_path):
+    write_run(tmp_path, "a", [0.5])
+    with open(tmp_path / "a/metrics.jsonl", "a") as file:
+        file.write('{"epoch": 2, "offi')
+    assert summaries(tmp_path)[0]["epochs"] == 1
+
+
+def test_recipes_show_our_best_run_beside_the_reference(tmp_path):
+    write_run(tmp_path, "a", [0.7], recipe="x")
+    write_run(tmp_path, "b", [0.75], recipe="x")
+    table = recipe_table({"x": {"reference": 0.6, "about": "one"}, "y": {}}, summaries(tmp_path))
+    assert table.splitlines()[1].split() == ["x", "0.6000", "0.6500", "0.7500", "one"]
+    assert table.splitlines()[2].split() == ["y", "-", "-", "-"]
+
+
+def test_no_runs_folder_is_a_mistake(tmp_path):
+    with pytest.raises(UserError, match="make train"):
+        summaries(tmp_path / "none")
