@@ -324,7 +324,7 @@ def train(t):
             speed = (step + 1 - first) * t.batch / (now - begun)
             if t.rank == 0 and sys.stdout.isatty():
                 show_progress(t, epoch, step, speed)
-            if t.rank == 0 and epoch == 0 and step == min(4, t.steps - 1):
+            if t.rank == 0 and epoch == 0 and step == min(2, t.steps - 1):
                 warn_if_long(t, speed)
             if distributed.any_of(bool(caught), t.device):
                 save_last(t)
