@@ -52,7 +52,7 @@ TRAIN_FLAGS = $(foreach v,$(TRAIN_VARS),$(call flag,$(v))) $(DATA_FLAG) $(call f
 TRAIN = $(PY) launch.py $(call flag,NPROC)
 
 .DEFAULT_GOAL := help
-.PHONY: help install data check-data train resume sweep recipes runs predict check-params submit check-submission \
+.PHONY: help install data check-data train resume sweep recipes runs predict evaluate check-params submit check-submission \
 	report-zip demo test lint clean
 
 help: ## this list
@@ -96,6 +96,11 @@ runs: $(READY) ## leaderboard of runs/
 predict: $(READY) ## masks for IN (file or folder) into OUT
 	$(PY) predict.py $(call flag,IN,input) $(call flag,OUT,output) $(call flag,$(if $(WEIGHTS),WEIGHTS,NAME),weights) \
 		$(call flag,VIEWS) $(call flag,DEVICE) $(ARGS)
+
+# make evaluate NAME=a VIEWS=flip,scales
+evaluate: $(READY) ## official score of run NAME on the held-out pairs
+	$(PY) evaluate.py $(call flag,$(if $(WEIGHTS),WEIGHTS,NAME),weights) $(DATA_FLAG) $(call flag,VIEWS) \
+		$(call flag,DEVICE) $(ARGS)
 
 # make check-params MODEL=microsegformer LMSA=0
 check-params: $(READY) ## parameters by module; fails at the challenge's limit

@@ -1,21 +1,45 @@
-"""Scores of a network on held-out pairs, as the challenge counts: labels as they are, at 512 x 512."""
+"""The official score of a network on held-out pairs, as the challenge counts: labels as they are, at 512 x 512.
 
+    python evaluate.py --weights runs/a/best.pt
+    python evaluate.py --weights a --views flip,scales --data data
+
+The held-out pairs are those of the reference's split, which a network trained with --val-split 0 has seen.
+"""
+
+import argparse
 import contextlib
+import sys
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from augment import soft_labels
+from checkpoint import load_model
+from data import load_pairs, resolve, split
+from distributed import local_device
+from errors import ArgumentParser, UserError, run_main
 from labels import NUM_CLASSES
 from losses import segmentation_loss
-from metrics import confusion
-from views import label_map, resize
+from metrics import confusion, table
+from rundir import find_weights
+from views import label_map, log_probabilities, parse_views
 
 
-@torch.no_grad()
-def evaluate(model, pairs, indices, size, device, *, batch=4, share=(0, 1), autocast=contextlib.nullcontext):
-    """Confusions (N, 19, 19) int64 of a network on pairs[indices] seen at `size`, and the mean CE + Dice loss.
+@torch.inference_mode()
+def evaluate(
+    model,
+    pairs,
+    indices,
+    size,
+    device,
+    *,
+    views=(False, (1.0,)),
+    batch=4,
+    share=(0, 1),
+    autocast=contextlib.nullcontext,
+):
+    """Confusions (N, 19, 19) int64 of a network on pairs[indices] seen at `size`, and their CE + Dice losses (N,).
 
     With `share` = (rank, processes), each process fills its own rows and leaves the others 0, so that a sum over the
     processes is the whole. Reversed masks stay as they are.
@@ -30,14 +54,39 @@ def evaluate(model, pairs, indices, size, device, *, batch=4, share=(0, 1), auto
         chosen = rows[start : start + batch]
         images, masks = pairs.batch(indices[chosen], fix_sides=False)
         with autocast():
-            logits = model(resize(torch.from_numpy(images).to(device), size, size), full_size=False)
-        logits = logits.float()
+            log_p = log_probabilities([model], torch.from_numpy(images).to(device), size, views)
         # Halved down to the next finer grid, then averaged to the logits' own, which need not divide the mask.
-        stride = 1 << (masks.shape[-1] // logits.shape[-1]).bit_length() - 1
+        stride = 1 << (masks.shape[-1] // log_p.shape[-1]).bit_length() - 1
         target = soft_labels(torch.from_numpy(masks).to(device), stride)
-        target = F.interpolate(target, size=logits.shape[2:], mode="area")
-        for row, one, share_of_label, mask in zip(chosen, logits, target, masks, strict=True):
-            losses[row] = segmentation_loss(one[None], share_of_label[None]).item()
+        target = F.interpolate(target, size=log_p.shape[2:], mode="area")
+        for row, one, shares, mask in zip(chosen, log_p, target, masks, strict=True):
+            losses[row] = segmentation_loss(one[None], shares[None]).item()
             confusions[row] = confusion(label_map(one[None], *mask.shape)[0].cpu().numpy(), mask)
     model.train(was_training)
     return confusions, losses
+
+
+def main():
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--weights", help="checkpoint, or run's name or folder; default the release, else the best run")
+    parser.add_argument("--data", help="folder with train/images and train/masks; default ./data, else drawn faces")
+    parser.add_argument("--cache", default="build/cache", help="folder of the decoded copies")
+    parser.add_argument("--views", default="", help="views to average: flip, scales, or numbers, as flip,1,1.5")
+    parser.add_argument("--size", type=int, default=0, help="image side for the network; 0 is the checkpoint's own")
+    parser.add_argument("--val-split", type=float, default=0.1, help="share held out by the training")
+    parser.add_argument("--split-seed", type=int, default=42, help="seed of the split")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    args = parser.parse_args()
+    views, device = parse_views(args.views), local_device(args.device)
+    path = find_weights(args.weights)
+    model, info = load_model(path, device)
+    pairs = load_pairs(resolve(args.data), args.cache)
+    _, held = split(len(pairs.names), args.val_split, args.split_seed)
+    if not len(held):
+        raise UserError(f"--val-split {args.val_split} leaves nothing to evaluate")
+    print(f"{path} on {len(held)} held-out images, views {args.views or 'none'}", file=sys.stderr)
+    print(table(evaluate(model, pairs, held, args.size or info["size"], device, views=views)[0]))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -8,13 +8,18 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
 import checkpoint
+from data import find_pairs, split
 from errors import UserError
+from images import read_mask
 from losses import segmentation_loss
+from metrics import confusion, official_score
 from options import parse
+from predict import mask_of
 from rundir import in_force
 from synth import make_dataset
 from train import set_up
@@ -110,6 +115,16 @@ def test_two_processes_equal_one(place):
     one, two = (torch.tensor(metrics(place, name, "loss", "val_loss")) for name in ("one", "two"))
     assert torch.allclose(one, two, rtol=1e-2) and not torch.equal(one[0], one[1])
     assert torch.allclose(one[0], two[0], rtol=1e-3)  # before rounding has had time to grow
+
+
+def test_score_of_training_is_the_score_of_the_predicted_masks(place):
+    model, info = checkpoint.load_model(place / "runs/whole/best.pt")
+    confusions = []
+    for index in split(20)[1]:
+        image, mask = find_pairs(place / "data")[index]
+        predicted = mask_of([model], image, info["size"], (False, (1.0,)), torch.device("cpu"))[1]
+        confusions.append(confusion(predicted, read_mask(mask)))
+    assert official_score(np.stack(confusions)) == pytest.approx(info["official"], abs=1e-4)
 
 
 def test_new_run_from_another_s_weights(place):
