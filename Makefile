@@ -46,9 +46,11 @@ $(foreach v,$(filter-out PYTHON VENV,$(VARS)),$(if $(filter environment,$(origin
 PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 READY := $(if $(VENV),$(VENV)/.ready)
 flag = $(if $(strip $($(1))),--$(or $(2),$(shell echo $(1) | tr A-Z_ a-z-)) "$($(1))")
+# "yes" of a switch that is on, nothing of one that is off or not given.
+switch = $(if $(filter 1 yes on true,$($(1))),yes,$(if $(filter-out 0 no off false,$($(1))),$(error $(1)=$($(1)): give 1 or 0)))
 DATA_FLAG = $(call flag,DATA)
 TRAIN_FLAGS = $(foreach v,$(TRAIN_VARS),$(call flag,$(v))) $(DATA_FLAG) $(call flag,FROM) \
-	$(if $(LMSA),$(if $(filter 0 no off false,$(LMSA)),--no-lmsa,--lmsa)) $(if $(OVERWRITE),--overwrite)
+	$(if $(call switch,LMSA),--lmsa,$(if $(LMSA),--no-lmsa)) $(if $(call switch,OVERWRITE),--overwrite)
 TRAIN = $(PY) launch.py $(call flag,NPROC)
 
 .DEFAULT_GOAL := help
@@ -56,7 +58,7 @@ TRAIN = $(PY) launch.py $(call flag,NPROC)
 	report-zip demo test lint clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{printf "  %-18s%s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{printf "  %-20s%s\n", $$1, $$2}'
 	@echo; echo "  Settings, as in: make train NAME=a LR=8e-4 DICE=1.5"
 	@sed -n 's/^##= /  /p' Makefile
 
@@ -131,4 +133,4 @@ test: $(READY) ## lint and tests
 	$(PY) -m pytest -q $(ARGS)
 
 clean: ## remove the environment, caches and drawn faces; never runs/ or data
-	rm -rf $(or $(VENV),.venv) build .pytest_cache .ruff_cache __pycache__ checks/__pycache__
+	rm -rf $(or $(VENV),.venv) build/cache build/drawn-faces build/demo-masks .pytest_cache .ruff_cache __pycache__ checks/__pycache__

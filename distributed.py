@@ -31,8 +31,14 @@ def local_device(name):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(name)
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name} is not to be had here; give auto or cpu") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def total(tensor):
@@ -83,6 +89,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x):
         if not (self.training and dist.is_initialized()):
             return super().forward(x)
+        x = x.float()  # sums of squares overflow half precision
         count = x.numel() // x.shape[1] * dist.get_world_size()
         sums = _Sum.apply(torch.cat([x.sum((0, 2, 3)), (x * x).sum((0, 2, 3))]))
         mean, square = (sums / count).chunk(2)

@@ -4,7 +4,7 @@
     python launch.py --resume a
 
 All flags but --nproc are train.py's. By default there is one process a GPU, or on a CPU one a core with one thread
-each, which is faster than one process with all threads (README, "How fast").
+each.
 """
 
 import logging
@@ -19,7 +19,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from errors import ArgumentParser, UserError, run_main
 from options import parse
-from rundir import in_force
+from rundir import find_run, in_force, read_json
 
 
 def default_processes(args):
@@ -39,7 +39,9 @@ def main():
     args = in_force(*parse(flags))
     if own.nproc < 0 or own.nproc > 1024:
         raise UserError(f"--nproc {own.nproc}: give the number of processes, or 0 for one a core or GPU")
-    processes = own.nproc or default_processes(args)
+    # A resumed run goes on with as many as it began with, for sums over processes depend on their number.
+    begun = read_json(find_run(args.resume, args.runs) / "args.json").get("processes") if args.resume else None
+    processes = own.nproc or begun or default_processes(args)
     command = [sys.executable, str(Path(__file__).with_name("train.py")), *flags]
     if processes == 1:
         os.execv(command[0], command)

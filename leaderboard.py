@@ -55,12 +55,12 @@ def leaderboard(rows):
 
 def recipe_table(recipes, rows):
     """The table of `make recipes` as text: the reference's figure and our best batch-of-32 and official scores."""
-    lines = [f"{'recipe':<30}{'reference':>10}{'batch32':>9}{'official':>9}  what it is"]
+    lines = [f"{'recipe':<34}{'reference':>10}{'batch32':>9}{'official':>9}  what it is"]
     for name, recipe in recipes.items():
         own = [row for row in rows if row["recipe"] == name]
         reference = f"{recipe['reference']:.4f}" if "reference" in recipe else "-"
         ours = [f"{own[0][key]:.4f}" if own else "-" for key in ("batch32", "official")]
-        lines.append(f"{name:<30}{reference:>10}{ours[0]:>9}{ours[1]:>9}  {recipe.get('about', '')}")
+        lines.append(f"{name:<34}{reference:>10}{ours[0]:>9}{ours[1]:>9}  {recipe.get('about', '')}")
     return "\n".join(lines)
 
 

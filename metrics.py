@@ -1,6 +1,6 @@
 """The official score: F per label and image, averaged over the labels present, then over the images.
 
-python metrics.py runs/a/val-masks data/train/masks
+python metrics.py masks data/train/masks
 python metrics.py --help
 """
 

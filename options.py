@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 
 from augment import PRESETS, Strength
-from errors import ArgumentParser, UserError, run_main
+from errors import ArgumentParser, UserError
 from labels import NUM_CLASSES
 from model import MODELS
 from schedule import parse_sizes
@@ -139,6 +139,8 @@ def parse(argv):
     args = parser.parse_args(given)
     if args.resume == "":
         raise UserError("name the run to go on with: make resume NAME=a")
+    if "--epochs" in {flag.partition("=")[0] for flag in argv} and ":" in args.sizes:
+        raise UserError(f"--epochs has no effect, for --sizes {args.sizes} names its epochs; give --sizes instead")
     check(args)
     unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # argparse sets no defaults where a value stands
     return args, {name for name, value in vars(parser.parse_args(given, unset)).items() if value is not None}
@@ -151,7 +153,7 @@ def check(args):
         "dice": (0, 1e6), "focal": (0, 100), "smoothing": (0, 1), "ema": (0, 0.999999), "val_every": (1, 1e6),
         "seed": (0, 2**32 - 1), "split_seed": (0, 2**32 - 1), "warmup": (0, 1e6), "clip": (0, 1e6),
         "weight_decay": (0, 100), "restart_period": (1e-3, 1e6), "restart_growth": (1, 100), "patience": (0, 1e6),
-        "lr_floor": (0, 1), "threads": (0, 4096), "target": (0, 1),
+        "lr_floor": (0, 1), "threads": (0, 4096), "target": (0, 1), "keep_every": (0, 1e6), "save_minutes": (0, 1e6),
     }  # fmt: skip
     for name, (low, high) in ranges.items():
         value = getattr(args, name)
@@ -177,8 +179,13 @@ def strength(args):
             raise UserError(f"--{name} {getattr(result, name)} is no probability from 0 to 1")
     if result.mixup + result.cutmix > 1:
         raise UserError("--mixup and --cutmix are probabilities of which an image draws one: they add up to 1 at most")
-    if min(result.mixup_alpha, result.cutmix_alpha) <= 0:
-        raise UserError("--mixup-alpha and --cutmix-alpha must be above 0")
+    highest = {"rotate": 180, "scale": 2, "shift": 1, "brightness": 1, "contrast": 1, "saturation": 1}
+    for name, high in highest.items():
+        if not 0 <= getattr(result, name) <= high:
+            raise UserError(f"--{name} {getattr(result, name)} is out of range: 0 to {high}")
+    for name in ("mixup_alpha", "cutmix_alpha"):
+        if not 0 < getattr(result, name) <= 100:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(result, name)} is out of range: above 0, to 100")
     return result
 
 
@@ -205,13 +212,3 @@ def model_arguments(args):
         raise UserError(f'--model-args {args.model_args}: give a JSON object, as {{"coordinates": false}}')
     own = {"lmsa": args.lmsa} if args.model == "microsegformer" else {}
     return {**own, "dropout": args.dropout, **extra}
-
-
-def main():
-    for name, recipe in load_recipes().items():
-        figure = f"{recipe['reference']:.4f}" if "reference" in recipe else ""
-        print(f"{name:<30}{figure:>8}  {recipe.get('about', '')}")
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -61,7 +61,7 @@ def open_run(args, parameters):
 def _reopen(args):
     folder = find_run(args.resume, args.runs)
     if not (folder / "last.pt").is_file():
-        raise UserError(f"{folder} has no last.pt to go on from; start it anew with --overwrite")
+        raise UserError(f"{folder} has no last.pt to go on from; start it anew with OVERWRITE=1 (--overwrite)")
     _lock(folder)
     return folder
 
@@ -79,14 +79,15 @@ def _create(args, parameters):
     folder = runs / name
     if folder.exists() and not args.overwrite:
         remedy = f"`make resume NAME={name}` goes on with it" if (folder / "last.pt").exists() else "choose another"
-        raise UserError(f"run {folder} exists: {remedy}, --overwrite replaces it")
+        raise UserError(f"run {folder} exists: {remedy}, OVERWRITE=1 (--overwrite) replaces it")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {folder}: {error.strerror}; see --runs") from None
     _lock(folder)
-    for old in ("best.pt", "last.pt", "best.json", "metrics.jsonl", "args.json"):
-        (folder / old).unlink(missing_ok=True)
+    for pattern in ("*.pt", "submission-*.zip", "best.json", "metrics.jsonl", "args.json"):
+        for old in folder.glob(pattern):
+            old.unlink()
     record = {
         "args": vars(args),
         "parameters": parameters,

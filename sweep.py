@@ -18,9 +18,13 @@ from options import parse
 HERE = Path(__file__).parent
 
 
+# Values of these flags may hold spaces of their own.
+WHOLE = {"--name", "--data", "--from", "--runs", "--cache", "--model-args"}
+
+
 def expand(argv):
     """[(name suffix, flags)] for every combination of the values that stand in one argument, separated by spaces."""
-    choices = [part.split() if " " in part.strip() and not part.startswith("{") else [part] for part in argv]
+    choices = [[part] if i and argv[i - 1] in WHOLE else part.split() or [part] for i, part in enumerate(argv)]
     several = [i for i, values in enumerate(choices) if len(values) > 1]
     if not several:
         raise UserError('a sweep needs a flag with several values, as DICE="0.5 1.0 1.5"')
@@ -42,9 +46,9 @@ def main():
         name = f"{args.name or args.recipe or 'sweep'}-{suffix}"
         folder = Path(args.runs, name)
         if (folder / "last.pt").is_file() and not args.overwrite:
-            flags = ["--resume", name, "--runs", args.runs]
+            flags = [*flags, "--resume", name]  # with its flags, so that other settings are refused
         else:
-            flags = [*flags, "--name", name, *(["--overwrite"] if folder.exists() else [])]
+            flags = [*flags, "--name", name]
         print(f"--- {name}", flush=True)
         status = subprocess.call([sys.executable, str(HERE / "launch.py"), *flags])
         if status:

@@ -81,9 +81,11 @@ def set_up(args):
         distributed.first(lambda: load_pairs(data, args.cache) and None)  # one of them makes the cache
     pairs = load_pairs(data, args.cache)
     train_indices, val_indices = split(len(pairs.names), args.val_split, args.split_seed)
-    batch, changes = min(args.batch, len(train_indices)), strength(args)
-    if batch % processes or (processes > 1 and needs_pairs(changes) and batch // processes % 2):
-        raise UserError(f"--batch {batch} does not share out evenly (in pairs for mixing) over {processes} processes")
+    changes = strength(args)
+    unit = 1 if processes == 1 else 2 * processes if needs_pairs(changes) else processes
+    batch = min(args.batch, len(train_indices) // unit * unit)
+    if not batch or batch % unit:
+        raise UserError(f"--batch {args.batch} of {len(train_indices)} pairs is no multiple of {unit}; try NPROC=1")
 
     torch.manual_seed(args.seed)
     try:
@@ -292,7 +294,7 @@ def warn_if_long(t, speed):
     if hours > LONG_HOURS:
         print(
             f"at this speed the run takes about {hours:.0f} hours on this device; RECIPE=cpu (128, then 256 pixels) "
-            "takes about half an hour on two cores",
+            "takes about half an hour on one core",
             file=sys.stderr,
         )
 
