@@ -46,6 +46,8 @@ def main():
     device = local_device(args.device)
     paths = [find_weights(weights) for weights in args.weights]
     if args.average_weights:
+        if len({path.resolve().parent for path in paths}) > 1:
+            print("note: checkpoints of several runs; the challenge allows an average of one run's", file=sys.stderr)
         content = average_weights(paths)
         if args.save:
             checkpoint.save(args.save, content)

@@ -43,6 +43,8 @@ def predict_all(models, size, args, device):
 
     The others are done all the same. UserError where two images would share a mask's name.
     """
+    if size % 32 or not 32 <= size <= 2048:
+        raise UserError(f"--size {size}: give a multiple of 32 from 32 to 2048, or 0 for the checkpoint's own")
     files = image_files(args.input)
     stems = {}
     for path in files:
@@ -79,7 +81,9 @@ def main():
     parser.add_argument("--weights", help="checkpoint, or run's name or folder; default the release, else the best run")
     args = parser.parse_args()
     device = local_device(args.device)
-    model, info = load_model(find_weights(args.weights), device)
+    weights = find_weights(args.weights)
+    model, info = load_model(weights, device)
+    print(f"weights {weights}")
     return predict_all([model], args.size or info["size"], args, device)
 
 

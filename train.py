@@ -11,6 +11,7 @@ best epoch by label and image), best.pt (inference) and last.pt (resume).
 import argparse
 import copy
 import math
+import shlex
 import signal
 import sys
 import time
@@ -360,13 +361,14 @@ def main():
         if t.rank and "Connection" in str(error):
             return 1
         raise
+    name = shlex.quote(t.folder.name)
     if t.rank == 0 and number:
-        print(f"\nstopped in epoch {t.progress['epoch'] + 1}, saved; go on with: make resume NAME={t.folder.name}")
+        print(f"\nstopped in epoch {t.progress['epoch'] + 1}, saved; go on with: make resume NAME={name}")
     elif t.rank == 0:
         best, epoch = t.progress["best"], t.progress["best_epoch"]
         score = f"official score {best:.4f} in epoch {epoch}" if len(t.val_indices) else f"{epoch} epochs done"
         print(f"{score}, weights {t.folder}/best.pt")
-        print(f"next: make predict NAME={t.folder.name} IN=photos OUT=masks, or make submit NAME={t.folder.name}")
+        print(f"next: make predict NAME={name} IN=photos OUT=masks, or make submit NAME={name}")
     return 128 + number if number else 0
 
 
