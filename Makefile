@@ -15,7 +15,7 @@ TRAIN_VARS := RECIPE MODEL DROPOUT EPOCHS SIZES BATCH LR SCHEDULE WARMUP PATIENC
 ##= DATA      folder with train/, dev/, test/ (default: data, else drawn faces)
 ##= RECIPE    named settings of recipes.toml (make recipes)
 ##= FROM      run or checkpoint whose weights a training starts from
-##= NPROC     processes of a training (default: one a GPU, or one a core)
+##= NPROC     processes of a training (default: one a GPU; one on a CPU)
 ##= LMSA      1 or 0: with or without LMSA
 ##= MODEL DROPOUT EPOCHS SIZES BATCH LR SCHEDULE WARMUP PATIENCE CE DICE FOCAL SMOOTHING EMA AUGMENT FLIP
 ##=           ROTATE SCALE SHIFT MIXUP CUTMIX SEED CLIP AMP DEVICE THREADS: flags of train.py of the same name
@@ -30,22 +30,40 @@ TRAIN_VARS := RECIPE MODEL DROPOUT EPOCHS SIZES BATCH LR SCHEDULE WARMUP PATIENC
 ##= RAW       downloaded data, as a zip or folder
 ##= PYTHON VENV  interpreter and environment; VENV= uses PYTHON as it is
 ##= ARGS      any other flags of the script
-VARS := $(TRAIN_VARS) NAME DATA FROM NPROC LMSA OVERWRITE IN OUT WEIGHTS VIEWS PHASE ZIP RUN MATRIC REPORT RAW PYTHON \
-	VENV ARGS
+# What each target takes. A variable that is misspelt, or that the target would ignore, is an error.
+TAKES_data := RAW DATA ARGS
+TAKES_check-data := DATA ARGS
+TAKES_train := $(TRAIN_VARS) NAME DATA FROM NPROC LMSA OVERWRITE ARGS
+TAKES_sweep := $(TAKES_train)
+TAKES_resume := NAME DATA NPROC DEVICE THREADS ARGS
+TAKES_recipes := ARGS
+TAKES_runs := ARGS
+TAKES_predict := IN OUT NAME WEIGHTS VIEWS DEVICE ARGS
+TAKES_evaluate := NAME WEIGHTS DATA VIEWS DEVICE ARGS
+TAKES_check-params := MODEL LMSA ARGS
+TAKES_submit := NAME WEIGHTS DATA PHASE ZIP VIEWS ARGS
+TAKES_check-submission := ZIP DATA PHASE RUN ARGS
+TAKES_report-zip := MATRIC REPORT NAME DATA ARGS
+TAKES_test := ARGS
+VARS := $(sort $(foreach v,$(filter TAKES_%,$(.VARIABLES)),$($(v))))
 
-# A misspelt variable must not be ignored.
+GOALS := $(or $(MAKECMDGOALS),help)
 GIVEN := $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $(v))),$(v)))
-UNKNOWN := $(filter-out $(VARS) MAKEFLAGS MAKEOVERRIDES -*-command-variables-*-,$(GIVEN))
-ifneq ($(strip $(UNKNOWN)),)
-$(error unknown variable $(firstword $(UNKNOWN)); `make help` lists them)
-endif
+GIVEN := $(filter-out PYTHON VENV MAKEFLAGS MAKEOVERRIDES -*-command-variables-*-,$(GIVEN))
+UNKNOWN := $(firstword $(filter-out $(VARS),$(GIVEN)))
+UNUSED := $(firstword $(filter-out $(foreach g,$(GOALS),$(TAKES_$(g))),$(GIVEN)))
+$(if $(UNKNOWN),$(error unknown variable $(UNKNOWN); `make help` lists them))
+$(if $(UNUSED),$(error $(UNUSED) does nothing in `make $(GOALS)`, which takes: $(or \
+	$(strip $(foreach g,$(GOALS),$(TAKES_$(g)))),no settings)))
 
 # A setting is what is typed: an exported NAME or DEVICE of the shell is somebody else's.
-$(foreach v,$(filter-out PYTHON VENV,$(VARS)),$(if $(filter environment,$(origin $(v))),$(eval $(v) :=)))
+$(foreach v,$(VARS),$(if $(filter environment,$(origin $(v))),$(eval $(v) :=)))
 
 PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 READY := $(if $(VENV),$(VENV)/.ready)
-flag = $(if $(strip $($(1))),--$(or $(2),$(shell echo $(1) | tr A-Z_ a-z-)) "$($(1))")
+# A setting reaches the script as it was typed, whatever quotes or dollars it holds.
+quoted = '$(subst ','\'',$(value $(1)))'
+flag = $(if $(strip $(value $(1))),--$(or $(2),$(shell echo $(1) | tr A-Z_ a-z-)) $(call quoted,$(1)))
 # "yes" of a switch that is on, nothing of one that is off or not given.
 switch = $(if $(filter 1 yes on true,$($(1))),yes,$(if $(filter-out 0 no off false,$($(1))),$(error $(1)=$($(1)): give 1 or 0)))
 DATA_FLAG = $(call flag,DATA)
@@ -71,7 +89,7 @@ install: $(READY) ## make the environment (any target does, once)
 
 # make data RAW=~/Downloads/CelebAMask-HQ.zip
 data: $(READY) ## prepare DATA from RAW: the challenge's zip or folder, or the CelebAMask-HQ release
-	$(PY) prepare.py $(call flag,RAW) --out "$(or $(DATA),data)" $(ARGS)
+	$(PY) prepare.py $(call flag,RAW) $(or $(call flag,DATA,out),--out data) $(ARGS)
 
 check-data: $(READY) ## audit DATA: unpaired, damaged, wrong size or labels, duplicates, reversed sides
 	$(PY) audit.py $(DATA_FLAG) $(ARGS)
@@ -82,11 +100,11 @@ train: $(READY) ## train a run
 
 # make resume NAME=a
 resume: $(READY) ## go on with run NAME exactly where it stopped
-	$(TRAIN) --resume "$(NAME)" $(DATA_FLAG) $(call flag,DEVICE) $(call flag,THREADS) $(ARGS)
+	$(TRAIN) --resume $(call quoted,NAME) $(DATA_FLAG) $(call flag,DEVICE) $(call flag,THREADS) $(ARGS)
 
 # make sweep DICE="0.5 1.0 1.5 2.0"
 sweep: $(READY) ## one run for each value of a variable that holds several
-	$(PY) sweep.py $(call flag,NAME) $(TRAIN_FLAGS) $(ARGS)
+	$(PY) sweep.py $(call flag,NPROC) $(call flag,NAME) $(TRAIN_FLAGS) $(ARGS)
 
 recipes: $(READY) ## list the recipes with the reference's figures and ours
 	$(PY) leaderboard.py --recipes $(ARGS)

@@ -12,10 +12,12 @@ from errors import UserError
 def atomic(path):
     """A temporary path beside `path` that takes its place when the block ends well, and vanishes when it does not.
 
-    UserError where the disk is full or the folder cannot be written; the former file is whole then.
+    UserError where the disk is full or the folder is missing or cannot be written; the former file is whole then.
     """
     path = Path(path)
     temporary = None
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}; make it first")
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         os.close(handle)

@@ -1,7 +1,7 @@
 """Audit a data folder: pairs, files, sizes, modes, labels, duplicates, and masks with left and right reversed.
 
-    python audit.py --data data
-    python audit.py --data data --list > faults.txt
+python audit.py --data data
+python audit.py --data data --list > faults.txt
 
 Exit status 0 where all is well, 1 where something is wrong, 2 where there is nothing to audit.
 """
@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import ArgumentParser, UserError, run_main
+from data import resolve
+from errors import ArgumentParser, UserError, positive, run_main
 from labels import NAMES, NUM_CLASSES
 from parallel import in_parallel
-from prepare import open_image, positive
+from prepare import open_image
 from sides import reversed_sides
 
 SIZE = (512, 512)
@@ -118,12 +119,13 @@ def report(faults, pixels, files, data, every=False):
 
 def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", default="data", help="folder with train/images, train/masks, dev and test")
+    parser.add_argument("--data", help="folder with train/, dev/ and test/; default ./data, else drawn faces")
     parser.add_argument("--workers", type=positive, help="processes; without it one a core")
     parser.add_argument("--list", action="store_true", help="name every faulty file, one a line")
     args = parser.parse_args()
-    faults, pixels, files = audit(args.data, args.workers)
-    print(report(faults, pixels, files, args.data, args.list))
+    data = resolve(args.data)
+    faults, pixels, files = audit(data, args.workers)
+    print(report(faults, pixels, files, data, args.list))
     return int(any(faults.values()))
 
 

@@ -3,8 +3,8 @@
 Numbers are drawn on the CPU for the whole global batch from (seed, epoch, step), so a run does not depend on the
 device, on a restart, or on how many processes share the batch; the tensor work runs where the batch lies.
 
-    python train.py --augment advanced
-    python train.py --augment basic --rotate 25 --cutmix 0.3
+python train.py --augment advanced
+python train.py --augment basic --rotate 25 --cutmix 0.3
 """
 
 from dataclasses import dataclass

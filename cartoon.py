@@ -1,7 +1,7 @@
 """Cartoon faces as labelled polygons: who a person is, and what there is to paint, back to front.
 
-    python synth.py                                        # a dataset of such faces
-    python -c "import synth; synth.draw_face(7)[0].show()" # one of them
+python synth.py                                        # a dataset of such faces
+python -c "import synth; synth.draw_face(7)[0].show()" # one of them
 
 Polygons stand in face coordinates: pixels of a 512 px portrait, origin between eyes and mouth, x to the image's
 right, so that the person's left is positive, y down.

@@ -1,7 +1,7 @@
 """Judge a Codabench zip, ours or another's: a line for every check and every fault, exit status 1 where there is one.
 
-    python check_submission.py --zip runs/a/submission-test.zip
-    python check_submission.py --zip runs/a/submission-test.zip --run 5
+python check_submission.py --zip runs/a/submission-test.zip
+python check_submission.py --zip runs/a/submission-test.zip --run 5
 
 Reading a zip executes nothing of it. With --run, its run.py is executed in an empty folder, as the organisers do, and
 its masks are compared with those in the zip: do that with zips you trust.

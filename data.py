@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from errors import ArgumentParser, UserError, run_main
+from errors import ArgumentParser, UserError, positive, run_main
 from images import image_files, read_image, read_mask
 from parallel import in_parallel
 from sides import reversed_sides, swap_sides
@@ -176,7 +176,7 @@ def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", help="folder with train/images and train/masks; default ./data, else drawn faces")
     parser.add_argument("--cache", default="build/cache", help="folder of the decoded copies")
-    parser.add_argument("--workers", type=int, help="decoding processes; default one a core")
+    parser.add_argument("--workers", type=positive, help="decoding processes; default one a core")
     args = parser.parse_args()
     pairs = load_pairs(resolve(args.data), args.cache, args.workers)
     print(f"{len(pairs.names)} pairs, {int(pairs.reversed.sum())} with left and right reversed")

@@ -1,7 +1,7 @@
 """Logit offsets by label that raise the official score, fitted on held-out pairs and folded into the classifier.
 
-    python decode.py --weights runs/a/best.pt
-    python decode.py --weights runs/a/best.pt --save runs/a/decoded.pt
+python decode.py --weights runs/a/best.pt
+python decode.py --weights runs/a/best.pt --save runs/a/decoded.pt
 
 The score averages F over the labels present in an image, so the best mask is not the likeliest label of every pixel:
 a rare label deserves a lower bar. One offset a label is added to the logits. What is printed as the gain is

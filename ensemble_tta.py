@@ -1,7 +1,7 @@
 """Masks from several checkpoints and views averaged, or from one run's checkpoints averaged into one model.
 
-    python ensemble_tta.py --weights runs/a/best.pt runs/b/best.pt --views flip --input photos --output masks
-    python ensemble_tta.py --weights runs/a/epoch-*.pt --average-weights --input photos --output masks
+python ensemble_tta.py --weights runs/a/best.pt runs/b/best.pt --views flip --input photos --output masks
+python ensemble_tta.py --weights runs/a/epoch-*.pt --average-weights --input photos --output masks
 
 Averaging the predictions of several models is an ensemble, which the challenge forbids to submit; an average of the
 weights of one run is one model, which it allows (arXiv 1803.05407).

@@ -16,6 +16,13 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} ({self.prog} --help lists the flags)")
 
 
+def positive(text):
+    """An argparse type: a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
 def run_main(main):
     """Call `main()`; print a UserError as one line and exit with status 2, Ctrl-C with 130.
 

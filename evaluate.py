@@ -1,7 +1,7 @@
 """The official score of a network on held-out pairs, as the challenge counts: labels as they are, at 512 x 512.
 
-    python evaluate.py --weights runs/a/best.pt
-    python evaluate.py --weights a --views flip,scales --data data
+python evaluate.py --weights runs/a/best.pt
+python evaluate.py --weights a --views flip,scales --data data
 
 The held-out pairs are those of the reference's split, which a network trained with --val-split 0 has seen.
 """

@@ -1,10 +1,9 @@
 """Start train.py in one process or several, with user mistakes told once and before any process starts.
 
-    python launch.py --nproc 2 --name a --dice 1.5
-    python launch.py --resume a
+python launch.py --nproc 2 --name a --dice 1.5
+python launch.py --resume a
 
-All flags but --nproc are train.py's. By default there is one process a GPU, or on a CPU one a core with one thread
-each.
+All flags but --nproc are train.py's. By default there is one process a GPU, and on a CPU one with a thread a core.
 """
 
 import logging
@@ -23,13 +22,9 @@ from rundir import find_run, in_force, read_json
 
 
 def default_processes(args):
-    """One process a GPU or, on a CPU, one a core that takes an even share of the batch."""
-    if args.device.startswith(("mps", "cuda:")):
-        return 1
-    if torch.cuda.is_available() and args.device in ("auto", "cuda"):
-        return torch.cuda.device_count()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(n for n in range(1, cores + 1) if args.batch % (2 * n) == 0 or n == 1)
+    """One process a GPU; one on a CPU, where a process a core gains nothing over threads (`make bench`)."""
+    everywhere = torch.cuda.is_available() and args.device in ("auto", "cuda")
+    return torch.cuda.device_count() if everywhere else 1
 
 
 def main():
@@ -38,7 +33,7 @@ def main():
     own, flags = parser.parse_known_args()
     args = in_force(*parse(flags))
     if own.nproc < 0 or own.nproc > 1024:
-        raise UserError(f"--nproc {own.nproc}: give the number of processes, or 0 for one a core or GPU")
+        raise UserError(f"--nproc {own.nproc}: give the number of processes, or 0 for one a GPU")
     # A resumed run goes on with as many as it began with, for sums over processes depend on their number.
     begun = read_json(find_run(args.resume, args.runs) / "args.json").get("processes") if args.resume else None
     processes = own.nproc or begun or default_processes(args)
@@ -49,7 +44,7 @@ def main():
         min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         run_id=str(os.getpid()), max_restarts=0, monitor_interval=0.2,
     )  # fmt: skip
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // processes)))
     logging.disable(logging.CRITICAL)  # the processes tell their own mistakes; the launcher's report would bury them
     try:
         elastic_launch(config, command[0])(*command[1:])

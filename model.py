@@ -1,7 +1,7 @@
 """The networks: MicroSegFormer (the reference) and MicroUNet, each from an image to 19 logits per pixel.
 
-    python model.py --model microsegformer     # table of parameters by module, fails at the limit
-    python model.py --model microsegformer --no-lmsa
+python model.py --model microsegformer     # table of parameters by module, fails at the limit
+python model.py --model microsegformer --no-lmsa
 
 Both take float images (B, 3, H, W) with values 0..1 and return logits (B, 19, H, W).
 """

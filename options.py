@@ -57,7 +57,7 @@ def build_parser():
     length.add_argument("--sizes", default="512", help="image sides, with epochs for several: 128:36,256:12")
     length.add_argument("--batch", type=int, default=32, help="images a step, over all processes")
     length.add_argument("--lr", type=float, default=8e-4, help="highest learning rate")
-    length.add_argument("--warmup", type=float, default=5, help="epochs of linear warm-up")
+    length.add_argument("--warmup", type=float, default=5, help="epochs of linear warm-up; at most half of the run")
     length.add_argument("--schedule", choices=("cosine", "restarts", "constant"), default="cosine")
     length.add_argument("--lr-floor", type=float, default=0.0, help="last learning rate as a share of --lr")
     length.add_argument("--restart-period", type=float, default=30, help="epochs to the first warm restart")

@@ -1,7 +1,7 @@
 """The zip that Codabench takes: masks of the test images, and run.py with the checkpoint that makes them.
 
-    python package.py --name a                             # runs/a/submission-test.zip
-    python package.py --phase dev --views flip,scales      # masks alone, of the release or the best run
+python package.py --name a                             # runs/a/submission-test.zip
+python package.py --phase dev --views flip,scales      # masks alone, of the release or the best run
 
 run.py is one file joined from this project's sources. The masks are made by it, and the zip is proven before it is put
 in its place: check_submission.py judges it and runs run.py on some images once more, in an empty folder.

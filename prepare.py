@@ -1,7 +1,7 @@
 """Make a data folder (train/images, train/masks, dev/images, test/images) from what one downloads.
 
-    python prepare.py --raw challenge.zip --out data
-    python prepare.py --raw CelebAMask-HQ --out data-hq --count 1000
+python prepare.py --raw challenge.zip --out data
+python prepare.py --raw CelebAMask-HQ --out data-hq --count 1000
 
 RAW is a folder or a zip, of the challenge's form or of the raw CelebAMask-HQ release (Lee et al., arXiv 1907.11922).
 An interrupted run is continued by the same command.
@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from errors import ArgumentParser, UserError, run_main
+from errors import ArgumentParser, UserError, positive, run_main
 from labels import COLOURS, NAMES, NUM_CLASSES, PALETTE
 from parallel import in_parallel
 
@@ -292,13 +292,6 @@ def prepare(raw, out, *, workers=None, count=None, size=512):
         raise UserError(f"cannot write to {out}: {error.strerror}; see --out") from None
     tasks = [(out / name, source, size) for name, source in jobs.items()]
     return jobs, sum(in_parallel(_make, tasks, workers, "preparing", (_open_source, raw)))
-
-
-def positive(text):
-    """An argparse type: a whole number from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-    return int(text)
 
 
 def main():

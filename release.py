@@ -1,7 +1,7 @@
 """Make runs/release from a run: its records, and its weights in half precision.
 
-    python release.py --name a
-    python release.py --name a --weights runs/a/decoded.pt
+python release.py --name a
+python release.py --name a --weights runs/a/decoded.pt
 
 predict.py, package.py and evaluate.py use runs/release where no other weights are named.
 """

@@ -1,7 +1,7 @@
 """The zip for the course: the report, the masks handed in, all code, the checkpoint and a Readme.txt about them.
 
-    python report_zip.py --matric A12345678B --report report.pdf --name a     # build/A12345678B.zip
-    python report_zip.py --matric A12345678B --report report.pdf --out .      # of the release or the best run
+python report_zip.py --matric A12345678B --report report.pdf --name a     # build/A12345678B.zip
+python report_zip.py --matric A12345678B --report report.pdf --out .      # of the release or the best run
 
 Masks and checkpoint are those of the run's Codabench zip (package.py), which is made first where there is none.
 """
@@ -129,7 +129,7 @@ def code_files():
     with contextlib.suppress(FileNotFoundError):  # no git on this machine
         listed = subprocess.run(["git", "ls-files", "-z"], cwd=HERE, capture_output=True, text=True).stdout
         files |= {Path(name) for name in listed.split("\0") if name}
-    return sorted(path for path in files if path.parts[0] != "runs" and (HERE / path).is_file())
+    return sorted(p for p in files if p.parts[0] != "runs" and p.parts[0][0] != "." and (HERE / p).is_file())
 
 
 def readme(matric, report, folder, parameters, masks):

@@ -48,20 +48,22 @@ def cost(phases, epoch):
 def learning_rate(epoch, phases, *, lr, warmup, kind, floor, period, growth):
     """Learning rate at `epoch`, a float that counts finished epochs.
 
-    Linear warm-up over `warmup` epochs, then by `kind`: "constant"; "cosine" from lr to lr * floor over the compute
-    spent (pixels, so that a small size takes a small share; arXiv 1608.03983 without restarts); "restarts", the same
-    curve over `period` epochs, again and again, each period `growth` times the last.
+    Linear warm-up over `warmup` epochs (at most half of the run), then by `kind`: "constant"; "cosine" from lr to
+    lr * floor over the compute spent (pixels, so that a small size takes a small share; arXiv 1608.03983 without
+    restarts); "restarts", the same curve over `period` epochs, again and again, each period `growth` times the last.
     """
+    length = sum(epochs for _, epochs in phases)
+    warmup = min(warmup, length / 2)
     if epoch < warmup:
         return lr * epoch / warmup
     if kind == "constant":
         return lr
     if kind == "cosine":
-        start, end = cost(phases, warmup), cost(phases, sum(length for _, length in phases))
+        start, end = cost(phases, warmup), cost(phases, length)
         progress = (cost(phases, epoch) - start) / max(end - start, 1)
     else:
-        inside, length = epoch - warmup, period
-        while inside >= length:
-            inside, length = inside - length, length * growth
-        progress = inside / length
+        inside = epoch - warmup
+        while inside >= period:
+            inside, period = inside - period, period * growth
+        progress = inside / period
     return lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1))))

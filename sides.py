@@ -2,8 +2,8 @@
 
 In some 7 % of the challenge's masks the person's left and right have traded places: no mirrored image goes with them.
 
-    python -c "import sides, numpy as np; print(sides.reversed_sides(np.array([[4, 0, 5]], np.uint8)))"
-    make check-data        # names every such mask of a data folder
+python -c "import sides, numpy as np; print(sides.reversed_sides(np.array([[4, 0, 5]], np.uint8)))"
+make check-data        # names every such mask of a data folder
 """
 
 import numpy as np

@@ -1,7 +1,7 @@
 """The organisers' entry point: a face image to its mask, with nothing but a checkpoint beside it.
 
-    python solution.py --input photo.jpg --output mask.png --weights ckpt.pth
-    python solution.py --input data/test/images --output masks --weights ckpt.pth
+python solution.py --input photo.jpg --output mask.png --weights ckpt.pth
+python solution.py --input data/test/images --output masks --weights ckpt.pth
 
 package.py joins this file with the ones it needs into the run.py of a submission. Size and views of the image are
 those the checkpoint names. It computes on one CPU thread, so that its masks do not depend on the machine's cores.

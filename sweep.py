@@ -1,7 +1,7 @@
 """One training for each value of the flags that are given several values.
 
-    python sweep.py --dice "0.5 1.0 1.5 2.0" --sizes 128:12
-    python sweep.py --lr "4e-4 8e-4" --seed "1 2"
+python sweep.py --dice "0.5 1.0 1.5 2.0" --sizes 128:12
+python sweep.py --lr "4e-4 8e-4" --seed "1 2"
 
 Runs one after another, each named after its values; a run that exists already and is complete is passed over, one
 that was interrupted goes on, so the same command continues a sweep.
@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from errors import UserError, run_main
+from errors import ArgumentParser, UserError, run_main
 from options import parse
 
 HERE = Path(__file__).parent
@@ -38,6 +38,10 @@ def main():
     if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
         return 0
+    launcher = ArgumentParser(add_help=False, allow_abbrev=False)
+    launcher.add_argument("--nproc")  # launch.py's own
+    own, argv = launcher.parse_known_args(argv)
+    nproc = ["--nproc", own.nproc] if own.nproc else []
     runs = list(expand(argv))
     for _, flags in runs:
         parse(flags)  # every run's flags are checked before the first one starts
@@ -50,7 +54,7 @@ def main():
         else:
             flags = [*flags, "--name", name]
         print(f"--- {name}", flush=True)
-        status = subprocess.call([sys.executable, str(HERE / "launch.py"), *flags])
+        status = subprocess.call([sys.executable, str(HERE / "launch.py"), *nproc, *flags])
         if status:
             return status
     return 0

@@ -1,7 +1,7 @@
 """Draw a synthetic face-parsing dataset: cartoon faces with exact masks, for when CelebAMask-HQ is not at hand.
 
-    python synth.py                                        # data-synth/: 200 train pairs, 8 dev, 8 test images
-    python synth.py --out data-tiny --train 20 --size 128
+python synth.py                                        # data-synth/: 200 train pairs, 8 dev, 8 test images
+python synth.py --out data-tiny --train 20 --size 128
 
 The parts of a face (cartoon.py) are painted on image and mask alike, so the two agree by construction. How often a
 label occurs and how large it is follow CelebAMask-HQ (Lee et al., arXiv 1907.11922). A stopped run goes on where it

@@ -1,8 +1,8 @@
 """Train a face parser; one run is one folder below runs/.
 
-    python train.py --name a --dice 1.5 --lr 8e-4
-    python train.py --resume a
-    torchrun --standalone --nproc-per-node 2 train.py --name b --sizes 128:36,256:12 --batch 8
+python train.py --name a --dice 1.5 --lr 8e-4
+python train.py --resume a
+torchrun --standalone --nproc-per-node 2 train.py --name b --sizes 128:36,256:12 --batch 8
 
 runs/NAME/ holds args.json (arguments, commit, versions), metrics.jsonl (a line an epoch), best.json (scores of the
 best epoch by label and image), best.pt (inference) and last.pt (resume).

@@ -1,6 +1,7 @@
 """The Makefile: every target is listed, settings become flags, what is misspelt is an error."""
 
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -23,9 +24,10 @@ def make(*args, **environment):
 def test_help_is_the_default_and_lists_every_target_and_variable():
     shown = make("VENV=", "PYTHON=python3").stdout
     phony = re.search(r"\.PHONY:((?:.*\\\n)*.*)", MAKEFILE)[1].replace("\\", "").split()
-    variables = re.search(r"^VARS :=((?:.*\\\n)*.*)", MAKEFILE, re.M)[1].replace("\\", "").split()
-    variables += re.search(r"^TRAIN_VARS :=((?:.*\\\n)*.*)", MAKEFILE, re.M)[1].replace("\\", "").split()
-    for word in [*phony, *(v for v in variables if not v.startswith("$"))]:
+    taken = re.findall(r"^(?:TAKES_\S+|TRAIN_VARS) :=((?:.*\\\n)*.*)", MAKEFILE, re.M)
+    variables = {word for line in taken for word in line.replace("\\", "").split() if not word.startswith("$")}
+    assert {"RAW", "NPROC", "MATRIC", "LR"} <= variables
+    for word in [*phony, *variables]:
         assert re.search(rf"\b{word}\b", shown), word
 
 
@@ -34,23 +36,23 @@ def test_misspelt_variable_is_an_error():
     assert wrong.returncode == 2 and "DCIE" in wrong.stderr and wrong.stderr.count("\n") == 1
 
 
+def test_variable_that_a_target_would_ignore_is_an_error():
+    wrong = make("-n", "resume", "NAME=a", "LR=1")
+    assert wrong.returncode == 2 and "LR does nothing in `make resume`" in wrong.stderr
+    assert make("-n", "resume", "NAME=a", "VENV=", "DEVICE=cpu", "ARGS=--cache c").returncode == 0
+
+
+def test_names_reach_the_script_as_typed():
+    line = make("-n", "train", "VENV=", "PYTHON=echo", 'NAME=it\'s $HOME "x"').stdout
+    assert shlex.split(line)[2:] == ["--name", 'it\'s $HOME "x"']
+
+
 def test_settings_become_flags_and_empty_ones_do_not():
     line = make(
         "-n", "train", "VENV=", "PYTHON=py", "LR=8e-4", "DICE=1.5", "LMSA=0", "NAME=a", "EPOCHS=", "NPROC=2"
     ).stdout
-    assert line.split() == [
-        "py",
-        "launch.py",
-        "--nproc",
-        '"2"',
-        "--name",
-        '"a"',
-        "--lr",
-        '"8e-4"',
-        "--dice",
-        '"1.5"',
-        "--no-lmsa",
-    ]
+    flags = "--nproc 2 --name a --lr 8e-4 --dice 1.5 --no-lmsa"
+    assert shlex.split(line) == ["py", "launch.py", *flags.split()]
 
 
 def test_environment_does_not_leak_into_settings():

@@ -44,5 +44,9 @@ def test_warm_restarts_begin_at_the_top_again():
     assert got == pytest.approx([1, 0.5, 0, 1, 0.5, 0, 1], abs=1e-3)
 
 
+def test_warm_up_takes_half_of_a_short_run():
+    assert [rate(epoch, [(64, 2)], warmup=5) for epoch in (0.5, 1, 2)] == pytest.approx([0.5, 1, 0])
+
+
 def test_constant():
     assert rate(29, [(64, 30)], "constant") == 1.0
