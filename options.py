@@ -66,6 +66,7 @@ def build_parser():
     length.add_argument("--target", type=float, default=0.0, help="stop at this official score; 0 never")
 
     optim = parser.add_argument_group("optimiser")
+    optim.add_argument("--optimiser", choices=("adamw", "muon"), default="adamw")
     optim.add_argument("--weight-decay", type=float, default=1e-4)
     optim.add_argument("--decay-all", action=switch, default=True, help="decay biases and norms too, not matrices only")
     optim.add_argument("--clip", type=float, default=1.0, help="highest gradient norm; 0 does not clip")

@@ -29,10 +29,11 @@ from augment import Strength, augment, draw, needs_pairs, slice_batch
 from data import Batches, Pairs, load_pairs, resolve, split
 from errors import UserError, run_main
 from evaluate import evaluate
-from labels import NAMES
+from labels import NAMES, NUM_CLASSES
 from losses import segmentation_loss
 from metrics import batch_score, by_label, official_score
 from model import PARAM_LIMIT, build, count_parameters
+from muon import Muon
 from options import class_weights, model_arguments, parse, strength
 from rundir import append_metrics, find_weights, in_force, open_run, plain, truncate_metrics, write_best
 from schedule import cost, learning_rate, parse_sizes, size_at
@@ -100,8 +101,7 @@ def set_up(args):
     # Whatever the user can have mistaken is known by now: no run is begun that could not go on.
     folder, state = open_run(args, count_parameters(model))
     average = copy.deepcopy(model).requires_grad_(False) if args.ema else None
-    groups = parameter_groups(model, args.weight_decay, args.decay_all)
-    optimiser = torch.optim.AdamW(groups, lr=args.lr, fused=device.type != "mps")
+    optimiser = make_optimiser(model, args, device)
     autocast, scaler = precision(args.amp, device)
     progress = {"epoch": 0, "step": 0, "loss": 0.0, "best": -1.0, "best_epoch": 0, "seconds": 0.0}
     if state:
@@ -126,13 +126,18 @@ def set_up(args):
     )  # fmt: skip
 
 
-def parameter_groups(model, weight_decay, decay_all):
-    """AdamW groups: all parameters decayed, or only those of two dimensions and more."""
-    if decay_all:
-        return [{"params": list(model.parameters()), "weight_decay": weight_decay}]
+def make_optimiser(model, args, device):
+    """AdamW, or Muon for the hidden layers' matrices and AdamW for the rest; decay on matrices only, or on all."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    settings = {"lr": args.lr, "fused": device.type != "mps", "weight_decay": args.weight_decay}
+    rest = {"params": vectors, "weight_decay": args.weight_decay if args.decay_all else 0.0}
+    if args.optimiser == "adamw":
+        return torch.optim.AdamW([{"params": matrices}, rest], **settings)
+    # The first layer and depthwise filters see few channels, the classifier has labels for rows: no hidden matrices.
+    hidden = [p for p in matrices if p.shape[1] > 5 and p.shape[0] != NUM_CLASSES]
+    others = [p for p in matrices if all(p is not h for h in hidden)]
+    return Muon([{"params": hidden, "orthogonal": True}, {"params": others}, rest], **settings)
 
 
 def precision(amp, device):
