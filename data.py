@@ -17,6 +17,7 @@ import torch
 
 from errors import ArgumentParser, UserError, positive, run_main
 from images import image_files, read_image, read_mask
+from labels import NUM_CLASSES
 from parallel import in_parallel
 from sides import reversed_sides, swap_sides
 from synth import make_dataset
@@ -49,14 +50,24 @@ class Pairs:
 class Batches:
     """Training batches as uint8 tensors on the device: all pairs resident if they fit, else read from the map."""
 
-    def __init__(self, pairs, indices, device, fix_sides):
+    def __init__(self, pairs, indices, device, fix_sides, repeat_rare=0.0):
         self.pairs, self.indices, self.device, self.fix_sides = pairs, indices, device, fix_sides
+        self.weights = repeat_factors(pairs.masks, indices, repeat_rare) if repeat_rare else None
         self.resident = None
         # On the CPU the map is memory already; on a GPU the pairs may take a share of what is free.
         needed = len(indices) * (IMAGE_BYTES + MASK_BYTES)
         if device.type == "cuda" and needed < 0.4 * torch.cuda.mem_get_info(device)[0]:
             chunks = [self.read(chunk) for chunk in np.array_split(np.arange(len(indices)), len(indices) // 64 + 1)]
             self.resident = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+
+    def order(self, seed):
+        """Positions (N,) of an epoch: a permutation, or draws with repeats where images weigh differently."""
+        rng, count = np.random.default_rng(seed), len(self.indices)
+        if self.weights is None:
+            return rng.permutation(count)
+        # Systematic sampling: an image of weight 2.3 comes twice or three times.
+        ends = np.cumsum(self.weights[shuffled := rng.permutation(count)]) * count / self.weights.sum()
+        return rng.permutation(shuffled[np.searchsorted(ends, np.arange(count) + rng.random())])
 
     def read(self, positions):
         """Images (B, 3, 512, 512) and masks (B, 512, 512) of the training pairs at these positions (B,)."""
@@ -65,6 +76,14 @@ class Batches:
             return [part[chosen] for part in self.resident]
         batch = self.pairs.batch(self.indices[positions], self.fix_sides)
         return [torch.from_numpy(part).to(self.device, non_blocking=True) for part in batch]
+
+
+def repeat_factors(masks, indices, share):
+    """How often each image is drawn (N,) >= 1: sqrt(share / f) for its rarest label, f the share of images that have
+    the label (repeat factor sampling, arXiv 1908.03195)."""
+    present = np.stack([np.bincount(masks[i].ravel(), minlength=NUM_CLASSES) > 0 for i in indices])
+    factors = np.sqrt(share / present.mean(0).clip(1 / len(indices))).clip(1)
+    return np.where(present, factors, 1).max(1)
 
 
 def resolve(data=None):

@@ -1,4 +1,4 @@
-"""Training losses: CE (or focal) and Dice, on hard or soft labels, in one pass over the log-probabilities.
+"""Training losses: CE (or focal), Dice and Lovasz, on hard or soft labels, in one pass over the log-probabilities.
 
 python train.py --ce 1.0 --dice 1.5
 python train.py --focal 2 --dice 1 --dice-over all
@@ -17,9 +17,9 @@ def label_sums(values, labels):
 
 
 def segmentation_loss(
-    logits, target, *, ce=1.0, dice=1.0, focal=0.0, class_weights=None, smoothing=0.0, dice_over="present"
+    logits, target, *, ce=1.0, dice=1.0, focal=0.0, class_weights=None, smoothing=0.0, dice_over="present", lovasz=0.0
 ):
-    """ce * cross-entropy + dice * Dice, a scalar.
+    """ce * cross-entropy + dice * Dice + lovasz * Lovasz-softmax, a scalar.
 
     logits (B, 19, H, W); target int64 labels (B, H, W) or shares (B, 19, H, W) that add up to 1.
 
@@ -33,6 +33,7 @@ def segmentation_loss(
       official score rewards; "all" over all 19 with the usual smoothing by one pixel, so that an absent label counts
       1 - 1/(1 + its predicted pixels). Small parts are a few cells of a small grid: there a pixel of smoothing hides
       them, so "present" goes without.
+    - `lovasz` weighs `lovasz_softmax`, on the likeliest label where the target is soft.
     """
     log_p = F.log_softmax(logits, 1)
     p = log_p.exp()
@@ -53,7 +54,24 @@ def segmentation_loss(
             present = (true > 0).to(terms.dtype)
             terms = (terms * present).sum(1) / present.sum(1)
         loss = loss + dice * terms.mean()
+    if lovasz:
+        loss = loss + lovasz * lovasz_softmax(p, target if hard else target.argmax(1))
     return loss
+
+
+def lovasz_softmax(p, labels):
+    """The convex surrogate of 1 - Jaccard over the labels present in each image, a scalar (arXiv 1705.08790).
+
+    p (B, 19, H, W) probabilities; labels int64 (B, H, W).
+    """
+    true = F.one_hot(labels.flatten(1), NUM_CLASSES).transpose(1, 2).to(p.dtype)  # (B, 19, N)
+    errors, order = (true - p.flatten(2)).abs().sort(2, descending=True)
+    true = true.gather(2, order)
+    total = true.sum(2, keepdim=True)
+    jaccard = 1 - (total - true.cumsum(2)) / (total + (1 - true).cumsum(2))
+    gradient = torch.cat([jaccard[..., :1], jaccard.diff(dim=2)], 2)
+    present = (total[..., 0] > 0).to(p.dtype)
+    return (((errors * gradient).sum(2) * present).sum(1) / present.sum(1)).mean()
 
 
 def _cross_entropy(log_p, p, target, hard, focal, class_weights, smoothing):

@@ -46,6 +46,10 @@ def build_parser():
     data.add_argument("--split-seed", type=int, default=42, help="of the split alone")
     data.add_argument("--fix-sides", action=switch, default=True, help="repair left-right reversed training masks")
 
+    data.add_argument(
+        "--repeat-rare", type=float, default=0.0, help="draw images with labels rarer than this share more often; 0 not"
+    )
+
     net = parser.add_argument_group("network")
     net.add_argument("--model", choices=sorted(MODELS), default="microsegformer")
     net.add_argument("--lmsa", action=switch, default=True, help="LMSA in MicroSegFormer")
@@ -75,6 +79,7 @@ def build_parser():
     loss = parser.add_argument_group("loss")
     loss.add_argument("--ce", type=float, default=1.0, help="weight of the cross-entropy")
     loss.add_argument("--dice", type=float, default=1.5, help="weight of the Dice loss")
+    loss.add_argument("--lovasz", type=float, default=0.0, help="weight of the Lovasz-softmax loss")
     loss.add_argument("--focal", type=float, default=0.0, help="focal exponent in the cross-entropy; 0 is plain")
     loss.add_argument("--class-weights", default="", help='"balanced" (1/sqrt(share)) or 19 numbers with commas')
     loss.add_argument("--smoothing", type=float, default=0.0, help="label smoothing in the cross-entropy")
@@ -155,12 +160,13 @@ def check(args):
         "seed": (0, 2**32 - 1), "split_seed": (0, 2**32 - 1), "warmup": (0, 1e6), "clip": (0, 1e6),
         "weight_decay": (0, 100), "restart_period": (1e-3, 1e6), "restart_growth": (1, 100), "patience": (0, 1e6),
         "lr_floor": (0, 1), "threads": (0, 4096), "target": (0, 1), "keep_every": (0, 1e6), "save_minutes": (0, 1e6),
+        "lovasz": (0, 1e6), "repeat_rare": (0, 1),
     }  # fmt: skip
     for name, (low, high) in ranges.items():
         value = getattr(args, name)
         if not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')} {value} is out of range: {low:g} to {high:g}")
-    if args.ce == args.dice == 0:
+    if args.ce == args.dice == args.lovasz == 0:
         raise UserError("--ce 0 with --dice 0 leaves no loss; give one of them a weight")
     if args.val_size % 32:
         raise UserError(f"--val-size {args.val_size}: give a multiple of 32, or 0 for the training's size")

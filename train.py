@@ -120,8 +120,8 @@ def set_up(args):
     if processes > 1:
         network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
     return Training(
-        args, folder, device, rank, processes, pairs, Batches(pairs, train_indices, device, args.fix_sides),
-        val_indices, parse_sizes(args.sizes, args.epochs), changes, batch, len(train_indices) // batch, model, network,
+        args, folder, device, rank, processes, pairs,
+        Batches(pairs, train_indices, device, args.fix_sides, args.repeat_rare), parse_sizes(args.sizes, args.epochs), changes, batch, len(train_indices) // batch, model, network,
         average, optimiser, autocast, scaler, label_weights(args, pairs, train_indices, device), progress,
     )  # fmt: skip
 
@@ -198,7 +198,7 @@ def train_step(t, epoch, step, positions):
         logits = t.network(images, full_size=stride == 1)
     loss = segmentation_loss(
         logits.float(), target, ce=args.ce, dice=args.dice, focal=args.focal, class_weights=t.label_weights,
-        smoothing=args.smoothing, dice_over=args.dice_over,
+        smoothing=args.smoothing, dice_over=args.dice_over, lovasz=args.lovasz,
     )  # fmt: skip
     value = distributed.total(loss.detach().clone()).item() / t.processes
     if not math.isfinite(value):
@@ -321,7 +321,7 @@ def train(t):
     for epoch in range(t.progress["epoch"], t.epochs):
         if finished(t):
             break
-        order = np.random.default_rng((t.args.seed, epoch)).permutation(len(t.batches.indices))
+        order = t.batches.order((t.args.seed, epoch))
         begun, first, speed = time.monotonic(), t.progress["step"], None
         for step in range(first, t.steps):
             loss = train_step(t, epoch, step, order[step * t.batch : (step + 1) * t.batch])
