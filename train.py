@@ -121,8 +121,9 @@ def set_up(args):
         network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
     return Training(
         args, folder, device, rank, processes, pairs,
-        Batches(pairs, train_indices, device, args.fix_sides, args.repeat_rare), parse_sizes(args.sizes, args.epochs), changes, batch, len(train_indices) // batch, model, network,
-        average, optimiser, autocast, scaler, label_weights(args, pairs, train_indices, device), progress,
+        Batches(pairs, train_indices, device, args.fix_sides, args.repeat_rare), val_indices,
+        parse_sizes(args.sizes, args.epochs), changes, batch, len(train_indices) // batch, model, network, average,
+        optimiser, autocast, scaler, label_weights(args, pairs, train_indices, device), progress,
     )  # fmt: skip
 
 
