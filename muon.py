@@ -12,15 +12,21 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, from the M
 
 
 def orthogonalise(matrix, steps=5):
-    """About U V^T of a float matrix (m, n) = U S V^T: singular values brought near 1 by a Newton-Schulz iteration."""
+    """About U V^T of a float matrix (m, n) = U S V^T: singular values brought near 1 by a Newton-Schulz iteration.
+
+    Each step multiplies the matrix from the left by a polynomial of its Gram matrix; the polynomials are gathered on
+    the short side first, so that the long side is passed over twice only.
+    """
     a, b, c = COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / (x.norm() + 1e-7)
+    gram, identity = x @ x.T, torch.eye(len(x), device=x.device)
+    product = identity
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        step = torch.addmm(a * identity + b * gram, gram, gram, alpha=c)
+        product, gram = step @ product, step @ gram @ step
+    x = product @ x
+    return x if x.shape == matrix.shape else x.T
 
 
 class Muon(torch.optim.AdamW):
