@@ -4,9 +4,10 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from data import find_pairs, load_pairs, split
+from data import Batches, Pairs, find_pairs, load_pairs, repeat_factors, split
 from errors import UserError
 from images import write_mask
 from synth import make_dataset
@@ -124,3 +125,16 @@ def test_spoilt_data_is_named_and_leaves_no_cache(data, tmp_path, spoil, told):
     with pytest.raises(UserError, match=told):
         load_pairs(data, tmp_path / "cache", workers=1)
     assert not list(tmp_path.glob("cache/*"))
+
+
+def test_images_of_rare_labels_are_drawn_more_often():
+    masks = np.zeros((40, 4, 4), np.uint8)
+    masks[0, 0, 0] = 14  # in one image of forty
+    masks[:20, 1] = 1
+    factors = repeat_factors(masks, np.arange(40), 0.4)
+    assert factors[0] == pytest.approx(4) and (factors[1:] == 1).all()
+    pairs = Pairs(None, masks, np.zeros(40, bool), [""] * 40)
+    batches = Batches(pairs, np.arange(40), torch.device("cpu"), True, 0.4)
+    drawn = np.stack([batches.order((0, epoch)) for epoch in range(50)])
+    assert drawn.shape == (50, 40) and (drawn == 0).sum(1).mean() == pytest.approx(4 * 40 / 43, abs=0.3)
+    assert sorted(Batches(pairs, np.arange(40), torch.device("cpu"), True).order((0, 1))) == list(range(40))

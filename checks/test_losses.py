@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from augment import soft_labels
-from losses import segmentation_loss
+from losses import lovasz_softmax, segmentation_loss
 
 
 @pytest.fixture
@@ -72,3 +72,23 @@ def test_shares_of_a_batch_average_to_the_whole(batch):
 def test_perfect_prediction_costs_nothing(batch):
     _, masks = batch
     assert segmentation_loss(F.one_hot(masks, 19).permute(0, 3, 1, 2).float() * 50, masks) < 1e-4
+
+
+def test_lovasz_equals_one_minus_jaccard_on_hard_predictions():
+    # On hard predictions the surrogate is the loss itself (arXiv 1705.08790, section 2).
+    labels = torch.randint(0, 4, (2, 8, 8), generator=torch.Generator().manual_seed(0))
+    predicted = labels.roll(1, 2)
+    p = F.one_hot(predicted, 19).permute(0, 3, 1, 2).float()
+    losses = []
+    for one, true in zip(predicted, labels, strict=True):
+        both = [((one == k) & (true == k)).sum() / ((one == k) | (true == k)).sum() for k in true.unique()]
+        losses.append(1 - torch.stack(both).mean())
+    assert torch.isclose(lovasz_softmax(p, labels), torch.stack(losses).mean(), atol=1e-6)
+
+
+def test_lovasz_joins_the_loss_with_its_weight(batch):
+    logits, masks = batch
+    wanted = segmentation_loss(logits, masks) + 0.5 * lovasz_softmax(logits.softmax(1), masks)
+    assert torch.isclose(segmentation_loss(logits, masks, lovasz=0.5), wanted)
+    shares = F.one_hot(masks, 19).permute(0, 3, 1, 2).float()
+    assert torch.isclose(segmentation_loss(logits, shares, lovasz=0.5), wanted, atol=1e-5)
