@@ -120,11 +120,14 @@ def load_recipes():
 
 
 def recipe_flags(name):
-    """A recipe's settings as a list of flags, so that they pass the same checks as typed ones."""
+    """A recipe's settings as a list of flags, so that they pass the same checks as typed ones.
+
+    Those of the recipe it is `like` come first.
+    """
     recipes = load_recipes()
     if name not in recipes:
         raise UserError(f"no recipe {name!r}; `make recipes` lists {', '.join(recipes)}")
-    flags = []
+    flags = recipe_flags(recipes[name]["like"]) if "like" in recipes[name] else []
     for key, value in recipes[name].get("set", {}).items():
         flag = f"--{key}"
         if isinstance(value, bool):

@@ -351,7 +351,9 @@ def train(t):
 
 
 def main():
+    began = time.monotonic()
     t = set_up(in_force(*parse(sys.argv[1:])))
+    t.progress["seconds"] += time.monotonic() - began  # a run's minutes count its cache and set-up
     count = count_parameters(t.model)
     if t.rank == 0:
         print(
