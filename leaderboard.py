@@ -2,9 +2,11 @@
 
 python leaderboard.py
 python leaderboard.py --recipes
+python leaderboard.py --markdown    # with the make line of each run, as docs/experiments.md has it
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 from errors import ArgumentParser, UserError, run_main
@@ -25,7 +27,25 @@ def summary(folder):
         "epochs": lines[-1]["epoch"], "parameters": record.get("parameters"), "lr": args["lr"], "dice": args["dice"],
         "lmsa": args["lmsa"] if args["model"] == "microsegformer" else None, "model": args["model"],
         "minutes": lines[-1]["minutes"], "recipe": args["recipe"], "labels": best["labels"],
+        "sizes": args["sizes"], "line": make_line(record["command"]),
     }  # fmt: skip
+
+
+def make_line(command):
+    """The make line that repeats a run, from its recorded command without what only names places."""
+    places = {"--name", "--runs", "--data", "--cache", "--threads"}
+    pairs = [part for flag in command[1:] for part in flag.split("=", 1)]
+    flags, skip = [], False
+    for part in pairs:
+        skip = part in places or (skip and not part.startswith("--"))
+        if not skip:
+            flags.append(part)
+    recipe = ""
+    if "--recipe" in flags:
+        at = flags.index("--recipe")
+        recipe = f" RECIPE={flags[at + 1]}"
+        del flags[at : at + 2]
+    return f"make train{recipe}" + (f' ARGS="{shlex.join(flags)}"' if flags else "")
 
 
 def summaries(runs):
@@ -53,6 +73,17 @@ def leaderboard(rows):
     return "\n".join(lines)
 
 
+def markdown(rows):
+    """The runs as a table in Markdown, those of one recipe together, best first."""
+    lines = ["| run | official | batch-of-32 | best epoch | sizes | command |", "|---|---|---|---|---|---|"]
+    for row in sorted(rows, key=lambda row: (row["recipe"] or "", -row["official"])):
+        lines.append(
+            f"| {row['name']} | {row['official']:.4f} | {row['batch32']:.4f} | {row['epoch']} of {row['epochs']} "
+            f"| {row['sizes']} | `{row['line']}` |"
+        )
+    return "\n".join(lines)
+
+
 def recipe_table(recipes, rows):
     """The table of `make recipes` as text: the reference's figure and our best batch-of-32 and official scores."""
     lines = [f"{'recipe':<34}{'reference':>10}{'batch32':>9}{'official':>9}  what it is"]
@@ -68,6 +99,7 @@ def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--runs", default="runs", help="folder of all runs")
     parser.add_argument("--recipes", action="store_true", help="list the recipes instead")
+    parser.add_argument("--markdown", action="store_true", help="a Markdown table with the make line of each run")
     args = parser.parse_args()
     if args.recipes:
         rows = summaries(args.runs) if Path(args.runs).is_dir() else []
@@ -76,7 +108,7 @@ def main():
     rows = summaries(args.runs)
     if not rows:
         raise UserError(f"no run in {args.runs} has been scored yet; `make train` makes one")
-    print(leaderboard(rows))
+    print((markdown if args.markdown else leaderboard)(rows))
     return 0
 
 

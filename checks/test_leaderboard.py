@@ -5,13 +5,13 @@ import json
 import pytest
 
 from errors import UserError
-from leaderboard import leaderboard, recipe_table, summaries
+from leaderboard import leaderboard, make_line, recipe_table, summaries
 
 
 def write_run(runs, name, scores, **args):
     (runs / name).mkdir(parents=True)
-    args = {"lr": 1e-3, "dice": 1.5, "lmsa": True, "model": "microsegformer", "recipe": None, **args}
-    (runs / name / "args.json").write_text(json.dumps({"args": args, "parameters": 1_747_923}))
+    args = {"lr": 1e-3, "dice": 1.5, "lmsa": True, "model": "microsegformer", "recipe": None, "sizes": "64:2", **args}
+    (runs / name / "args.json").write_text(json.dumps({"args": args, "parameters": 1_747_923, "command": ["train.py"]}))
     lines = [
         {"epoch": i, "official": score, "batch32": score - 0.1, "minutes": i * 2.0, "labels": []}
         for i, score in enumerate(scores, 1)
@@ -49,3 +49,21 @@ def test_recipes_show_our_best_run_beside_the_reference(tmp_path):
 def test_no_runs_folder_is_a_mistake(tmp_path):
     with pytest.raises(UserError, match="make train"):
         summaries(tmp_path / "none")
+
+
+def test_the_make_line_of_a_run_leaves_places_out():
+    command = [
+        "train.py",
+        "--data",
+        "d",
+        "--name=a b",
+        "--recipe",
+        "search",
+        "--lr",
+        "2e-3",
+        "--threads",
+        "1",
+        "--no-lmsa",
+    ]
+    assert make_line(command) == 'make train RECIPE=search ARGS="--lr 2e-3 --no-lmsa"'
+    assert make_line(["train.py", "--name", "x"]) == "make train"
