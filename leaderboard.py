@@ -10,8 +10,11 @@ import shlex
 from pathlib import Path
 
 from errors import ArgumentParser, UserError, run_main
-from options import load_recipes
+from options import load_recipes, parse
 from rundir import read_json, read_metrics
+
+# Arguments that say where a run lies or runs, not what it computes.
+PLACES = {"name", "runs", "recipe", "resume", "overwrite", "data", "cache", "device", "threads", "save_minutes"}
 
 
 def summary(folder):
@@ -27,25 +30,22 @@ def summary(folder):
         "epochs": lines[-1]["epoch"], "parameters": record.get("parameters"), "lr": args["lr"], "dice": args["dice"],
         "lmsa": args["lmsa"] if args["model"] == "microsegformer" else None, "model": args["model"],
         "minutes": lines[-1]["minutes"], "recipe": args["recipe"], "labels": best["labels"],
-        "sizes": args["sizes"], "line": make_line(record["command"]),
+        "sizes": args["sizes"], "line": make_line(args),
     }  # fmt: skip
 
 
-def make_line(command):
-    """The make line that repeats a run, from its recorded command without what only names places."""
-    places = {"--name", "--runs", "--data", "--cache", "--threads"}
-    pairs = [part for flag in command[1:] for part in flag.split("=", 1)]
-    flags, skip = [], False
-    for part in pairs:
-        skip = part in places or (skip and not part.startswith("--"))
-        if not skip:
-            flags.append(part)
-    recipe = ""
-    if "--recipe" in flags:
-        at = flags.index("--recipe")
-        recipe = f" RECIPE={flags[at + 1]}"
-        del flags[at : at + 2]
-    return f"make train{recipe}" + (f' ARGS="{shlex.join(flags)}"' if flags else "")
+def make_line(args):
+    """The make line that repeats a run of these arguments: its recipe, and what differs from it as it is now."""
+    recipe = args["recipe"] if args["recipe"] in load_recipes() else None
+    base = vars(parse(["--recipe", recipe] if recipe else [])[0])
+    defaults, flags = vars(parse([])[0]), []
+    for key, value in base.items():
+        own = args.get(key, defaults[key])  # a run older than a flag ran with the flag's default
+        if own == value or own is None or key in PLACES:
+            continue
+        flag = "--" + {"start_from": "from"}.get(key, key).replace("_", "-")
+        flags += [flag if own else flag.replace("--", "--no-", 1)] if isinstance(own, bool) else [flag, str(own)]
+    return "make train" + (f" RECIPE={recipe}" if recipe else "") + (f' ARGS="{shlex.join(flags)}"' if flags else "")
 
 
 def summaries(runs):

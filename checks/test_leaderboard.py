@@ -1,11 +1,13 @@
 """The leaderboard reads what runs left."""
 
 import json
+import shlex
 
 import pytest
 
 from errors import UserError
 from leaderboard import leaderboard, make_line, recipe_table, summaries
+from options import parse
 
 
 def write_run(runs, name, scores, **args):
@@ -51,19 +53,10 @@ def test_no_runs_folder_is_a_mistake(tmp_path):
         summaries(tmp_path / "none")
 
 
-def test_the_make_line_of_a_run_leaves_places_out():
-    command = [
-        "train.py",
-        "--data",
-        "d",
-        "--name=a b",
-        "--recipe",
-        "search",
-        "--lr",
-        "2e-3",
-        "--threads",
-        "1",
-        "--no-lmsa",
-    ]
-    assert make_line(command) == 'make train RECIPE=search ARGS="--lr 2e-3 --no-lmsa"'
-    assert make_line(["train.py", "--name", "x"]) == "make train"
+def test_the_make_line_says_what_differs_from_the_recipe():
+    args, _ = parse(["--recipe", "lmsa_v1", "--name", "a", "--lr", "0.5", "--no-lmsa", "--data", "d"])
+    line = make_line(vars(args))
+    assert line == 'make train RECIPE=lmsa_v1 ARGS="--no-lmsa --lr 0.5"'
+    again, _ = parse(["--recipe", "lmsa_v1", *shlex.split(shlex.split(line)[3].removeprefix("ARGS="))])
+    assert make_line(vars(again)) == line
+    assert make_line({"recipe": "gone", "lr": 0.5}) == 'make train ARGS="--lr 0.5"'
