@@ -73,6 +73,13 @@ def cross_validated(log_p, masks, folds):
     return float(np.average(gains, weights=[len(part) for part in parts])), gains
 
 
+def with_offsets(content, offsets):
+    """A checkpoint's dict with offsets (19,) added to its classifier's bias."""
+    state = content["state_dict"]
+    bias = state["classifier.bias"]
+    return {**content, "state_dict": {**state, "classifier.bias": bias + torch.tensor(offsets, dtype=bias.dtype)}}
+
+
 def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--weights", help="checkpoint, or run's name or folder; default the release, else the best run")
@@ -98,10 +105,7 @@ def main():
     print(f"fitted on all of them: {plain:.4f} to {fitted:.4f} at {SIDE} pixels, which says less")
     print("offsets " + ", ".join(f"{NAMES[i]} {o:+.1f}" for i, o in enumerate(offsets) if o) + " (others 0)")
     if args.save:
-        content = checkpoint.load(path)
-        bias = content["state_dict"]["classifier.bias"]
-        content["state_dict"]["classifier.bias"] = bias + torch.tensor(offsets, dtype=bias.dtype)
-        checkpoint.save(args.save, content)
+        checkpoint.save(args.save, with_offsets(checkpoint.load(path), offsets))
 
 
 if __name__ == "__main__":
