@@ -333,8 +333,10 @@ def train(t):
             speed = (step + 1 - first) * t.batch / (now - begun)
             if t.rank == 0 and sys.stdout.isatty():
                 show_progress(t, epoch, step, speed)
-            if t.rank == 0 and epoch == 0 and step == min(2, t.steps - 1):
-                warn_if_long(t, speed)
+            if step == first:
+                warm = now  # the first step also fills caches and pools of memory
+            elif t.rank == 0 and epoch == 0 and step == first + 3:
+                warn_if_long(t, 3 * t.batch / (now - warm))
             if distributed.any_of(bool(caught), t.device):
                 save_last(t)
                 return caught[0] if caught else signal.SIGTERM
