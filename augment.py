@@ -103,33 +103,37 @@ def warp(images, masks, drawn, size, exchange_sides=True):
     right exchanged where mirrored. What lies outside is the reflected image.
     """
     device, count = images.device, len(images)
-    points = F.affine_grid(drawn["theta"].to(device), (count, 1, size, size), align_corners=False)
+    across, down, shift = drawn["theta"].to(device)[..., None, None].unbind(2)  # (B, 2, 1, 1): x and y
+    centre = (2 * torch.arange(size, device=device) + 1) / size - 1
+    points = across * centre + (down * centre[:, None] + shift)  # (B, 2, size, size)
+    # Reflection at the edges -1 and 1: the distance from the nearest of ..., -5, -1, 3, ...
+    turns = (points + 1) / 4
+    place = (turns - turns.round()).abs_().mul_(2)  # 0..1 from the left and from the top
     source_size = min(images.shape[-1], 2 * size)
     source = resize(images, source_size, source_size)
-    warped = F.grid_sample(source, points, padding_mode="reflection", align_corners=False)
+    where = (place * 2 - 1).permute(0, 2, 3, 1)
+    warped = F.grid_sample(source, where, padding_mode="border", align_corners=False)
 
     side = masks.shape[-1]
-    unit = ((points + 1) / 2).abs() % 2
-    index = (torch.minimum(unit, 2 - unit) * side).long().clamp_(max=side - 1)
-    flat = index[..., 1] * side + index[..., 0]
-    labels = masks.flatten(1).gather(1, flat.flatten(1)).view(count, size, size)
-    if exchange_sides:
-        exchange = torch.tensor(FLIP, dtype=torch.uint8, device=device)
-        flipped = drawn["flip"].to(device).bool()[:, None, None]
-        labels = torch.where(flipped, exchange[labels.long()], labels)
+    x, y = place.mul_(side).floor_().clamp_(max=side - 1).unbind(1)
+    labels = masks.flatten(1).gather(1, (y * side + x).long().flatten(1)).view(count, size, size)
+    flipped = drawn["flip"].nonzero().flatten().to(device)
+    if exchange_sides and len(flipped):
+        labels[flipped] = torch.tensor(FLIP, dtype=torch.uint8, device=device)[labels[flipped].long()]
     return warped, labels
 
 
 def colour(images, drawn):
     """Saturation, contrast and brightness, then blur and noise where drawn; float images 0..1 in and out."""
-    device = images.device
+    device, luma = images.device, torch.tensor([0.299, 0.587, 0.114], device=images.device)  # ITU-R BT.601
     saturation, contrast, brightness = (
-        drawn[name].to(device)[:, None, None, None] for name in ("saturation", "contrast", "brightness")
+        drawn[name].to(device)[:, None, None] for name in ("saturation", "contrast", "brightness")
     )
-    weights = torch.tensor([0.299, 0.587, 0.114], device=device)[:, None, None]  # luma of ITU-R BT.601
-    grey = (images * weights).sum(1, keepdim=True)
-    images = torch.lerp(grey, images, saturation)
-    images = torch.lerp(grey.mean((2, 3), keepdim=True), images, contrast) * brightness
+    # All three are one affine map of each pixel's RGB.
+    grey = luma.expand(3, 3)  # of each channel: the pixel's grey
+    matrix = brightness * contrast * torch.lerp(grey, torch.eye(3, device=device), saturation)  # (B, 3, 3)
+    mean = (images.mean((2, 3)) @ luma)[:, None, None]
+    images = torch.baddbmm(brightness * (1 - contrast) * mean, matrix, images.flatten(2)).view_as(images)
     if drawn["blur"].any():
         images = blur(images, drawn["blur"].to(device))
     for i in drawn["noise"].nonzero().flatten().tolist():
@@ -191,8 +195,14 @@ def mix(images, masks, drawn, stride):
 
 def augment(images, masks, drawn, size, stride=1, exchange_sides=True):
     """A training batch from stored uint8 pairs: float images (B, 3, size, size) 0..1 and targets as `mix` gives."""
-    images, masks = warp(images, masks, drawn, size, exchange_sides)
-    return mix(colour(images, drawn), masks, drawn, stride)
+    # One image at a time stays in a processor's cache; a GPU takes them all at once.
+    step = 1 if images.device.type == "cpu" else len(images)
+    changed = []
+    for start in range(0, len(images), step):
+        part, own = slice(start, start + step), slice_batch(drawn, start, start + step)
+        warped, labels = warp(images[part], masks[part], own, size, exchange_sides)
+        changed.append((colour(warped, own), labels))
+    return mix(*map(torch.cat, zip(*changed, strict=True)), drawn, stride)
 
 
 def slice_batch(drawn, start, stop):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from labels import NUM_CLASSES
+from model import upsample
 
 
 def label_sums(values, labels):
@@ -57,6 +58,46 @@ def segmentation_loss(
     if lovasz:
         loss = loss + lovasz * lovasz_softmax(p, target if hard else target.argmax(1))
     return loss
+
+
+class _InParts(torch.autograd.Function):
+    """The loss of a few images at a time, each part's gradient taken at once, so that no map of all images is kept."""
+
+    @staticmethod
+    def forward(ctx, logits, target, settings):
+        count, (height, width) = len(logits), target.shape[-2:]
+        step = max(1, PART_PIXELS[logits.device.type == "cpu"] // (height * width))
+        gradient, total = torch.empty_like(logits), 0
+        for start in range(0, count, step):
+            part = slice(start, start + step)
+            with torch.enable_grad():
+                x = logits[part].detach().contiguous().requires_grad_()
+                loss = _full_size_loss(x, target[part], settings) * (len(x) / count)
+            gradient[part] = torch.autograd.grad(loss, x)[0]
+            total = total + loss.detach()
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx, share):
+        return ctx.saved_tensors[0] * share, None, None
+
+
+# Pixels of a part: as few as fill a processor's cache, or on a GPU as many as hide the time a launch takes.
+PART_PIXELS = {True: 1 << 15, False: 1 << 21}
+
+
+def training_loss(logits, target, **settings):
+    """`segmentation_loss` of logits (B, 19, h, w) brought to the size of the target, the same value and gradient.
+
+    The 19 maps at the target's size and their gradients exist for a few images at a time only.
+    """
+    return _InParts.apply(logits, target, settings)
+
+
+def _full_size_loss(logits, target, settings):
+    size = target.shape[-2:]
+    return segmentation_loss(logits if logits.shape[-2:] == size else upsample(logits, size), target, **settings)
 
 
 def lovasz_softmax(p, labels):

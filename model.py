@@ -31,6 +31,11 @@ def upsample(x, size):
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
+def pointwise(x, conv):
+    """A 1x1 convolution of (B, C, H, W) as one matrix product; for one thread torch takes a much slower way."""
+    return F.linear(x.permute(0, 2, 3, 1), conv.weight[:, :, 0, 0], conv.bias).permute(0, 3, 1, 2)
+
+
 def tokens(x):
     """(B, C, H, W) to (B, H*W, C); a view when x is channels-last."""
     return x.flatten(2).transpose(1, 2)
@@ -194,8 +199,19 @@ class ConvNorm(nn.Sequential):
         super().__init__(*layers, *([nn.ReLU(inplace=True)] if act else []))
 
 
+class JoinNorm(ConvNorm):
+    """ConvNorm of two maps laid one upon the other: the sum of each one's convolution, so none is copied."""
+
+    def forward(self, x, y):
+        conv, norm, relu = self
+        own, other = conv.weight.split([x.shape[1], y.shape[1]], 1)
+        joined = F.conv2d(x, own, padding=conv.padding)
+        joined += F.conv2d(y, other, padding=conv.padding)
+        return relu(norm(joined))
+
+
 class Gate(nn.Module):
-    """Squeeze-and-excitation: every channel scaled by 0..1 as the whole map decides (arXiv 1709.01507)."""
+    """Squeeze-and-excitation (arXiv 1709.01507): a factor 0..1 for every channel, (B, C, 1, 1), from its mean."""
 
     def __init__(self, dim, reduction=4):
         super().__init__()
@@ -203,7 +219,8 @@ class Gate(nn.Module):
         self.up = nn.Linear(dim // reduction, dim)
 
     def forward(self, x):
-        return x * self.up(F.relu(self.down(x.mean((2, 3))))).sigmoid()[:, :, None, None]
+        mean = x.sum((2, 3)) / (x.shape[2] * x.shape[3])  # the gradient of mean would be written out for every pixel
+        return self.up(F.relu(self.down(mean))).sigmoid()[:, :, None, None]
 
 
 class ResidualBlock(nn.Module):
@@ -216,7 +233,8 @@ class ResidualBlock(nn.Module):
         self.gate = Gate(dim)
 
     def forward(self, x):
-        return F.relu(x + self.gate(self.conv2(self.conv1(x))))
+        y = self.conv2(self.conv1(x))
+        return torch.addcmul(x, y, self.gate(y)).relu_()
 
 
 class MicroUNet(nn.Module):
@@ -257,7 +275,7 @@ class MicroUNet(nn.Module):
         for level in reversed(range(len(decoder))):
             width = decoder[level]
             gate = LMSA(width) if level in lmsa else nn.Identity()
-            self.decoder.append(nn.Sequential(ConvNorm(previous + widths[level], width), gate))
+            self.decoder.append(nn.Sequential(JoinNorm(previous + widths[level], width), gate))
             previous = width
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(previous, NUM_CLASSES, 1)
@@ -278,17 +296,17 @@ class MicroUNet(nn.Module):
             for block in self.attention:
                 sequence = block(sequence, height, width)
             x = grid(sequence, height, width)
-        for stage, skip in zip(self.decoder, skips[-2::-1], strict=True):
-            x = stage(torch.cat([upsample(x, skip.shape[2:]), skip], 1))
-        logits = self.classifier(self.dropout(x))
+        for (join, gate), skip in zip(self.decoder, skips[-2::-1], strict=True):
+            x = gate(join(upsample(x, skip.shape[2:]), skip))
+        logits = pointwise(self.dropout(x), self.classifier)
         return upsample(logits, image.shape[2:]) if full_size else logits
 
 
 def coordinates(image):
     """Two channels (B, 2, H, W), x and y of each pixel's centre from -1 to 1, for image (B, 3, H, W)."""
     batch, _, height, width = image.shape
-    theta = torch.eye(2, 3, dtype=image.dtype, device=image.device).expand(batch, 2, 3)
-    return F.affine_grid(theta, (batch, 1, height, width), align_corners=False).permute(0, 3, 1, 2)
+    x, y = ((2 * torch.arange(n, device=image.device, dtype=image.dtype) + 1) / n - 1 for n in (width, height))
+    return torch.stack([x.expand(height, width), y[:, None].expand(height, width)]).expand(batch, 2, height, width)
 
 
 MODELS = {"microsegformer": MicroSegFormer, "microunet": MicroUNet}

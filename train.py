@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from data import Batches, Pairs, load_pairs, resolve, split
 from errors import UserError, run_main
 from evaluate import evaluate
 from labels import NAMES, NUM_CLASSES
-from losses import segmentation_loss
+from losses import training_loss
 from metrics import batch_score, by_label, official_score
 from model import PARAM_LIMIT, build, count_parameters
 from muon import Muon
@@ -69,6 +70,11 @@ class Training:
     @property
     def epochs(self):
         return sum(length for _, length in self.phases)
+
+    @cached_property
+    def averaging(self):
+        """The average's weights and floating statistics, and the model's that they follow, as two lists of tensors."""
+        return [[v for v in m.state_dict().values() if v.is_floating_point()] for m in (self.average, self.model)]
 
 
 def set_up(args):
@@ -165,14 +171,9 @@ def label_weights(args, pairs, indices, device):
 
 
 @torch.no_grad()
-def update_average(average, model, decay, step):
-    """Move the average's weights and statistics towards the model's; the decay warms up from 0 over the first steps."""
-    share = 1 - min(decay, (1 + step) / (10 + step))
-    for kept, new in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
-        if kept.is_floating_point():
-            kept.lerp_(new, share)
-        else:
-            kept.copy_(new)
+def update_average(kept, new, decay, step):
+    """Move the average's tensors towards the model's; the decay warms up from 0 over the first steps."""
+    torch._foreach_lerp_(kept, new, 1 - min(decay, (1 + step) / (10 + step)))
 
 
 def rate_at(args, phases, epoch):
@@ -196,8 +197,8 @@ def train_step(t, epoch, step, positions):
     stride = 1 if args.loss_grid == "image" else t.model.stride
     images, target = augment(images, masks, drawn, size_at(t.phases, epoch), stride, t.changes.exchange_sides)
     with t.autocast():
-        logits = t.network(images, full_size=stride == 1)
-    loss = segmentation_loss(
+        logits = t.network(images, full_size=False)
+    loss = training_loss(
         logits.float(), target, ce=args.ce, dice=args.dice, focal=args.focal, class_weights=t.label_weights,
         smoothing=args.smoothing, dice_over=args.dice_over, lovasz=args.lovasz,
     )  # fmt: skip
@@ -214,7 +215,7 @@ def train_step(t, epoch, step, positions):
     t.scaler.step(t.optimiser)
     t.scaler.update()
     if t.average:
-        update_average(t.average, t.model, args.ema, epoch * t.steps + step)
+        update_average(*t.averaging, args.ema, epoch * t.steps + step)
     return value
 
 

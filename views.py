@@ -21,14 +21,17 @@ def resize(images, height, width):
         shrinks = height * width < images.shape[2] * images.shape[3]
         mode = {"mode": "area"} if shrinks else {"mode": "bilinear", "align_corners": False}
         return F.interpolate(images.float() / 255, size=(height, width), **mode)
-    # Whole factors are summed as 32-bit integers, several times faster than pooling floats.
-    rows = images[:, :, ::down_y].int()
+    if down_y == down_x == 1:
+        return images.float().div_(255)
+    # Whole factors are summed as integers, several times faster than pooling floats.
+    counts = torch.int16 if 255 * down_y * down_x < 2**15 else torch.int32
+    rows = images[:, :, ::down_y].to(counts)
     for i in range(1, down_y):
         rows += images[:, :, i::down_y]
     cells = rows[..., ::down_x].clone()
     for i in range(1, down_x):
         cells += rows[..., i::down_x]
-    return cells.float() / (255 * down_y * down_x)
+    return cells.float().div_(255 * down_y * down_x)
 
 
 def parse_views(text):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from augment import PRESETS, Strength, augment, colour, draw, mix, slice_batch, soft_labels, warp
 from labels import COLOURS, FLIP
@@ -15,7 +16,7 @@ def painted(count=4, side=64, seed=0):
     """Masks of smooth blobs, and images in which every label is painted in its colour."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randint(0, 19, (count, 1, 4, 4), generator=generator).float()
-    masks = torch.nn.functional.interpolate(coarse, size=(side, side))[:, 0].byte()
+    masks = F.interpolate(coarse, size=(side, side))[:, 0].byte()
     return COLOUR_TABLE[masks.long()].permute(0, 3, 1, 2).contiguous(), masks
 
 
@@ -57,11 +58,32 @@ def test_image_and_mask_move_together():
     wrong = (moved - expected).abs().amax(1) > 0.02
     # Away from edges every pixel has its own label's colour.
     ones = torch.ones(1, 1, 3, 3)
-    same = (
-        torch.nn.functional.unfold(labels[:, None].float(), 3, padding=1).view(8, 9, 256, 256) == labels[:, None]
-    ).all(1)
-    inner = torch.nn.functional.conv2d(same[:, None].float(), ones, padding=1)[:, 0] == 9
+    same = (F.unfold(labels[:, None].float(), 3, padding=1).view(8, 9, 256, 256) == labels[:, None]).all(1)
+    inner = F.conv2d(same[:, None].float(), ones, padding=1)[:, 0] == 9
     assert inner[:, 4:-4, 4:-4].float().mean() > 0.7 and not (wrong & inner)[:, 4:-4, 4:-4].any()
+
+
+def test_warp_equals_the_plain_resampling():
+    images, masks = painted(count=4, side=128)
+    drawn = draw(4, Strength(flip=0.5, rotate=180, scale=1.5, shift=0.6), (3, 2, 1))
+    points = F.affine_grid(drawn["theta"], (4, 1, 64, 64), align_corners=False)
+    plain = F.grid_sample(images.float() / 255, points, padding_mode="reflection", align_corners=False)
+    nearest = F.grid_sample(
+        masks[:, None].float(), points, mode="nearest", padding_mode="reflection", align_corners=False
+    )[:, 0].byte()
+    warped, labels = warp(images, masks, drawn, 64, exchange_sides=False)
+    assert torch.allclose(warped, plain, atol=1e-3)  # far outside, rounding of the place is a share of a pixel
+    assert (labels != nearest).float().mean() < 1e-3
+
+
+def test_colour_equals_its_plain_steps():
+    images = torch.rand(4, 3, 32, 32)
+    drawn = draw(4, Strength(brightness=0.3, contrast=0.3, saturation=0.3), (3, 2, 1))
+    saturation, contrast, brightness = (drawn[k][:, None, None, None] for k in ("saturation", "contrast", "brightness"))
+    grey = (images * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    plain = torch.lerp(grey, images, saturation)
+    plain = torch.lerp(grey.mean((2, 3), keepdim=True), plain, contrast) * brightness
+    assert torch.allclose(colour(images, drawn), plain.clamp(0, 1), atol=1e-5)
 
 
 def test_each_image_draws_its_own():

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import losses
 from augment import soft_labels
-from losses import lovasz_softmax, segmentation_loss
+from losses import lovasz_softmax, segmentation_loss, training_loss
+from model import upsample
 
 
 @pytest.fixture
@@ -92,3 +94,17 @@ def test_lovasz_joins_the_loss_with_its_weight(batch):
     assert torch.isclose(segmentation_loss(logits, masks, lovasz=0.5), wanted)
     shares = F.one_hot(masks, 19).permute(0, 3, 1, 2).float()
     assert torch.isclose(segmentation_loss(logits, shares, lovasz=0.5), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("pixels", [16 * 16, 2 * 16 * 16, 1 << 20])  # images of a part: 1; 2 and 1; all 3
+@pytest.mark.parametrize("side", [4, 16])
+def test_loss_in_parts_equals_the_loss_of_the_whole(batch, monkeypatch, side, pixels):
+    monkeypatch.setitem(losses.PART_PIXELS, True, pixels)
+    masks, settings = batch[1], {"ce": 0.7, "dice": 1.5, "smoothing": 0.1}
+    for target in (masks, soft_labels(masks.byte())):
+        logits = torch.randn(3, 19, side, side).contiguous(memory_format=torch.channels_last).requires_grad_()
+        whole = segmentation_loss(upsample(logits, (16, 16)), target, **settings)
+        parts = training_loss(logits, target, **settings)
+        assert torch.isclose(parts, whole, atol=1e-6)
+        gradients = [torch.autograd.grad(3 * loss, logits)[0] for loss in (parts, whole)]
+        assert torch.allclose(*gradients, atol=1e-7)

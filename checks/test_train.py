@@ -16,7 +16,7 @@ import checkpoint
 from data import find_pairs, split
 from errors import UserError
 from images import read_mask
-from losses import segmentation_loss
+from losses import training_loss
 from metrics import confusion, official_score
 from options import parse
 from predict import mask_of
@@ -196,8 +196,8 @@ def test_unknown_flag_is_an_error(place):
 def test_loss_that_is_no_number_stops_and_keeps_the_last_save(place, monkeypatch):
     t = set_up(in_force(*parse(command(place, "--name", "nan", *FLAGS, "--save-minutes", "0")[2:])))
     calls = iter([1.0, 1.0, float("nan")])
-    real = segmentation_loss
-    monkeypatch.setattr("train.segmentation_loss", lambda *args, **more: real(*args, **more) * next(calls))
+    real = training_loss
+    monkeypatch.setattr("train.training_loss", lambda *args, **more: real(*args, **more) * next(calls))
     with pytest.raises(UserError, match="loss is nan in epoch 1, step 3"):
         run_training(t)
     kept = state(place, "nan")
