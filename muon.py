@@ -55,7 +55,8 @@ class Muon(torch.optim.AdamW):
     def _orthogonal_step(self, p, group):
         state = self.state[p]
         if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(p)
+            # AdamW looks for a step wherever a parameter has a state, when one is loaded.
+            state["momentum"], state["step"] = torch.zeros_like(p), torch.tensor(0.0)
         state["momentum"].lerp_(p.grad, 1 - group["momentum"])
         towards = p.grad.lerp(state["momentum"], group["momentum"])  # Nesterov's
         step = orthogonalise(towards.flatten(1))

@@ -25,9 +25,9 @@ from synth import make_dataset
 from train import set_up
 from train import train as run_training
 
-# Two sizes, EMA, dropout, mixing: everything that has a state or draws a number.
+# Two sizes, both optimisers, EMA, dropout, mixing: everything that has a state or draws a number.
 FLAGS = [
-    *("--sizes", "32:2,64:1", "--batch", "4", "--ema", "0.9", "--augment", "advanced"),
+    *("--sizes", "32:2,64:1", "--batch", "4", "--optimiser", "muon", "--ema", "0.9", "--augment", "advanced"),
     *("--lr", "1e-3", "--warmup", "1", "--threads", "1", "--device", "cpu"),
 ]
 
