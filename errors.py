@@ -4,6 +4,8 @@ import argparse
 import os
 import sys
 
+from terminal import style
+
 
 class UserError(Exception):
     """A mistake the user can mend. The message is one line that names the thing and the remedy."""
@@ -33,7 +35,7 @@ def run_main(main):
     except UserError as error:
         # Of several processes that meet the same mistake the first one tells.
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"{style('error:', 'error', sys.stderr)} {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

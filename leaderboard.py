@@ -6,7 +6,9 @@ python leaderboard.py --markdown    # with the make line of each run, as docs/ex
 """
 
 import argparse
+import functools
 import shlex
+import sys
 from pathlib import Path
 
 from errors import ArgumentParser, UserError, run_main
@@ -34,12 +36,17 @@ def summary(folder):
     }  # fmt: skip
 
 
+@functools.cache
+def settings(recipe=None):
+    """{argument: value} of a training by a recipe, or by default."""
+    return vars(parse(["--recipe", recipe] if recipe else [])[0])
+
+
 def make_line(args):
     """The make line that repeats a run of these arguments: its recipe, and what differs from it as it is now."""
     recipe = args["recipe"] if args["recipe"] in load_recipes() else None
-    base = vars(parse(["--recipe", recipe] if recipe else [])[0])
-    defaults, flags = vars(parse([])[0]), []
-    for key, value in base.items():
+    defaults, flags = settings(), []
+    for key, value in settings(recipe).items():
         own = args.get(key, defaults[key])  # a run older than a flag ran with the flag's default
         if own == value or own is None or key in PLACES:
             continue
@@ -48,11 +55,29 @@ def make_line(args):
     return "make train" + (f" RECIPE={recipe}" if recipe else "") + (f' ARGS="{shlex.join(flags)}"' if flags else "")
 
 
-def summaries(runs):
-    """Summaries of the scored runs below a folder, best first."""
+def survey(runs, read=summary):
+    """What `read` makes of each run's folder below `runs`, and [(name, reason), ...] of those it cannot read.
+
+    A run of another version, or torn by a crash, is no reason to show none.
+    """
     if not Path(runs).is_dir():
         raise UserError(f"no folder {runs}; `make train` makes the first run in it")
-    found = [summary(path.parent) for path in sorted(Path(runs).glob("*/args.json"))]
+    found, unreadable = [], []
+    for path in sorted(Path(runs).glob("*/args.json")):
+        try:
+            found.append(read(path.parent))
+        except UserError as error:
+            unreadable.append((path.parent.name, str(error)))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            unreadable.append((path.parent.name, f"its files lack or garble {error}"))
+    return found, unreadable
+
+
+def summaries(runs):
+    """Summaries of the scored runs below a folder, best first; those that cannot be read are named on stderr."""
+    found, unreadable = survey(runs)
+    for name, reason in unreadable:
+        print(f"passed over {name}: {reason}", file=sys.stderr)
     return sorted(filter(None, found), key=lambda row: -row["official"])
 
 

@@ -100,6 +100,7 @@ def build_parser():
     score = parser.add_argument_group("validation")
     score.add_argument("--val-every", type=int, default=1, help="epochs between validations")
     score.add_argument("--keep-every", type=int, default=0, help="keep epoch-NNN.pt every so many epochs; 0 none")
+    score.add_argument("--train-score", type=int, default=30, help="training pairs scored as well, for the curves")
     score.add_argument("--val-size", type=int, default=0, help="image side to validate at; 0 is the training's")
 
     machine = parser.add_argument_group("machine")
@@ -163,7 +164,7 @@ def check(args):
         "seed": (0, 2**32 - 1), "split_seed": (0, 2**32 - 1), "warmup": (0, 1e6), "clip": (0, 1e6),
         "weight_decay": (0, 100), "restart_period": (1e-3, 1e6), "restart_growth": (1, 100), "patience": (0, 1e6),
         "lr_floor": (0, 1), "threads": (0, 4096), "target": (0, 1), "keep_every": (0, 1e6), "save_minutes": (0, 1e6),
-        "lovasz": (0, 1e6), "repeat_rare": (0, 1),
+        "lovasz": (0, 1e6), "repeat_rare": (0, 1), "train_score": (0, 1e6),
     }  # fmt: skip
     for name, (low, high) in ranges.items():
         value = getattr(args, name)

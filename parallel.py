@@ -3,7 +3,10 @@
 import os
 import signal
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
+
+from terminal import show_count, show_line
 
 
 def in_parallel(function, tasks, workers=None, doing="working", start=None):
@@ -12,16 +15,15 @@ def in_parallel(function, tasks, workers=None, doing="working", start=None):
     `start` = (function, argument) is called once in each worker before its first task.
     """
     pool = ProcessPoolExecutor(workers or os.cpu_count(), initializer=_start_worker, initargs=(start,))
-    shown = sys.stderr.isatty()
+    begun = time.monotonic()
     try:
         for done, result in enumerate(pool.map(function, tasks, chunksize=8), 1):
-            if shown and (done % 20 == 0 or done == len(tasks)):
-                print(f"\r{doing} {done}/{len(tasks)}", end="", file=sys.stderr, flush=True)
+            if done % 20 == 0:
+                show_count(doing, done, len(tasks), time.monotonic() - begun)
             yield result
     finally:
         pool.shutdown(cancel_futures=True)
-        if shown:
-            print(file=sys.stderr)
+        show_line("", sys.stderr)
 
 
 def _start_worker(start):

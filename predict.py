@@ -6,6 +6,7 @@ python predict.py --input data/test/images --output masks --weights runs/a/best.
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from distributed import local_device
 from errors import ArgumentParser, UserError, run_main
 from images import image_files, overlay, read_image, write_mask
 from rundir import find_weights
+from terminal import duration, show_count, show_line, style
 from views import label_map, log_probabilities, parse_views
 
 
@@ -56,22 +58,22 @@ def predict_all(models, size, args, device):
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make folder {args.output}: {error.strerror}") from None
-    failed = 0
+    failed, begun = 0, time.monotonic()
     for done, path in enumerate(files, 1):
         try:
             pixels, mask = mask_of(models, path, size, views, device)
         except UserError as error:
             failed += 1
-            print(f"error: {error}", file=sys.stderr)
+            show_line("", sys.stderr)
+            print(f"{style('error:', 'error', sys.stderr)} {error}", file=sys.stderr)
             continue
         with atomic(args.output / f"{path.stem}.png") as temporary:
             write_mask(temporary, mask)
         if args.overlay:
             with atomic(args.output / f"{path.stem}-overlay.png") as temporary:
                 Image.fromarray(overlay(pixels, mask)).save(temporary, format="PNG")
-        if sys.stderr.isatty():
-            print(f"\r{done}/{len(files)} ", end="", file=sys.stderr)
-    print(f"{len(files) - failed} of {len(files)} masks in {args.output}")
+        show_count("image", done, len(files), time.monotonic() - begun)
+    print(f"{len(files) - failed} of {len(files)} masks in {args.output}, {duration(time.monotonic() - begun)}")
     return 2 if failed else 0
 
 

@@ -85,7 +85,7 @@ def _create(args, parameters):
     except OSError as error:
         raise UserError(f"cannot make {folder}: {error.strerror}; see --runs") from None
     _lock(folder)
-    for pattern in ("*.pt", "submission-*.zip", "best.json", "metrics.jsonl", "args.json"):
+    for pattern in ("*.pt", "submission-*.zip", "best.json", "metrics.jsonl", "args.json", "pictures.json", "report.*"):
         for old in folder.glob(pattern):
             old.unlink()
     record = {
@@ -109,12 +109,34 @@ def _lock(folder):
     """Hold the run for this process; the system lets go of it when the process ends, however it ends."""
     try:
         file = open(folder / ".lock", "w")  # noqa: SIM115 - open as long as the process lives
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.2)  # `in_training` of another process holds it for a moment
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another training is writing {folder}; wait for it or choose another --name") from None
     except OSError as error:
         raise UserError(f"cannot write in {folder}: {error.strerror}") from None
     _locks.append(file)
+
+
+def close_run():
+    """Let go of the runs this process holds, as its end would."""
+    while _locks:
+        _locks.pop().close()
+
+
+def in_training(folder):
+    """Whether a training, of this process or another, holds the run."""
+    try:
+        with open(Path(folder, ".lock")) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def find_run(name, runs="runs"):

@@ -8,7 +8,7 @@ those the checkpoint names. It computes on one CPU thread, so that its masks do 
 """
 
 import argparse
-import sys
+import time
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from checkpoint import load_model
 from errors import ArgumentParser, UserError, run_main
 from images import image_files, write_mask
 from predict import mask_of
+from terminal import show_count
 from views import parse_views
 
 
@@ -52,13 +53,12 @@ def main():
     torch.set_num_threads(1)
     model, info = load_model(args.weights)
     views = parse_views(info.get("views", ""))
-    pairs = targets(args.input, args.output)
+    pairs, begun = targets(args.input, args.output), time.monotonic()
     for done, (path, target) in enumerate(pairs, 1):
         _, mask = mask_of([model], path, info["size"], views, "cpu")
         with atomic(target) as temporary:
             write_mask(temporary, mask)
-        if len(pairs) > 1 and sys.stderr.isatty():
-            print(f"\r{done}/{len(pairs)} masks", end="\n" if done == len(pairs) else "", file=sys.stderr, flush=True)
+        show_count("mask", done, len(pairs), time.monotonic() - begun)
     return 0
 
 

@@ -11,10 +11,10 @@ best epoch by label and image), best.pt (inference) and last.pt (resume).
 import argparse
 import copy
 import math
-import shlex
 import signal
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,10 +36,11 @@ from metrics import batch_score, by_label, official_score
 from model import PARAM_LIMIT, build, count_parameters
 from muon import Muon
 from options import class_weights, model_arguments, parse, strength
-from rundir import append_metrics, find_weights, in_force, open_run, plain, truncate_metrics, write_best
-from schedule import cost, learning_rate, parse_sizes, size_at
-
-LONG_HOURS = 6
+from report import redraw, write_page
+from rundir import append_metrics, close_run, find_weights, in_force, open_run, plain, truncate_metrics, write_best
+from schedule import learning_rate, parse_sizes, size_at
+from terminal import show_line
+from trainlog import closing, epoch_line, long_warning, step_line
 
 
 @dataclass
@@ -221,17 +222,24 @@ def train_step(t, epoch, step, positions):
 
 def validate(t, size):
     """Scores of the averaged weights (the plain ones without --ema) on the held-out pairs: (metrics, confusions)."""
-    confusions, losses = evaluate(
-        t.average or t.model, t.pairs, t.val_indices, t.args.val_size or size, t.device,
-        share=(t.rank, t.processes), autocast=t.autocast,
-    )  # fmt: skip
-    confusions = distributed.total(torch.from_numpy(confusions).to(t.device)).cpu().numpy()
-    losses = distributed.total(torch.from_numpy(losses).float().to(t.device))
+    confusions, losses = scored(t, t.val_indices, size)
     metrics = {
         "val_loss": float(losses.mean()), "official": official_score(confusions), "batch32": batch_score(confusions),
         "labels": plain(by_label(confusions)[0]),
     }  # fmt: skip
+    if sample := min(t.args.train_score, len(t.val_indices)):
+        metrics["train_official"] = official_score(scored(t, t.batches.indices[:sample], size)[0])
     return metrics, confusions
+
+
+def scored(t, indices, size):
+    """Confusions (N, 19, 19) and losses (N,) of some pairs, each process having done its share."""
+    confusions, losses = evaluate(
+        t.average or t.model, t.pairs, indices, t.args.val_size or size, t.device, share=(t.rank, t.processes),
+        autocast=t.autocast,
+    )  # fmt: skip
+    confusions = distributed.total(torch.from_numpy(confusions).to(t.device)).cpu().numpy()
+    return confusions, distributed.total(torch.from_numpy(losses).float().to(t.device))
 
 
 def save_last(t):
@@ -250,6 +258,8 @@ def close_epoch(t, epoch, line):
     size, scores = size_at(t.phases, epoch), None
     start = time.monotonic()
     if len(t.val_indices) and ((epoch + 1) % t.args.val_every == 0 or epoch + 1 == t.epochs):
+        if t.rank == 0:
+            show_line(f"epoch {epoch + 1}/{t.epochs} scoring {len(t.val_indices)} validation images", sys.stdout)
         metrics, confusions = validate(t, size)
         line |= metrics
         scores = line, confusions, [t.pairs.names[i] for i in t.val_indices]
@@ -271,40 +281,25 @@ def close_epoch(t, epoch, line):
             write_best(t.folder, content, scores)
         if t.args.keep_every and (epoch + 1) % t.args.keep_every == 0:
             checkpoint.save(t.folder / f"epoch-{epoch + 1:03d}.pt", content)
-        print(("\r" if sys.stdout.isatty() else "") + epoch_text(line, t.epochs, better), flush=True)
+        show_line("", sys.stdout)
+        print(epoch_line(line, t.epochs, better), flush=True)
     save_last(t)
+    if t.rank == 0 and scores:
+        show_run(t)
 
 
-def epoch_text(line, epochs, better):
-    """One compact line of an epoch; * marks the best score so far."""
-    text = f"epoch {line['epoch']}/{epochs} {line['size']}px loss {line['loss']:.4f} lr {line['lr']:.2e}"
-    if "official" in line:
-        text += f" official {line['official']:.4f}{'*' if better else ''} batch32 {line['batch32']:.4f}"
-    return text + f" {line['images_per_s']} images/s {line['minutes']:.1f} min"
+def show_run(t):
+    """Rewrite the page of all runs, with this run's pictures where its best weights are new.
 
-
-def show_progress(t, epoch, step, speed):
-    """The running line on a terminal."""
-    done = cost(t.phases, epoch + (step + 1) / t.steps) / cost(t.phases, t.epochs)
-    left = t.progress["seconds"] * (1 / done - 1) / 60
-    loss = t.progress["loss"] / (step + 1)
-    print(
-        f"\repoch {epoch + 1}/{t.epochs} {size_at(t.phases, epoch)}px step {step + 1}/{t.steps} loss {loss:.4f} "
-        f"{speed:.1f} images/s ETA {left:.0f} min ",
-        end="",
-        flush=True,
-    )
-
-
-def warn_if_long(t, speed):
-    """Say so when the first steps show that the run will take very long, and what would not."""
-    hours = cost(t.phases, t.epochs) / t.phases[0][0] ** 2 * t.steps * t.batch / speed / 3600
-    if hours > LONG_HOURS:
-        print(
-            f"at this speed the run takes about {hours:.0f} hours on this device; RECIPE=cpu (128, then 256 pixels) "
-            "takes about half an hour on one core",
-            file=sys.stderr,
-        )
+    A page is not worth a training: whatever goes wrong with it is told, and the training goes on.
+    """
+    try:
+        redraw(t.folder, t.device)
+        write_page(t.folder.parent)
+    except UserError as error:
+        print(f"{t.folder.parent}/index.html: {error}", file=sys.stderr)
+    except Exception:  # noqa: BLE001 - see above
+        traceback.print_exc()
 
 
 def finished(t):
@@ -332,12 +327,15 @@ def train(t):
             clock = now
             t.progress |= {"loss": t.progress["loss"] + loss, "step": step + 1}
             speed = (step + 1 - first) * t.batch / (now - begun)
-            if t.rank == 0 and sys.stdout.isatty():
-                show_progress(t, epoch, step, speed)
+            if t.rank == 0:
+                mean, seconds = t.progress["loss"] / (step + 1), t.progress["seconds"]
+                show_line(step_line(t.phases, epoch, step + 1, t.steps, mean, speed, seconds), sys.stdout)
             if step == first:
                 warm = now  # the first step also fills caches and pools of memory
             elif t.rank == 0 and epoch == 0 and step == first + 3:
-                warn_if_long(t, 3 * t.batch / (now - warm))
+                show_line("", sys.stdout)
+                warning = long_warning(t.phases, t.steps, t.batch, 3 * t.batch / (now - warm))
+                print(warning, end="", file=sys.stderr)
             if distributed.any_of(bool(caught), t.device):
                 save_last(t)
                 return caught[0] if caught else signal.SIGTERM
@@ -372,14 +370,11 @@ def main():
         if t.rank and "Connection" in str(error):
             return 1
         raise
-    name = shlex.quote(t.folder.name)
-    if t.rank == 0 and number:
-        print(f"\nstopped in epoch {t.progress['epoch'] + 1}, saved; go on with: make resume NAME={name}")
-    elif t.rank == 0:
-        best, epoch = t.progress["best"], t.progress["best_epoch"]
-        score = f"official score {best:.4f} in epoch {epoch}" if len(t.val_indices) else f"{epoch} epochs done"
-        print(f"{score}, weights {t.folder}/best.pt")
-        print(f"next: make predict NAME={name} IN=photos OUT=masks, or make submit NAME={name}")
+    if t.rank == 0:
+        close_run()
+        show_run(t)
+        show_line("", sys.stdout)
+        print(closing(t.folder, t.progress, len(t.val_indices), number))
     return 128 + number if number else 0
 
 
