@@ -26,7 +26,8 @@ TRAIN_VARS := RECIPE MODEL DROPOUT EPOCHS SIZES BATCH OPTIMISER LR SCHEDULE WARM
 ##= PHASE     test or dev: which images a submission is for
 ##= ZIP       submission to write or check
 ##= RUN       images on which check-submission runs the zip's run.py
-##= MATRIC REPORT  matriculation number and PDF of the course zip
+##= AUTHOR MATRIC  name and matriculation number on the course report; MATRIC names the course zip
+##= REPORT    PDF for the course zip (default: the run's report.pdf)
 ##= RAW       downloaded data, as a zip or folder
 ##= PYTHON VENV  interpreter and environment; VENV= uses PYTHON as it is
 ##= ARGS      any other flags of the script
@@ -44,6 +45,8 @@ TAKES_evaluate := NAME WEIGHTS DATA VIEWS DEVICE ARGS
 TAKES_check-params := MODEL LMSA ARGS
 TAKES_submit := NAME WEIGHTS DATA PHASE ZIP VIEWS ARGS
 TAKES_check-submission := ZIP DATA PHASE RUN ARGS
+TAKES_report := NAME AUTHOR MATRIC OVERWRITE ARGS
+TAKES_report-pdf := NAME ARGS
 TAKES_report-zip := MATRIC REPORT NAME DATA ARGS
 TAKES_test := ARGS
 VARS := $(sort $(foreach v,$(filter TAKES_%,$(.VARIABLES)),$($(v))))
@@ -73,8 +76,8 @@ TRAIN_FLAGS = $(foreach v,$(TRAIN_VARS),$(call flag,$(v))) $(DATA_FLAG) $(call f
 TRAIN = $(PY) launch.py $(call flag,NPROC)
 
 .DEFAULT_GOAL := help
-.PHONY: help install data check-data train resume sweep speedrun recipes runs predict evaluate check-params submit check-submission \
-	report-zip demo test lint clean
+.PHONY: help install data check-data train resume sweep speedrun recipes runs predict evaluate check-params submit \
+	check-submission report report-pdf report-zip demo test lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{printf "  %-20s%s\n", $$1, $$2}'
@@ -141,7 +144,16 @@ submit: $(READY) ## Codabench zip of run NAME, proven by running what is in it
 check-submission: $(READY) ## judge any Codabench zip
 	$(PY) check_submission.py $(call flag,ZIP) $(DATA_FLAG) $(call flag,PHASE) $(call flag,RUN) $(ARGS)
 
-# make report-zip MATRIC=A12345678B REPORT=report.pdf NAME=a
+# make report NAME=a AUTHOR="A. Author" MATRIC=A12345678B
+report: $(READY) ## runs/index.html, one page of all runs; with NAME, a draft of the course report on it
+	$(PY) report.py $(call flag,NAME) $(call flag,AUTHOR) $(call flag,MATRIC) $(if $(call switch,OVERWRITE),--overwrite) \
+		$(ARGS)
+
+# make report-pdf NAME=a
+report-pdf: $(READY) ## print the draft of run NAME through Chromium, at most five pages
+	$(PY) report_pdf.py $(call flag,NAME) $(ARGS)
+
+# make report-zip MATRIC=A12345678B NAME=a
 report-zip: $(READY) ## course zip of run NAME
 	$(PY) report_zip.py $(call flag,MATRIC) $(call flag,REPORT) $(call flag,NAME) $(DATA_FLAG) $(ARGS)
 

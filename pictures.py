@@ -4,6 +4,7 @@
 """
 
 import base64
+import contextlib
 import io
 import json
 from pathlib import Path
@@ -22,6 +23,7 @@ from rundir import read_json
 from sides import reversed_sides
 from views import label_map, log_probabilities
 
+FORMAT = 1  # of pictures.json
 EACH = 6
 SIDE = 192  # of the embedded pictures
 WRONG = (213, 94, 0)  # vermillion, which the colour-blind tell from grey
@@ -86,12 +88,12 @@ def find_pairs_of(args, names):
 
 
 def fingerprint(folder):
-    """What tells one best.pt from another: its time and size. UserError where there is none."""
+    """What the pictures depend on: this file's format, time and size of best.pt. UserError where there is none."""
     try:
         stat = (folder / "best.pt").stat()
     except OSError:
         raise UserError("no pictures: the folder holds no weights (best.pt)") from None
-    return [stat.st_mtime_ns, stat.st_size]
+    return [FORMAT, stat.st_mtime_ns, stat.st_size]
 
 
 def read_pictures(folder):
@@ -101,18 +103,20 @@ def read_pictures(folder):
     are none, or where best.pt is another by now.
     """
     current = fingerprint(folder)
-    if not (folder / "pictures.json").is_file():
-        raise UserError("no pictures drawn yet: `make report` draws those of the best runs")
-    held = read_json(folder / "pictures.json")
-    if held.get("of") != current:
-        raise UserError("the pictures are of former weights: `make report` draws them anew")
+    try:
+        held = json.loads((folder / "pictures.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        held = None
+    if not isinstance(held, dict) or held.get("of") != current:
+        raise UserError("no pictures of these weights yet: `make report` draws those of the best runs")
     return held["pictures"]
 
 
 def draw_pictures(folder, device=None):
     """Draw the pictures of a run with its best.pt unless they are drawn already. UserError where that cannot be."""
-    current, file = fingerprint(folder), folder / "pictures.json"
-    if file.is_file() and read_json(file).get("of") == current:
+    current = fingerprint(folder)
+    with contextlib.suppress(UserError):
+        read_pictures(folder)
         return
     if not (folder / "best.json").is_file():
         raise UserError("no pictures: the run has no scores by image (best.json)")
@@ -131,4 +135,4 @@ def draw_pictures(folder, device=None):
             "name": name, "score": image_score(scores[name]), "weakest": [[label, f] for f, label in weakest],
             "worst": name in worst, "reversed": bool(reversed_sides(true)), "panels": panels(pixels, true, predicted),
         })  # fmt: skip
-    write_text(file, json.dumps({"of": current, "pictures": pictures}))
+    write_text(folder / "pictures.json", json.dumps({"of": current, "pictures": pictures}))

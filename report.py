@@ -7,89 +7,30 @@ Trainings rewrite the page after each validation. It holds pictures of the datas
 """
 
 import argparse
-import functools
+import shlex
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-import numpy as np
-
 from atomic import write_text
+from course_report import write_draft
 from errors import ArgumentParser, UserError, run_main
-from labels import COLOURS, NAMES, NUM_CLASSES
-from leaderboard import summaries, summary, survey
-from options import build_parser
+from labels import COLOURS, NAMES
 from pictures import draw_pictures, read_pictures
-from rundir import in_training, read_json, read_metrics
-from schedule import parse_sizes
+from records import changed, defaults, read_run, read_runs, shown
+from rundir import find_run
 from svg import confusion_matrix, curves, label_bars, text
 
 TEMPLATE = Path(__file__).with_name("page.html")
 WITH_PICTURES = 4  # runs, the best ones: their pictures make most of the page's bytes
 REFRESH = 30  # seconds
-# Where a run lies and computes, not what it computes.
-PLACES = {"name", "runs", "resume", "overwrite", "data", "cache", "device", "threads", "save_minutes", "recipe"}
 COLUMNS = (
     ("run", "name", "word"), ("official", "official", ".4f"), ("batch of 32", "batch32", ".4f"),
     ("best epoch", "epoch", "d"), ("epochs", "epochs", "d"), ("parameters", "parameters", ",d"), ("LR", "lr", "g"),
     ("Dice", "dice", "g"), ("LMSA", "lmsa", "word"), ("minutes", "minutes", ".1f"), ("model", "model", "word"),
     ("recipe", "recipe", "word"),
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run's folder holds; `row` is the leaderboard's, `best` is best.json, both None before a validation."""
-
-    folder: Path
-    record: dict
-    lines: list
-    phases: list
-    row: dict | None
-    best: dict | None
-    training: bool
-
-    @property
-    def name(self):
-        return self.folder.name
-
-    @property
-    def args(self):
-        return self.record["args"]
-
-
-def read_run(folder):
-    """The run of a folder. UserError, or an error of lookup, type or value, where its files are damaged."""
-    record, lines, best = read_json(folder / "args.json"), read_metrics(folder), None
-    phases = parse_sizes(record["args"]["sizes"], record["args"]["epochs"])
-    for line in lines:
-        for key in ("epoch", "loss", "lr"):
-            float(line[key])
-    if (folder / "best.json").is_file():
-        best = read_json(folder / "best.json")
-        if np.array(best["confusion"], float).shape != (NUM_CLASSES, NUM_CLASSES):
-            raise UserError(f"{folder}/best.json has no {NUM_CLASSES} x {NUM_CLASSES} confusion matrix")
-        if not len(best["labels"]) == len(best["images_with_label"]) == NUM_CLASSES:
-            raise UserError(f"{folder}/best.json has not {NUM_CLASSES} labels")
-    return Run(folder, record, lines, phases, summary(folder), best, in_training(folder))
-
-
-@functools.cache
-def defaults():
-    """train.py's own settings."""
-    return vars(build_parser().parse_args([]))
-
-
-def changed(args, others):
-    """{setting: value} of the arguments that differ from others."""
-    return {key: value for key, value in args.items() if key not in PLACES and value != others.get(key)}
-
-
-def shown(value):
-    """A setting's value as it is typed."""
-    return "on" if value is True else "off" if value is False else "none" if value is None else str(value)
 
 
 def anchor(run):
@@ -210,10 +151,8 @@ def legend():
 
 def page(runs):
     """The whole page of the runs below a folder, as HTML."""
-    found, unreadable = survey(runs, read_run)
-    scored = sorted((run for run in found if run.row), key=lambda run: -run.row["official"])
-    unscored = [run for run in found if not run.row]
-    live = [run for run in found if run.training]
+    scored, unscored, unreadable = read_runs(runs)
+    live = [run for run in [*scored, *unscored] if run.training]
     parts = ["<h1>Runs</h1>"]
     if live:
         names = ", ".join(text(run.name) for run in live)
@@ -259,17 +198,29 @@ def redraw(folder, device=None):
 
 def draw_best(runs):
     """Draw the pictures of the best runs that have weights."""
-    folders = [Path(runs, row["name"]) for row in summaries(runs)]
-    for folder in [folder for folder in folders if (folder / "best.pt").is_file()][:WITH_PICTURES]:
-        redraw(folder)
+    scored, _, _ = read_runs(runs)
+    for run in [run for run in scored if (run.folder / "best.pt").is_file()][:WITH_PICTURES]:
+        redraw(run.folder)
 
 
 def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--runs", default="runs", help="folder of all runs")
+    parser.add_argument("--name", help="run to draft the course's report on")
+    parser.add_argument("--author", help="name on that report")
+    parser.add_argument("--matric", help="matriculation number on that report")
+    parser.add_argument("--overwrite", action="store_true", help="replace a draft that has been edited")
     args = parser.parse_args()
+    if not args.name and (args.author or args.matric or args.overwrite):
+        raise UserError("--author, --matric and --overwrite are of a run's report: name the run with --name")
+    folder = find_run(args.name, args.runs) if args.name else None
     draw_best(args.runs)
-    print(f"{write_page(args.runs)}: open it in a browser; it may hold pictures of the dataset, so keep it to yourself")
+    print(f"{write_page(args.runs)}: open it in a browser; it may hold pictures of the dataset, so do not publish it")
+    if folder:
+        redraw(folder)
+        scored, _, _ = read_runs(args.runs)
+        path = write_draft(read_run(folder), scored, args.author, args.matric, args.overwrite)
+        print(f"{path}: a draft to check and edit; next: make report-pdf NAME={shlex.quote(folder.name)}")
 
 
 if __name__ == "__main__":

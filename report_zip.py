@@ -1,6 +1,6 @@
 """The zip for the course: the report, the masks handed in, all code, the checkpoint and a Readme.txt about them.
 
-python report_zip.py --matric A12345678B --report report.pdf --name a     # build/A12345678B.zip
+python report_zip.py --matric A12345678B --name a                         # build/A12345678B.zip with runs/a/report.pdf
 python report_zip.py --matric A12345678B --report report.pdf --out .      # of the release or the best run
 
 Masks and checkpoint are those of the run's Codabench zip (package.py), which is made first where there is none.
@@ -170,7 +170,7 @@ How the network was trained (commit {record.get("commit", "unknown")})
 
 Data
   The images of CelebAMask-HQ (Lee et al., CVPR 2020) are for non-commercial research only; the same holds for weights
-  trained on them and for these masks. None of the images is in this zip.
+  trained on them and for these masks. None of the images is in this zip but as a figure of the report.
 """
 
 
@@ -195,10 +195,23 @@ def proven(submission, weights, images):
     return held
 
 
+def printed_report(folder):
+    """The run's report.pdf; UserError where it is not printed, or older than the draft it was printed from."""
+    report, draft = folder / "report.pdf", folder / "report.html"
+    steps = (
+        f"`make report NAME={folder.name} AUTHOR= MATRIC=` drafts it, `make report-pdf NAME={folder.name}` prints it"
+    )
+    if not report.is_file():
+        raise UserError(f"no {report}: {steps}; REPORT= takes any other PDF")
+    if draft.is_file() and draft.stat().st_mtime > report.stat().st_mtime:
+        raise UserError(f"{draft} is newer than {report}: `make report-pdf NAME={folder.name}` prints it anew")
+    return report
+
+
 def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--matric", required=True, help="matriculation number, as A12345678B")
-    parser.add_argument("--report", required=True, type=Path, help=f"PDF of at most {MAX_PAGES} pages")
+    parser.add_argument("--report", type=Path, help=f"PDF of at most {MAX_PAGES} pages; default the run's report.pdf")
     parser.add_argument("--name", help="run to hand in; default the release, else the best run")
     parser.add_argument("--data", help="folder with test/images; default ./data, else drawn faces")
     parser.add_argument("--submission", type=Path, help="its Codabench zip; default submission-test.zip beside it")
@@ -207,11 +220,12 @@ def main():
     matric = args.matric.upper()
     if not re.fullmatch("[A-Z][0-9]{8}[A-Z]", matric):
         raise UserError(f"--matric {args.matric}: a letter, eight digits and a letter are wanted, as A12345678B")
-    pages = count_pages(args.report)
-    if pages > MAX_PAGES:
-        raise UserError(f"{args.report} has {pages} pages; at most {MAX_PAGES} are allowed")
     weights = find_weights(args.name)
     folder = weights.parent
+    report = args.report or printed_report(folder)
+    pages = count_pages(report)
+    if pages > MAX_PAGES:
+        raise UserError(f"{report} has {pages} pages; at most {MAX_PAGES} are allowed")
     for name in ("args.json", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}: choose a trained run with --name")
@@ -224,9 +238,9 @@ def main():
     model, _ = checkpoint.load_model(weights)
     entries = {name: content for name, content in held.items() if name.startswith("masks/") and name.endswith(".png")}
     masks = len(entries)
-    text = readme(matric, args.report.name, folder, count_parameters(model), masks)
+    text = readme(matric, report.name, folder, count_parameters(model), masks)
     entries |= {
-        args.report.name: args.report.read_bytes(),
+        report.name: report.read_bytes(),
         "Readme.txt": text.encode(),
         "checkpoint/ckpt.pth": held["solution/ckpt.pth"],
         "run/args.json": (folder / "args.json").read_bytes(),

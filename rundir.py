@@ -48,13 +48,13 @@ def in_force(args, given):
     return argparse.Namespace(**{**vars(args), **settings, **kept})
 
 
-def open_run(args, parameters):
+def open_run(args, parameters, pairs):
     """The folder of a run, locked for this process, and the state of its last.pt (None for a new run).
 
-    A new run refuses an existing name unless --overwrite, and notes the network's number of parameters. With several
-    processes the first decides for all.
+    A new run refuses an existing name unless --overwrite, and notes the network's number of parameters and how many
+    pairs there are, {"training": N, "validation": N}. With several processes the first decides for all.
     """
-    folder = distributed.first(lambda: _reopen(args) if args.resume else _create(args, parameters))
+    folder = distributed.first(lambda: _reopen(args) if args.resume else _create(args, parameters, pairs))
     return folder, checkpoint.load(folder / "last.pt") if args.resume else None
 
 
@@ -66,7 +66,7 @@ def _reopen(args):
     return folder
 
 
-def _create(args, parameters):
+def _create(args, parameters, pairs):
     runs = Path(args.runs)
     name = args.name
     if name is None:
@@ -91,6 +91,7 @@ def _create(args, parameters):
     record = {
         "args": vars(args),
         "parameters": parameters,
+        "pairs": pairs,
         "processes": distributed.processes(),
         "command": sys.argv,
         "commit": commit(),

@@ -106,7 +106,8 @@ def set_up(args):
         source = find_weights(args.start_from, args.runs)
         checkpoint.load_state(model, checkpoint.load(source)["state_dict"], source)
     # Whatever the user can have mistaken is known by now: no run is begun that could not go on.
-    folder, state = open_run(args, count_parameters(model))
+    counts = {"training": len(train_indices), "validation": len(val_indices)}
+    folder, state = open_run(args, count_parameters(model), counts)
     average = copy.deepcopy(model).requires_grad_(False) if args.ema else None
     optimiser = make_optimiser(model, args, device)
     autocast, scaler = precision(args.amp, device)
