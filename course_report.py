@@ -88,8 +88,8 @@ before the last upsampling: the same function for fewer multiply-adds."""
         for p in found
     ]  # fmt: skip
     heads = ("module", "what it holds", "channels", "size", "parameters", "share")
-    return f"""<p>{words}</p><figure class="drawing">{diagram(model)}<figcaption>Figure 1. The network.</figcaption></figure>
-<figure><figcaption>Table 1. Parameters by module, {PARAM_LIMIT - total:,} below the limit.</figcaption>
+    return f"""<p>{words}</p><figure class="drawing">{diagram(model)}<figcaption>Figure 1. The network.</figcaption>
+</figure><figure><figcaption>Table 1. Parameters by module, {PARAM_LIMIT - total:,} below the limit.</figcaption>
 {table(heads, rows, ("total", "", "", "", f"{total:,}", ""), words=2)}</figure>"""
 
 

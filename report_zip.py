@@ -124,7 +124,17 @@ def code_files():
 
     Runs are left out: the zip holds its checkpoint once.
     """
-    patterns = ("*.py", "*.toml", "*.md", "Makefile", "LICENSE", "requirements.txt", "checks/*.py", "checks/*.txt")
+    patterns = (
+        "*.py",
+        "*.toml",
+        "*.md",
+        "*.html",
+        "Makefile",
+        "LICENSE",
+        "requirements.txt",
+        "checks/*.py",
+        "checks/*.txt",
+    )
     files = {path.relative_to(HERE) for pattern in patterns for path in HERE.glob(pattern)}
     with contextlib.suppress(FileNotFoundError):  # no git on this machine
         listed = subprocess.run(["git", "ls-files", "-z"], cwd=HERE, capture_output=True, text=True).stdout

@@ -82,7 +82,7 @@ def plot(key, title, series, top, height, x_range, phases=(), y_range=None):
             break
         if i % 2 == 0:
             back.append(element("rect", x=number(left), y=top, width=number(end - left), height=height, fill="#f0f2f5"))
-        if len(phases) > 1 and end - left > 40 and y0 == 0:  # elsewhere a curve begins in that corner
+        if len(phases) > 1 and end - left > 40 and key == "loss":  # below, other curves begin in that corner
             back.append(label(left + 4, top + height - 5, f"{size} px", fill=GREY, font_size=10))
         begun += length
     for y in ticks(y0, y1, max(2, height // 28)):

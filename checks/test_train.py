@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from options import parse
 from predict import mask_of
 from rundir import in_force
 from synth import make_dataset
-from train import set_up
+from train import set_up, show_run
 from train import train as run_training
 
 # Two sizes, both optimisers, EMA, dropout, mixing: everything that has a state or draws a number.
@@ -37,7 +38,7 @@ def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("training")
     make_dataset(root / "data", train=20, dev=0, test=0, workers=1)
     os.symlink(root / "data", root / "again")
-    train(root, "--name", "whole", *FLAGS)
+    assert "Traceback" not in train(root, "--name", "whole", *FLAGS).stderr  # a page that failed is only told
     return root
 
 
@@ -69,6 +70,23 @@ def equal(a, b):
 def metrics(place, name, *keys):
     lines = (place / "runs" / name / "metrics.jsonl").read_text().splitlines()
     return [[json.loads(line)[key] for key in keys] for line in lines]
+
+
+def test_a_training_leaves_the_page_of_its_run(place):
+    page = (place / "runs/index.html").read_text()
+    section = page[page.index('id="run:whole"') :]
+    assert 'http-equiv="refresh"' not in page and "Unreadable" not in page
+    assert section.count("<figure>") == len(split(20)[1]) and 'class="line training"' in section
+    assert all(len(row) == 2 for row in metrics(place, "whole", "official", "train_official"))
+
+
+def test_a_page_that_fails_is_told_and_stops_no_training(tmp_path, monkeypatch, capsys):
+    run = types.SimpleNamespace(folder=tmp_path / "a", device=None)
+    show_run(run)
+    assert capsys.readouterr().err == f"{tmp_path}/a: no pictures: the folder holds no weights (best.pt)\n"
+    monkeypatch.setattr("train.write_page", lambda runs: 1 / 0)
+    show_run(run)
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 def start_and_signal(place, name, number, *flags):
