@@ -295,7 +295,8 @@ def show_run(t):
     A page is not worth a training: whatever goes wrong with it is told, and the training goes on.
     """
     try:
-        redraw(t.folder, t.device)
+        if (t.folder / "best.json").is_file():
+            redraw(t.folder, t.device)
         write_page(t.folder.parent)
     except UserError as error:
         print(f"{t.folder.parent}/index.html: {error}", file=sys.stderr)
@@ -314,6 +315,8 @@ def train(t):
     caught = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: caught.append(number))
+    if t.rank == 0:
+        show_run(t)
     clock = saved = time.monotonic()
     t.model.train()
     for epoch in range(t.progress["epoch"], t.epochs):

@@ -81,9 +81,9 @@ def test_a_training_leaves_the_page_of_its_run(place):
 
 
 def test_a_page_that_fails_is_told_and_stops_no_training(tmp_path, monkeypatch, capsys):
-    run = types.SimpleNamespace(folder=tmp_path / "a", device=None)
+    run = types.SimpleNamespace(folder=tmp_path / "none" / "a", device=None)
     show_run(run)
-    assert capsys.readouterr().err == f"{tmp_path}/a: no pictures: the folder holds no weights (best.pt)\n"
+    assert capsys.readouterr().err.startswith(f"{tmp_path}/none/index.html: no folder")
     monkeypatch.setattr("train.write_page", lambda runs: 1 / 0)
     show_run(run)
     assert "ZeroDivisionError" in capsys.readouterr().err
