@@ -5,7 +5,7 @@ make report NAME=a     # a table of them in runs/a/report.html
 
 import json
 
-from records import PLACES, defaults
+from leaderboard import PLACES, settings_of
 
 # What a training does beside computing its weights; `seed` is told apart, sizes and epochs are the budget.
 IDLE = PLACES | {"train_score", "keep_every", "compile", "amp", "seed", "sizes", "epochs", "val_split", "split_seed"}
@@ -23,7 +23,7 @@ def budget(run):
 
 def settings(run):
     """The settings that decide a run's result within its budget; those it does not name at their defaults."""
-    return {key: value for key, value in {**defaults(), **run.args}.items() if key not in IDLE}
+    return {key: value for key, value in {**settings_of(), **run.args}.items() if key not in IDLE}
 
 
 def difference(one, other):

@@ -19,10 +19,11 @@ from atomic import write_text
 from diagram import diagram, parts, several
 from errors import UserError
 from labels import NAMES
+from leaderboard import settings_of
 from model import PARAM_LIMIT, MicroSegFormer, build, count_parameters
 from options import model_arguments, strength
 from pictures import image_score, read_pictures
-from records import defaults, shown
+from records import shown
 from svg import curves, text
 
 TEMPLATE = Path(__file__).with_name("course_report.html")
@@ -242,7 +243,7 @@ def network_of(run):
 
     UserError where this version of the code builds another network than the run had.
     """
-    args = argparse.Namespace(**{**defaults(), **run.args})
+    args = argparse.Namespace(**{**settings_of(), **run.args})
     try:
         model = build(args.model, **model_arguments(args))
     except (TypeError, KeyError) as error:

@@ -37,7 +37,7 @@ def summary(folder):
 
 
 @functools.cache
-def settings(recipe=None):
+def settings_of(recipe=None):
     """{argument: value} of a training by a recipe, or by default."""
     return vars(parse(["--recipe", recipe] if recipe else [])[0])
 
@@ -45,8 +45,8 @@ def settings(recipe=None):
 def make_line(args):
     """The make line that repeats a run of these arguments: its recipe, and what differs from it as it is now."""
     recipe = args["recipe"] if args["recipe"] in load_recipes() else None
-    defaults, flags = settings(), []
-    for key, value in settings(recipe).items():
+    defaults, flags = settings_of(), []
+    for key, value in settings_of(recipe).items():
         own = args.get(key, defaults[key])  # a run older than a flag ran with the flag's default
         if own == value or own is None or key in PLACES:
             continue

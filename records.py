@@ -1,6 +1,5 @@
 """What the folder of a run holds, read and checked, and how its settings differ from others."""
 
-import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +8,9 @@ import numpy as np
 
 from errors import UserError
 from labels import NUM_CLASSES
-from leaderboard import summary, survey
-from options import build_parser
+from leaderboard import PLACES, settings_of, summary, survey
 from rundir import in_training, read_json, read_metrics
 from schedule import parse_sizes
-
-# Where a run lies and computes, not what it computes.
-PLACES = {"name", "runs", "resume", "overwrite", "data", "cache", "device", "threads", "save_minutes", "recipe"}
 
 
 @dataclass(frozen=True)
@@ -79,15 +74,10 @@ def read_runs(runs):
     return scored, [run for run in found if not run.row], unreadable
 
 
-@functools.cache
-def defaults():
-    """train.py's own settings."""
-    return vars(build_parser().parse_args([]))
-
-
-def changed(args, others):
-    """{setting: value} of the arguments that differ from others."""
-    return {key: value for key, value in args.items() if key not in PLACES and value != others.get(key)}
+def changed(run):
+    """{setting: value} of a run's arguments that differ from train.py's own defaults."""
+    defaults = settings_of()
+    return {key: value for key, value in run.args.items() if key not in PLACES and value != defaults.get(key)}
 
 
 def shown(value):

@@ -18,7 +18,7 @@ from course_report import write_draft
 from errors import ArgumentParser, UserError, run_main
 from labels import COLOURS, NAMES
 from pictures import draw_pictures, read_pictures
-from records import changed, defaults, read_run, read_runs, shown
+from records import changed, read_run, read_runs, shown
 from rundir import find_run
 from svg import confusion_matrix, curves, label_bars, text
 
@@ -102,7 +102,7 @@ def gallery(run):
 
 def settings(run):
     """What differs from the defaults, all arguments, and where the run comes from."""
-    differs, record = changed(run.args, defaults()), run.record
+    differs, record = changed(run), run.record
     chips = " ".join(f"<code>{text(key)} {text(shown(value))}</code>" for key, value in differs.items())
     everything = "<br>".join(
         f"<b>{text(key)}</b> {text(shown(value))}" if key in differs else f"{text(key)} {text(shown(value))}"
@@ -110,8 +110,9 @@ def settings(run):
     )
     versions = ", ".join(f"{key} {value}" for key, value in record.get("versions", {}).items() if value)
     recipe = f" (recipe {text(run.args['recipe'])})" if run.args.get("recipe") else ""
+    again = f"<p>Again: <code>{text(run.row['line'])}</code></p>" if run.row else ""
     return (
-        f'<h3>Differs from the defaults{recipe}</h3><p class="chips">{chips or "nothing"}</p>'
+        f'<h3>Differs from the defaults{recipe}</h3><p class="chips">{chips or "nothing"}</p>{again}'
         f'<details><summary>All arguments</summary><p class="args">{everything}</p></details>'
         f'<p class="note">Started {text(record.get("started", "?"))}, commit {text(record.get("commit", "?")[:12])}, '
         f"{text(versions)}</p>"
