@@ -23,7 +23,7 @@ from leaderboard import settings_of
 from model import PARAM_LIMIT, MicroSegFormer, build, count_parameters
 from options import model_arguments, strength
 from pictures import image_score, read_pictures
-from records import shown
+from records import sentence, shown
 from svg import curves, text
 
 TEMPLATE = Path(__file__).with_name("course_report.html")
@@ -189,7 +189,7 @@ def ablation_section(run, runs):
         cells.append((change, len(members), f"{mean_score(members):.4f}", gain, f"{count:,}" if count else "–"))
     args, scores = base[0].args, [member.row["official"] for member in base]
     left = f" {len(kept)} of {len(rows)} are shown." if len(kept) < len(rows) else ""
-    noise = f" Its runs differ by {max(scores) - min(scores):.4f} by their seeds alone." if len(base) > 1 else ""
+    noise = f" Its {len(base)} runs differ by up to {max(scores) - min(scores):.4f}." if len(base) > 1 else ""
     return f"""<p>The runs below share one budget, {sizes_text(base[0].phases)}, and differ from a base
 ({args["model"]}, learning rate {args["lr"]:g}, batch {args["batch"]}, Dice {args["dice"]:g}) in what is named.
 {noise}</p><figure><figcaption>Table 3. Official validation score by setting, seeds averaged.{left}</figcaption>
@@ -201,7 +201,7 @@ def examples(run):
     try:
         pictures = read_pictures(run.folder)
     except UserError as error:
-        return f"<p>{text(error)}</p>"
+        return f"<p>{text(sentence(error))}</p>"
     told = ""
     for worst in (True, False):
         chosen = [p for p in pictures if p["worst"] == worst][:EXAMPLES]

@@ -37,6 +37,12 @@ def summary(folder):
 
 
 @functools.cache
+def is_recipe(name):
+    """Whether recipes.toml has it."""
+    return name in load_recipes()
+
+
+@functools.cache
 def settings_of(recipe=None):
     """{argument: value} of a training by a recipe, or by default."""
     return vars(parse(["--recipe", recipe] if recipe else [])[0])
@@ -44,7 +50,7 @@ def settings_of(recipe=None):
 
 def make_line(args):
     """The make line that repeats a run of these arguments: its recipe, and what differs from it as it is now."""
-    recipe = args["recipe"] if args["recipe"] in load_recipes() else None
+    recipe = args["recipe"] if is_recipe(args["recipe"]) else None
     defaults, flags = settings_of(), []
     for key, value in settings_of(recipe).items():
         own = args.get(key, defaults[key])  # a run older than a flag ran with the flag's default

@@ -83,3 +83,9 @@ def changed(run):
 def shown(value):
     """A setting's value as it is typed."""
     return "on" if value is True else "off" if value is False else "none" if value is None else str(value)
+
+
+def sentence(error):
+    """The message of a UserError with a capital and a stop."""
+    message = str(error)
+    return f"{message[:1].upper()}{message[1:]}."

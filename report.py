@@ -18,7 +18,7 @@ from course_report import write_draft
 from errors import ArgumentParser, UserError, run_main
 from labels import COLOURS, NAMES
 from pictures import draw_pictures, read_pictures
-from records import changed, read_run, read_runs, shown
+from records import changed, read_run, read_runs, sentence, shown
 from rundir import find_run
 from svg import confusion_matrix, curves, label_bars, text
 
@@ -53,7 +53,7 @@ def board(runs):
             told = "" if value is None else shown(value) if form == "word" else format(value, form)
             content, kind = text(told or "–"), ' class="word"' if form == "word" else ""
             if key == "name":
-                content, kind = f'<a href="#{quote(anchor(run))}">{content}</a>', ' class="word name"'
+                content, kind = f'<a href="#{quote(anchor(run), safe=":")}">{content}</a>', ' class="word name"'
             cells += f'<td{kind} data-v="{text(told if form == "word" else value if told else "")}">{content}</td>'
         rows += f"<tr>{cells}</tr>"
     return f'<div class="scroll"><table id="board"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
@@ -80,7 +80,7 @@ def gallery(run):
     try:
         pictures = read_pictures(run.folder)
     except UserError as error:
-        return f'<p class="note">{text(error)}</p>'
+        return f'<p class="note">{text(sentence(error))}</p>'
     heads = "".join(f"<span>{head}</span>" for head in ("image", "truth", "prediction", "errors"))
     halves = ""
     for worst in (True, False):
@@ -157,7 +157,8 @@ def page(runs):
     parts = ["<h1>Runs</h1>"]
     if live:
         names = ", ".join(text(run.name) for run in live)
-        parts.append(f'<p class="live">In training: {names}. This page reloads itself every {REFRESH} seconds.</p>')
+        about = f"In training: {names}. This page reloads itself every {REFRESH} seconds."
+        parts.append(f'<p class="live" data-seconds="{REFRESH}">{about}</p>')
     now = time.time()
     stamp = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now))
     parts.append(
@@ -177,7 +178,7 @@ def page(runs):
     pictured = [run for run in scored if (run.folder / "pictures.json").is_file()][:WITH_PICTURES] + live
     pictured = pictured or scored[:1]  # whose section then says why there are none
     parts += [section(run, run in opened, run in pictured) for run in [*scored, *unscored]]
-    head = f'<meta http-equiv="refresh" content="{REFRESH}">' if live else ""
+    head = f'<noscript><meta http-equiv="refresh" content="{REFRESH}"></noscript>' if live else ""
     template = TEMPLATE.read_text(encoding="utf-8")
     return template.replace("<!--HEAD-->", head, 1).replace("<!--BODY-->", "\n".join(parts), 1)
 

@@ -80,7 +80,7 @@ def plot(key, title, series, top, height, x_range, phases=(), y_range=None):
         left, end = LEFT + (begun - x0) * across, LEFT + (min(begun + length, x1) - x0) * across
         if end <= left:
             break
-        if i % 2 == 0:
+        if i % 2 == 0 and len(phases) > 1:
             back.append(element("rect", x=number(left), y=top, width=number(end - left), height=height, fill="#f0f2f5"))
         if len(phases) > 1 and end - left > 40 and key == "loss":  # below, other curves begin in that corner
             back.append(label(left + 4, top + height - 5, f"{size} px", fill=GREY, font_size=10))

@@ -88,15 +88,18 @@ def test_runs_stand_by_score_and_names_are_escaped(runs):
 
 def test_settings_that_differ_from_the_defaults_are_named(runs):
     html = report.page(runs)
-    section = re.search(r'id="run:high".*?</details></details>|id="run:high".*?All arguments', html, re.S)[0]
-    assert re.findall(r"<code>(.*?)</code>", section) == ["sizes 32:1,64:1", "lr 0.001", "dice 1.0"]
+    section = re.search(r'id="run:high".*?All arguments', html, re.S)[0]
+    *chips, again = re.findall(r"<code>(.*?)</code>", section)
+    assert chips == ["sizes 32:1,64:1", "lr 0.001", "dice 1.0"]
+    assert again == "make train ARGS=&quot;--sizes 32:1,64:1 --lr 0.001 --dice 1.0&quot;"
 
 
 def test_the_page_reloads_itself_while_a_training_holds_a_run(runs):
     assert "refresh" not in report.page(runs).split("<style>")[0]
     rundir._lock(runs / "low")
     html = report.page(runs)
-    assert '<meta http-equiv="refresh"' in html.split("<style>")[0] and "In training: low." in html
+    assert '<meta http-equiv="refresh" content="30"' in html.split("<style>")[0]
+    assert 'data-seconds="30">In training: low.' in html
     rundir.close_run()
     assert not rundir.in_training(runs / "low")
 
