@@ -58,7 +58,8 @@ def make_line(args):
             continue
         flag = "--" + {"start_from": "from"}.get(key, key).replace("_", "-")
         flags += [flag if own else flag.replace("--", "--no-", 1)] if isinstance(own, bool) else [flag, str(own)]
-    return "make train" + (f" RECIPE={recipe}" if recipe else "") + (f' ARGS="{shlex.join(flags)}"' if flags else "")
+    quoted = shlex.join(flags).replace('"', '\\"')
+    return "make train" + (f" RECIPE={recipe}" if recipe else "") + (f' ARGS="{quoted}"' if flags else "")
 
 
 def survey(runs, read=summary):

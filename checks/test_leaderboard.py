@@ -59,4 +59,6 @@ def test_the_make_line_says_what_differs_from_the_recipe():
     assert line == 'make train RECIPE=lmsa_v1 ARGS="--no-lmsa --lr 0.5"'
     again, _ = parse(["--recipe", "lmsa_v1", *shlex.split(shlex.split(line)[3].removeprefix("ARGS="))])
     assert make_line(vars(again)) == line
+    line = make_line({"recipe": "search", "model_args": '{"attention": 0}'})
+    assert shlex.split(shlex.split(line)[3].removeprefix("ARGS=")).count('{"attention": 0}') == 1
     assert make_line({"recipe": "gone", "lr": 0.5}) == 'make train ARGS="--lr 0.5"'
