@@ -33,7 +33,8 @@ def upsample(x, size):
 
 def pointwise(x, conv):
     """A 1x1 convolution of (B, C, H, W) as one matrix product; for one thread torch takes a much slower way."""
-    return F.linear(x.permute(0, 2, 3, 1), conv.weight[:, :, 0, 0], conv.bias).permute(0, 3, 1, 2)
+    weight = conv.weight.permute(0, 2, 3, 1).flatten(1)  # in the channels-last order that its gradient shall have
+    return F.linear(x.permute(0, 2, 3, 1), weight, conv.bias).permute(0, 3, 1, 2)
 
 
 def tokens(x):
