@@ -35,7 +35,7 @@ class Run:
 
 
 def finite(*values):
-    """TypeError or ValueError where one of the values is no finite number."""
+    """TypeError or ValueError where one of the values is no finite number, which charts would fall over."""
     for value in values:
         if isinstance(value, bool) or not math.isfinite(value):
             raise ValueError(f"{value!r}, which is no finite number")
@@ -50,7 +50,8 @@ def read_run(folder):
     if row:
         finite(*(row[key] for key in ("official", "batch32", "epoch", "epochs", "lr", "dice", "minutes")))
         finite(row["parameters"] or 0)
-    record["commit"] + "", dict(record["versions"])
+    if not isinstance(record["commit"], str) or not isinstance(record["versions"], dict):
+        raise UserError(f"{folder}/args.json tells no commit or versions")
     best = read_best(folder) if (folder / "best.json").is_file() else None
     return Run(folder, record, lines, phases, row, best, in_training(folder))
 
