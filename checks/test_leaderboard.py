@@ -2,11 +2,13 @@
 
 import json
 import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 
 from errors import UserError
-from leaderboard import leaderboard, make_line, recipe_table, summaries
+from leaderboard import leaderboard, make_line, markdown, recipe_table, summaries
 from options import parse
 
 
@@ -62,3 +64,9 @@ def test_the_make_line_says_what_differs_from_the_recipe():
     line = make_line({"recipe": "search", "model_args": '{"attention": 0}'})
     assert shlex.split(shlex.split(line)[3].removeprefix("ARGS=")).count('{"attention": 0}') == 1
     assert make_line({"recipe": "gone", "lr": 0.5}) == 'make train ARGS="--lr 0.5"'
+
+
+def test_the_experiments_show_the_runs_that_are_committed():
+    listed = subprocess.run(["git", "ls-files", "runs"], capture_output=True, text=True).stdout
+    committed = [row for row in summaries("runs") if f"runs/{row['name']}/args.json" in listed]
+    assert markdown(committed) in Path("docs/experiments.md").read_text()
