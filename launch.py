@@ -20,7 +20,6 @@ from errors import ArgumentParser, UserError, run_main
 from options import parse
 from rundir import find_run, in_force, read_json
 
-
 # glibc returns the memory of large tensors to the system after each step and faults it in again at the next.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
 
