@@ -3,6 +3,7 @@
 torchrun --standalone --nproc-per-node 2 train.py --name a
 """
 
+import atexit
 import os
 
 import torch
@@ -18,6 +19,7 @@ def start(device):
     if "RANK" not in os.environ:
         return 0, 1
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(dist.destroy_process_group)  # its threads abort an interpreter that ends before them
     return dist.get_rank(), dist.get_world_size()
 
 

@@ -16,7 +16,7 @@ def residual(block, x):
 def plain_forward(model, image):
     """Logits (B, 19, H, W) of image (B, 3, H, W) with values 0..1."""
     count, _, height, width = image.shape
-    across = torch.eye(2, 3).expand(count, 2, 3)
+    across = torch.eye(2, 3, dtype=image.dtype).expand(count, 2, 3)
     places = F.affine_grid(across, (count, 1, height, width), align_corners=False).permute(0, 3, 1, 2)
     x, skips = torch.cat([standardise(image), places], 1), []
     for down, *blocks in model.encoder:
