@@ -7,7 +7,6 @@ The held-out pairs are those of the reference's split, which a network trained w
 """
 
 import argparse
-import contextlib
 import sys
 
 import numpy as np
@@ -27,18 +26,7 @@ from views import label_map, log_probabilities, parse_views
 
 
 @torch.inference_mode()
-def evaluate(
-    model,
-    pairs,
-    indices,
-    size,
-    device,
-    *,
-    views=(False, (1.0,)),
-    batch=4,
-    share=(0, 1),
-    autocast=contextlib.nullcontext,
-):
+def evaluate(model, pairs, indices, size, device, *, views=(False, (1.0,)), batch=4, share=(0, 1)):
     """Confusions (N, 19, 19) int64 of a network on pairs[indices] seen at `size`, and their CE + Dice losses (N,).
 
     With `share` = (rank, processes), each process fills its own rows and leaves the others 0, so that a sum over the
@@ -53,8 +41,7 @@ def evaluate(
     for start in range(0, len(rows), batch):
         chosen = rows[start : start + batch]
         images, masks = pairs.batch(indices[chosen], fix_sides=False)
-        with autocast():
-            log_p = log_probabilities([model], torch.from_numpy(images).to(device), size, views)
+        log_p = log_probabilities([model], torch.from_numpy(images).to(device), size, views)
         # Halved down to the next finer grid, then averaged to the logits' own, which need not divide the mask.
         stride = 1 << (masks.shape[-1] // log_p.shape[-1]).bit_length() - 1
         target = soft_labels(torch.from_numpy(masks).to(device), stride)

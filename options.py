@@ -105,7 +105,9 @@ def build_parser():
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    machine.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="autocast; auto: CUDA")
+    machine.add_argument(
+        "--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="autocast; auto: where it is quicker"
+    )
     machine.add_argument("--compile", action=switch, default=False, help="torch.compile the network")
     machine.add_argument("--threads", type=int, default=0, help="CPU threads of each process; 0 leaves torch's choice")
     machine.add_argument("--save-minutes", type=float, default=5, help="minutes between saves within an epoch")

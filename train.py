@@ -150,15 +150,25 @@ def make_optimiser(model, args, device):
 
 
 def precision(amp, device):
-    """A function that makes the autocast context, and the gradient scaler (does nothing unless fp16)."""
+    """A function that makes the autocast context, and the gradient scaler (does nothing unless fp16).
+
+    "auto" takes bf16 where the processor has instructions for it, which double its rate, and else fp16 on CUDA.
+    """
     if amp == "auto":
-        amp = "off" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        able = {"cuda": torch.cuda.is_bf16_supported, "cpu": computes_bf16}.get(device.type, lambda: False)()
+        amp = "bf16" if able else "fp16" if device.type == "cuda" else "off"
     dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
     def autocast():
         return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
     return autocast, torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+
+def computes_bf16():
+    """Whether this CPU multiplies bf16 numbers natively (AVX-512 BF16 or AMX)."""
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def label_weights(args, pairs, indices, device):
@@ -236,9 +246,8 @@ def validate(t, size):
 def scored(t, indices, size):
     """Confusions (N, 19, 19) and losses (N,) of some pairs, each process having done its share."""
     confusions, losses = evaluate(
-        t.average or t.model, t.pairs, indices, t.args.val_size or size, t.device, share=(t.rank, t.processes),
-        autocast=t.autocast,
-    )  # fmt: skip
+        t.average or t.model, t.pairs, indices, t.args.val_size or size, t.device, share=(t.rank, t.processes)
+    )
     confusions = distributed.total(torch.from_numpy(confusions).to(t.device)).cpu().numpy()
     return confusions, distributed.total(torch.from_numpy(losses).float().to(t.device))
 
