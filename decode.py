@@ -20,56 +20,66 @@ from data import load_pairs, resolve, split
 from distributed import local_device
 from errors import ArgumentParser, UserError, run_main
 from labels import NAMES, NUM_CLASSES
-from metrics import confusion, official_score
+from metrics import official_score
+from model import upsample
 from rundir import find_weights
-from views import label_map, log_probabilities
+from views import log_probabilities
 
 STEPS = (-0.4, 0.4, -0.2, 0.2, -0.1, 0.1)
 LEAST_GAIN = 2e-4  # a smaller one is not worth a degree of freedom
-SIDE = 256  # masks are compared at this side while fitting; a quarter of the pixels tell the same
+EVERY = 4  # one pixel in so many, each way, is compared while fitting: a sixteenth tells the same
 
 
 @torch.inference_mode()
 def held_out(model, pairs, indices, size, device):
-    """Log-probabilities [(1, 19, h, w), ...] of the pairs, and their masks (N, SIDE, SIDE)."""
-    log_p = []
+    """Log-probabilities (N, 19, P) float32 of the pairs at P sampled pixels, and their labels (N, P) int64."""
+    log_p, labels = [], []
     for index in indices:
-        images, _ = pairs.batch(np.array([index]), fix_sides=False)
-        log_p.append(log_probabilities([model], torch.from_numpy(images).to(device), size))
-    factor = pairs.masks.shape[-1] // SIDE
-    return log_p, pairs.masks[indices][:, ::factor, ::factor]
+        images, masks = pairs.batch(np.array([index]), fix_sides=False)
+        one = log_probabilities([model], torch.from_numpy(images).to(device), size)
+        log_p.append(sampled(upsample(one, masks.shape[1:])))
+        labels.append(sampled(torch.from_numpy(masks).to(device).long()))
+    return torch.cat(log_p), torch.cat(labels)
 
 
-def score(log_p, masks, offsets):
-    """Official score of the masks that shifted log-probabilities give."""
-    shift = torch.tensor(offsets, dtype=torch.float32, device=log_p[0].device)[:, None, None]
-    predicted = [label_map(one + shift, SIDE, SIDE)[0].cpu().numpy() for one in log_p]
-    return official_score(np.stack([confusion(p, m) for p, m in zip(predicted, masks, strict=True)]))
+def sampled(maps):
+    """Every EVERYth pixel of maps (B, ..., H, W), each way: (B, ..., P)."""
+    return maps[..., EVERY // 2 :: EVERY, EVERY // 2 :: EVERY].flatten(-2)
 
 
-def fit(log_p, masks):
+def score(log_p, labels, offsets):
+    """Official score, 0..1, at the sampled pixels of the labels that shifted log-probabilities choose."""
+    shift = torch.tensor(offsets, dtype=log_p.dtype, device=log_p.device)
+    # A cell of the confusion matrices for each pixel: image, true label, predicted label.
+    cells = (log_p + shift[:, None]).argmax(1)
+    cells += NUM_CLASSES * (labels + NUM_CLASSES * torch.arange(len(labels), device=labels.device)[:, None])
+    confusions = cells.flatten().bincount(minlength=len(labels) * NUM_CLASSES**2)
+    return official_score(confusions.view(-1, NUM_CLASSES, NUM_CLASSES).cpu().numpy())
+
+
+def fit(log_p, labels):
     """Offsets (19,) by coordinate ascent on the score, label by label, each kept only if it gains LEAST_GAIN."""
     offsets = np.zeros(NUM_CLASSES)
-    best = score(log_p, masks, offsets)
+    best = score(log_p, labels, offsets)
     for _ in range(2):
         for label in range(NUM_CLASSES):
             for step in STEPS:
                 tried = offsets.copy()
                 tried[label] += step
-                if (gained := score(log_p, masks, tried)) > best + LEAST_GAIN:
+                if (gained := score(log_p, labels, tried)) > best + LEAST_GAIN:
                     offsets, best = tried, gained
     return offsets
 
 
-def cross_validated(log_p, masks, folds):
+def cross_validated(log_p, labels, folds):
     """Mean gain on pairs that the offsets were not fitted on, and the gain of each fold."""
-    parts = np.array_split(np.random.default_rng(0).permutation(len(masks)), folds)
+    parts = np.array_split(np.random.default_rng(0).permutation(len(labels)), folds)
     gains = []
     for part in parts:
-        rest = np.setdiff1d(np.arange(len(masks)), part)
-        offsets = fit([log_p[i] for i in rest], masks[rest])
-        ours = [log_p[i] for i in part]
-        gains.append(score(ours, masks[part], offsets) - score(ours, masks[part], np.zeros(NUM_CLASSES)))
+        rest = np.setdiff1d(np.arange(len(labels)), part)
+        offsets = fit(log_p[rest], labels[rest])
+        own = log_p[part], labels[part]
+        gains.append(score(*own, offsets) - score(*own, np.zeros(NUM_CLASSES)))
     return float(np.average(gains, weights=[len(part) for part in parts])), gains
 
 
@@ -97,12 +107,12 @@ def main():
     _, held = split(len(pairs.names), args.val_split, args.split_seed)
     if not 2 <= args.folds <= len(held):
         raise UserError(f"--folds {args.folds}: from 2 to the {len(held)} held-out pairs")
-    log_p, masks = held_out(model, pairs, held, info["size"], device)
-    gain, gains = cross_validated(log_p, masks, args.folds)
+    log_p, labels = held_out(model, pairs, held, info["size"], device)
+    gain, gains = cross_validated(log_p, labels, args.folds)
     print(f"cross-validated gain {gain:+.4f} ({', '.join(f'{g:+.4f}' for g in gains)}) on {len(held)} pairs")
-    offsets = fit(log_p, masks)
-    plain, fitted = (score(log_p, masks, o) for o in (np.zeros(NUM_CLASSES), offsets))
-    print(f"fitted on all of them: {plain:.4f} to {fitted:.4f} at {SIDE} pixels, which says less")
+    offsets = fit(log_p, labels)
+    plain, fitted = (score(log_p, labels, o) for o in (np.zeros(NUM_CLASSES), offsets))
+    print(f"fitted on all of them: {plain:.4f} to {fitted:.4f} at the sampled pixels, which says less")
     print("offsets " + ", ".join(f"{NAMES[i]} {o:+.1f}" for i, o in enumerate(offsets) if o) + " (others 0)")
     if args.save:
         checkpoint.save(args.save, with_offsets(checkpoint.load(path), offsets))

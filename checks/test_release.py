@@ -12,7 +12,7 @@ import release
 from data import Pairs
 from errors import UserError
 from evaluate import evaluate
-from metrics import official_score
+from metrics import confusion, official_score
 from model import build
 from views import label_map, log_probabilities
 
@@ -26,26 +26,30 @@ def pairs():
     return Pairs(images, masks, np.zeros(4, bool), list("abcd"))
 
 
-def known(masks, doubt):
-    """Log-probabilities (1, 19, 32, 32) that know the truth but for label 15, which they hold less likely by `doubt`
-    than skin."""
-    log_p = []
-    for mask in masks:
-        one = torch.zeros(19, 32, 32).scatter_(0, torch.from_numpy(mask[None, ::8, ::8]).long(), 8.0)
-        rare = one[15] > 0
-        one[1][rare], one[15][rare] = 8.0, 8.0 - doubt
-        log_p.append(one.log_softmax(0)[None])
-    return log_p
+def known(labels, doubt):
+    """Log-probabilities (N, 19, P) that know the truth but for label 15, held less likely than skin by `doubt`."""
+    logits = torch.zeros(len(labels), 19, labels.shape[1]).scatter_(1, labels[:, None], 8.0)
+    rare = labels == 15
+    logits[:, 1][rare], logits[:, 15][rare] = 8.0, 8.0 - doubt
+    return logits.log_softmax(1)
 
 
 def test_fitted_offsets_raise_the_rare_label(pairs):
-    masks = pairs.masks[:2, ::2, ::2]
-    log_p = known(masks, 0.3)
-    offsets = decode.fit(log_p, masks)
+    labels = decode.sampled(torch.from_numpy(pairs.masks[:2]).long())
+    log_p = known(labels, 0.3)
+    offsets = decode.fit(log_p, labels)
     assert offsets[15] - offsets[1] > 0.3
-    assert decode.score(log_p, masks, offsets) > decode.score(log_p, masks, np.zeros(19)) + 0.15
-    gain, gains = decode.cross_validated(log_p, masks, 2)
+    assert decode.score(log_p, labels, offsets) > decode.score(log_p, labels, np.zeros(19)) + 0.15
+    gain, gains = decode.cross_validated(log_p, labels, 2)
     assert gain == pytest.approx(np.mean(gains)) and gain > 0.15
+
+
+def test_the_score_of_sampled_pixels_is_the_official_one():
+    rng = np.random.default_rng(0)
+    labels, guesses = rng.integers(0, 19, (2, 3, 500))
+    log_p = torch.nn.functional.one_hot(torch.from_numpy(guesses), 19).permute(0, 2, 1).float()
+    plain = official_score(np.stack([confusion(*pair) for pair in zip(guesses, labels, strict=True)]))
+    assert decode.score(log_p, torch.from_numpy(labels), np.zeros(19)) == pytest.approx(plain)
 
 
 def test_offsets_in_the_bias_shift_the_probabilities(pairs, tmp_path):
