@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dropout import Dropout, attention, dropout
 from errors import ArgumentParser, run_main
 from labels import NUM_CLASSES
 
@@ -31,10 +32,20 @@ def upsample(x, size):
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def pointwise(x, conv):
+def channel_map(x, weight, bias=None):
     """A 1x1 convolution of (B, C, H, W) as one matrix product; for one thread torch takes a much slower way."""
+    return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+
+
+def pointwise(x, conv):
+    """`channel_map` with the weights of a 1x1 convolution."""
     weight = conv.weight.permute(0, 2, 3, 1).flatten(1)  # in the channels-last order that its gradient shall have
-    return F.linear(x.permute(0, 2, 3, 1), weight, conv.bias).permute(0, 3, 1, 2)
+    return channel_map(x, weight, conv.bias)
+
+
+def channel_means(x):
+    """(B, C) of (B, C, H, W); the gradient of mean would be written out for every pixel."""
+    return x.sum((2, 3)) / (x.shape[2] * x.shape[3])
 
 
 def tokens(x):
@@ -65,10 +76,9 @@ class Attention(nn.Module):
     def forward(self, x, height, width):
         """x (B, N, C) with N = height * width; the same shape comes back."""
         source = x if self.reduce is None else self.norm(tokens(self.reduce(grid(x, height, width))))
-        k, v = self.kv(source).unsqueeze(1).chunk(2, dim=-1)  # (B, 1, M, C) each: one head
-        p = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(self.q(x).unsqueeze(1), k, v, dropout_p=p).squeeze(1)
-        return F.dropout(self.proj(out), p, self.training)
+        k, v = self.kv(source).chunk(2, dim=-1)  # (B, M, C) each
+        out = attention(self.q(x), k, v, self.dropout if self.training else 0.0)
+        return dropout(self.proj(out), self.dropout, self.training)
 
 
 class TransformerBlock(nn.Module):
@@ -82,9 +92,9 @@ class TransformerBlock(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(dim, dim * mlp_ratio),
             nn.GELU(),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             nn.Linear(dim * mlp_ratio, dim),
-            nn.Dropout(dropout),
+            Dropout(dropout),
         )
 
     def forward(self, x, height, width):
@@ -111,8 +121,8 @@ class LMSA(nn.Module):
         )
 
     def forward(self, x):
-        gate = self.gate(x.mean((2, 3)))[:, :, None, None]
-        return x + gate * self.norm(self.pointwise(self.depthwise(x)))
+        gate = self.gate(channel_means(x))[:, :, None, None]
+        return torch.addcmul(x, gate, self.norm(pointwise(self.depthwise(x), self.pointwise)))
 
 
 class MicroSegFormer(nn.Module):
@@ -168,12 +178,15 @@ class MicroSegFormer(nn.Module):
         the last upsampling. `checks/plain_segformer.py` is the literal evaluation this equals.
         """
         maps = self.features(image)
-        fused = self.fuse.bias[:, None, None]
+        fused = None
         for x, linear, weight in zip(maps, self.decode, self.fuse.weight.chunk(4, dim=1), strict=True):
-            composed = F.conv2d(x, (weight @ linear.weight)[:, :, None, None], weight @ linear.bias)
-            fused = fused + (composed if x is maps[0] else upsample(composed, maps[0].shape[2:]))
-        mixed = F.conv2d(F.gelu(fused), self.mix.weight[:, :, None, None], self.mix.bias)
-        logits = self.classifier(self.lmsa(mixed))
+            bias = weight @ linear.bias
+            if fused is None:
+                fused = channel_map(x, weight @ linear.weight, bias + self.fuse.bias)
+            else:
+                fused = upsample(channel_map(x, weight @ linear.weight, bias), fused.shape[2:]).add_(fused)
+        mixed = channel_map(F.gelu(fused), self.mix.weight, self.mix.bias)
+        logits = pointwise(self.lmsa(mixed), self.classifier)
         return upsample(logits, image.shape[2:]) if full_size else logits
 
 
@@ -220,8 +233,7 @@ class Gate(nn.Module):
         self.up = nn.Linear(dim // reduction, dim)
 
     def forward(self, x):
-        mean = x.sum((2, 3)) / (x.shape[2] * x.shape[3])  # the gradient of mean would be written out for every pixel
-        return self.up(F.relu(self.down(mean))).sigmoid()[:, :, None, None]
+        return self.up(F.relu(self.down(channel_means(x)))).sigmoid()[:, :, None, None]
 
 
 class ResidualBlock(nn.Module):

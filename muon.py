@@ -11,22 +11,38 @@ import torch
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, from the Muon article
 
 
-def orthogonalise(matrix, steps=5):
-    """About U V^T of a float matrix (m, n) = U S V^T: singular values brought near 1 by a Newton-Schulz iteration.
+def orthogonalise(matrices, steps=5):
+    """About U V^T of every float matrix (m, n) = U S V^T of a list: a Newton-Schulz iteration brings S near 1.
 
-    Each step multiplies the matrix from the left by a polynomial of its Gram matrix; the polynomials are gathered on
-    the short side first, so that the long side is passed over twice only.
+    Each step multiplies the matrix from the left by a polynomial of its Gram matrix. The polynomials are gathered on
+    the short side first, so that the long side is passed over twice only, and all Gram matrices of one size together.
     """
+    short = [m.T if m.shape[0] > m.shape[1] else m for m in matrices]
+    short = torch._foreach_div(short, [norm + 1e-7 for norm in torch._foreach_norm(short)])
+    done = [None] * len(short)
+    for side in sorted({len(x) for x in short}):
+        places = [i for i, x in enumerate(short) if len(x) == side]
+        products = _polynomials(torch.stack([short[i] @ short[i].T for i in places]), steps)
+        for i, product in zip(places, products, strict=True):
+            done[i] = product @ short[i]
+    return [x if x.shape == m.shape else x.T for x, m in zip(done, matrices, strict=True)]
+
+
+def _polynomials(grams, steps):
+    """What `steps` of the iteration multiply matrices by that have these Gram matrices (N, m, m)."""
     a, b, c = COEFFICIENTS
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / (x.norm() + 1e-7)
-    gram, identity = x @ x.T, torch.eye(len(x), device=x.device)
-    product = identity
+    product = None
     for _ in range(steps):
-        step = torch.addmm(a * identity + b * gram, gram, gram, alpha=c)
-        product, gram = step @ product, step @ gram @ step
-    x = product @ x
-    return x if x.shape == matrix.shape else x.T
+        step = torch.baddbmm(grams, grams, grams, beta=b, alpha=c)
+        step.diagonal(dim1=1, dim2=2).add_(a)
+        product = step if product is None else step @ product
+        grams = step @ grams @ step
+    return product
+
+
+def _matrix(x):
+    """Weights as a matrix, a row an output; a view where x is channels-last, since columns may stand in any order."""
+    return x if x.dim() == 2 else x.movedim(1, -1).flatten(1)
 
 
 class Muon(torch.optim.AdamW):
@@ -45,20 +61,23 @@ class Muon(torch.optim.AdamW):
         loss = None if closure is None else closure()
         for group in self.param_groups:
             if group["orthogonal"]:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        self._orthogonal_step(p, group)
-                        p.grad = None  # AdamW passes over parameters without a gradient
+                self._orthogonal_step(group, [p for p in group["params"] if p.grad is not None])
         super().step()
         return loss
 
-    def _orthogonal_step(self, p, group):
-        state = self.state[p]
-        if "momentum" not in state:
-            # AdamW looks for a step wherever a parameter has a state, when one is loaded.
-            state["momentum"], state["step"] = torch.zeros_like(p), torch.tensor(0.0)
-        state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-        towards = p.grad.lerp(state["momentum"], group["momentum"])  # Nesterov's
-        step = orthogonalise(towards.flatten(1))
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.add_(step.view_as(p), alpha=-group["lr"] * 0.2 * max(step.shape) ** 0.5)
+    def _orthogonal_step(self, group, parameters):
+        if not parameters:
+            return
+        for p in parameters:
+            if "momentum" not in self.state[p]:
+                # AdamW looks for a step wherever a parameter has a state, when one is loaded.
+                self.state[p] |= {"momentum": torch.zeros_like(p), "step": torch.tensor(0.0)}
+        gradients, momenta = [p.grad for p in parameters], [self.state[p]["momentum"] for p in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        towards = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov's
+        steps = orthogonalise([_matrix(t) for t in towards])
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        for p, step in zip(parameters, steps, strict=True):
+            step = step if p.dim() == 2 else step.unflatten(1, (*p.shape[2:], -1)).movedim(-1, 1)
+            p.add_(step, alpha=-group["lr"] * 0.2 * max(step.shape[0], step[0].numel()) ** 0.5)
+            p.grad = None  # AdamW passes over parameters without a gradient

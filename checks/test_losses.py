@@ -98,9 +98,10 @@ def test_lovasz_joins_the_loss_with_its_weight(batch):
 
 @pytest.mark.parametrize("pixels", [16 * 16, 2 * 16 * 16, 1 << 20])  # images of a part: 1; 2 and 1; all 3
 @pytest.mark.parametrize("side", [4, 16])
-def test_loss_in_parts_equals_the_loss_of_the_whole(batch, monkeypatch, side, pixels):
+@pytest.mark.parametrize("others", [{}, {"ce": 0}, {"dice": 0}, {"dice_over": "all"}, {"smoothing": 0.1}, {"focal": 2}])
+def test_loss_in_parts_equals_the_loss_of_the_whole(batch, monkeypatch, others, side, pixels):
     monkeypatch.setitem(losses.PART_PIXELS, True, pixels)
-    masks, settings = batch[1], {"ce": 0.7, "dice": 1.5, "smoothing": 0.1}
+    masks, settings = batch[1], {"ce": 0.7, "dice": 1.5, **others}
     for target in (masks, soft_labels(masks.byte())):
         logits = torch.randn(3, 19, side, side).contiguous(memory_format=torch.channels_last).requires_grad_()
         whole = segmentation_loss(upsample(logits, (16, 16)), target, **settings)
