@@ -46,7 +46,6 @@ def test_a_step_of_a_convolution_by_hand():
     gradient = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(2))
     conv.grad = gradient.clone()
     Muon([{"params": [conv], "orthogonal": True}], lr=0.1, weight_decay=0.5).step()
-    step = orthogonalise([gradient.flatten(1)])[0].view_as(
-        gradient
-    )  # the first momentum points where the gradient does
+    # The first momentum points where the gradient does.
+    step = orthogonalise([gradient.flatten(1)])[0].view_as(gradient)
     assert torch.allclose(conv, -0.1 * 0.2 * 18**0.5 * step, atol=1e-4)
