@@ -30,7 +30,8 @@ from views import parse_views
 HERE = Path(__file__).parent
 # In an order in which each stands below what it imports.
 MODULES = (
-    "terminal", "errors", "atomic", "labels", "images", "views", "dropout", "model", "checkpoint", "predict", "solution",
+    "terminal", "errors", "atomic", "labels", "images",
+    "views", "dropout", "model", "checkpoint", "predict", "solution",
 )  # fmt: skip
 HEADER = '''"""The mask of a face image: one of 19 labels (CelebAMask-HQ) for every pixel.
 
