@@ -60,11 +60,11 @@ def measure(log_p):
 
 
 def fit(parts):
-    """How much of a face the measured parts (B, 8, 4) are, and how the portrait would have been cut.
+    """How much of a face the parts (B, 8, 4) of `measure` are, and where the portrait would have been cut.
 
     Returns scores (B,), 0 to 1: the mean over eyes, brows, nose and lips of how near each is to its usual place and
-    size after the best scale and shift, times its certainty. And windows (B, 3): left, top and side of the portrait,
-    as shares of the measured window.
+    size after the best scale and shift, times its certainty. And windows (B, 3): left, top and side of the portrait, in
+    the parts' unit of length.
     """
     usual = torch.tensor(list(USUAL.values()), device=parts.device)
     place, extent = parts[..., :2], parts[..., 2]
@@ -76,7 +76,7 @@ def fit(parts):
         usual_middle, middle = (share * usual[:, :2]).sum(1, keepdim=True), (share * place).sum(1, keepdim=True)
         arms, here = usual[:, :2] - usual_middle, place - middle
         scale = (share * arms * here).sum((1, 2)) / (share * arms**2).sum((1, 2)).clamp_min(1e-6)
-        scale = scale.clamp(0.05, 4)[:, None]
+        scale = scale.clamp_min(1e-3)[:, None]
         off = (here / scale[..., None] - arms).square().sum(2) / PLACE_TOLERANCE**2
         off = off + (extent.clamp_min(1e-6) / scale / usual[:, 2]).log().square() / SIZE_TOLERANCE**2
         agreement = present * torch.exp(-off / 2)

@@ -8,11 +8,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from faces import LEAST, cut, find_faces, fit, measure, overlap
+from errors import UserError
+from faces import cut, find_faces, fit, measure, overlap
 from views import label_map, log_probabilities
 
 MOST_PIXELS = 2**22  # parsed or decided at once; of larger windows every second pixel, or third: memory stays bounded
-TIGHT = 0.5  # a picture that overlaps so much with the portrait it holds is taken as that portrait
+# A picture that overlaps so much with the portrait it holds, of no worse a score, is taken as that portrait. The score
+# may be lower than a window's, which is one of many.
+TIGHT, LEAST_WHOLE = 0.5, 0.3
 FEATHER = 0.1  # share of a portrait's side over which its parse passes into that of its surroundings
 
 
@@ -71,7 +74,7 @@ def around(window):
 
 
 def paste(height, width, portraits):
-    """Label maps [(labels (h, w), window), ...] on one mask, uint8 (height, width), and the index of each pixel's owner.
+    """Label maps [(labels (h, w), window), ...] on one mask, uint8 (height, width), and each pixel's owner among them.
 
     Where windows overlap a pixel is the one's to whose middle it is nearer, measured in that one's sides. Elsewhere
     the label is background and the owner -1.
@@ -84,7 +87,7 @@ def paste(height, width, portraits):
             continue
         place = np.s_[y[0] : y[-1] + 1, x[0] : x[-1] + 1]
         far_y, far_x = (abs((v + 0.5 - start) / side - 0.5) for v, start, side in ((y, top, down), (x, left, across)))
-        far = np.maximum(far_y[:, None], far_x).astype(np.float32)
+        far = np.hypot(far_y[:, None], far_x).astype(np.float32)
         nearer = far < nearest[place]
         nearest[place][nearer] = far[nearer]
         mask[place][nearer] = labels[y[0] - top : y[-1] + 1 - top, x[0] - left : x[-1] + 1 - left][nearer]
@@ -97,17 +100,22 @@ def parse_photo(models, pixels, size, views, device, whole=False, box=None):
 
     A picture that is one portrait already, as those of the training are, is parsed as a whole; so is any with `whole`,
     and one in which no face is found. Of others the portraits found in them are parsed. `box` (left, top, width,
-    height) is parsed as the portrait instead, and nothing beside it. `size` is the side the models were trained on.
+    height) is parsed as the portrait instead, and nothing beside it; UserError where it does not meet the picture.
+    `size` is the side the models were trained on.
     """
     height, width = pixels.shape[:2]
+    everything = (0, 0, width, height)
     if box:
+        if not overlap(box, everything) or max(box[2:]) > 2 * max(height, width):
+            raise UserError(f"the box {box} lies beside the picture of {width} x {height} pixels or is far larger")
         labels = decide(parse_window(models, pixels, box, size, views, device), box[3], box[2])
         return Parsed(*paste(height, width, [(labels, box)]), [(None, box)])
-    everything = (0, 0, width, height)
     log_p = parse_window(models, pixels, everything, size, views, device)
-    scores, (window,) = fit(measure(log_p))
+    # Shares of the picture's sides become pixels, of which a portrait has as many across as down.
+    units = torch.tensor([width, height, math.sqrt(width * height), 1], device=log_p.device)
+    scores, (window,) = fit(measure(log_p) * units)
     left, top, side = window.tolist()
-    portrait = scores.item() >= LEAST and overlap((left, top, side, side), (0, 0, 1, 1)) >= TIGHT
+    portrait = scores.item() >= LEAST_WHOLE and overlap((left, top, side, side), everything) >= TIGHT
     faces = [] if whole or portrait else find_faces(models, pixels, size, device)
     if not faces:
         found = [(scores.item() if portrait else None, everything)]
