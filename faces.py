@@ -19,14 +19,14 @@ from views import log_probabilities
 
 # Medians of 900 training masks: x and y of a part's centre, and the root of its area, as shares of the picture's side.
 USUAL = {
-    "l_eye": (0.621, 0.478, 0.046),
-    "r_eye": (0.377, 0.477, 0.046),
-    "l_brow": (0.625, 0.416, 0.065),
-    "r_brow": (0.371, 0.416, 0.065),
-    "nose": (0.498, 0.576, 0.142),
-    "u_lip": (0.498, 0.727, 0.063),
-    "l_lip": (0.498, 0.766, 0.081),
-    "eye_g": (0.499, 0.488, 0.150),  # stands in for the eyes that it hides
+    "l_eye": (0.623, 0.480, 0.048),
+    "r_eye": (0.380, 0.480, 0.047),
+    "l_brow": (0.628, 0.417, 0.064),
+    "r_brow": (0.372, 0.418, 0.064),
+    "nose": (0.501, 0.579, 0.143),
+    "u_lip": (0.501, 0.728, 0.063),
+    "l_lip": (0.501, 0.769, 0.081),
+    "eye_g": (0.502, 0.490, 0.230),  # stands in for the eyes that it hides
 }
 PARTS = tuple(NAMES.index(name) for name in USUAL)
 PLACE_TOLERANCE = 0.06  # of a part's centre, as a share of the side

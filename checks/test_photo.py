@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import checkpoint
@@ -19,7 +18,7 @@ import photo
 import predict
 from errors import UserError, run_main
 from faces import APART, LEAST, USUAL, cut, find_faces, fit, measure, overlap
-from images import read_image, write_mask
+from images import read_image, read_mask, write_mask
 from labels import COLOURS, NAMES
 from model import build
 from photo import decide, parse_photo, paste, surround
@@ -312,11 +311,11 @@ def test_the_release_finds_and_parses_the_astronaut(tmp_path):
 
 @pytest.mark.skipif(not Path("data/train/masks").is_dir(), reason="needs the real masks")
 def test_usual_places_are_those_of_the_training_masks():
-    measured = []
+    measured = {name: [] for name in USUAL}
     for path in sorted(Path("data/train/masks").glob("*.png"))[:300]:
-        with Image.open(path) as image:
-            mask = torch.from_numpy(np.array(image)).long()
-        parts = measure(F.one_hot(mask, 19).permute(2, 0, 1)[None].float().log())[0]
-        measured.append(torch.where(parts[:, 3:] > 0, parts, torch.nan))
-    medians = torch.stack(measured).nanmedian(0).values[:, :3]
-    assert torch.allclose(medians, torch.tensor(list(USUAL.values())), atol=0.01)
+        numbers = by_label(read_mask(path))
+        for name in numbers.keys() & USUAL.keys():
+            x, y = numbers[name]["centroid"]
+            measured[name].append(((x + 0.5) / 512, (y + 0.5) / 512, numbers[name]["area"] ** 0.5 / 512))
+    for name, values in measured.items():
+        assert np.median(values, 0) == pytest.approx(USUAL[name], abs=0.05 if name == "eye_g" else 0.01), name
