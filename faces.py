@@ -36,7 +36,6 @@ HOPEFUL = 0.1  # score of a window worth a second look
 STEP = 0.6  # from window to window, as a share of the side
 SMALLEST = 48  # pixels of the smallest portrait looked for
 DEPTH = 3  # sizes of windows, each half of the one before, beginning with the picture's shorter side
-SAME, APART = 0.6, 0.4  # overlap of windows of one face; most overlap of two people's
 MOST = 64  # faces of a picture
 BATCH = 4
 
@@ -87,19 +86,16 @@ def fit(parts):
     return torch.cat([eyes, known[:, 2:7]], 1).mean(1), torch.cat([corner, scale], 1)
 
 
-def overlap(a, b):
-    """Intersection over union of two windows (left, top, width, height)."""
-    width, height = (max(0, min(a[i] + a[i + 2], b[i] + b[i + 2]) - max(a[i], b[i])) for i in (0, 1))
-    both = width * height
-    return both / (a[2] * a[3] + b[2] * b[3] - both)
-
-
-def distinct(found, most):
-    """Of [(score, window), ...] the best, none of which overlaps a better one by more than `most`."""
+def distinct(found):
+    """Of [(score, window), ...] the best first, none of which has its middle in the face of a better one."""
     kept = []
-    for score, window in sorted(found, key=lambda one: -one[0]):
-        if all(overlap(window, other) <= most for _, other in kept):
-            kept.append((score, window))
+    for score, (left, top, side, _) in sorted(found, key=lambda one: -one[0]):
+        # A face is the inner half of a portrait.
+        if all(
+            max(abs(left - x + (side - other) / 2), abs(top - y + (side - other) / 2)) > max(side, other) / 4
+            for _, (x, y, other, _) in kept
+        ):
+            kept.append((score, (left, top, side, side)))
     return kept
 
 
@@ -160,7 +156,7 @@ def find_faces(models, pixels, size, device):
     small = np.asarray(Image.fromarray(pixels).reduce(factor)) if factor > 1 else pixels
     found = look(models, small, pyramid(*small.shape[:2]), size, device)
     for least in (HOPEFUL, LEAST / 2):
-        hopeful = distinct([one for one in found if one[0] >= least], SAME)[:MOST]
+        hopeful = distinct([one for one in found if one[0] >= least])[:MOST]
         found = look(models, small, [window for _, window in hopeful], size, device)
-    faces = distinct([one for one in found if one[0] >= LEAST], APART)
+    faces = distinct([one for one in found if one[0] >= LEAST])
     return [(score, tuple(factor * value for value in window)) for score, window in faces]

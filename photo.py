@@ -9,13 +9,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from errors import UserError
-from faces import cut, find_faces, fit, measure, overlap
+from faces import LEAST, cut, find_faces, fit, measure
 from views import label_map, log_probabilities
 
 MOST_PIXELS = 2**22  # parsed or decided at once; of larger windows every second pixel, or third: memory stays bounded
-# A picture that overlaps so much with the portrait it holds, of no worse a score, is taken as that portrait. The score
-# may be lower than a window's, which is one of many.
-TIGHT, LEAST_WHOLE = 0.5, 0.3
+TIGHT = 0.5  # a picture that overlaps so much with the portrait it holds is taken as that portrait
 FEATHER = 0.1  # share of a portrait's side over which its parse passes into that of its surroundings
 
 
@@ -27,6 +25,13 @@ class Parsed:
     owner: np.ndarray  # int8 (H, W), index into faces, -1 where no face is near
     faces: list  # [(score, or None where it was not judged, window (left, top, width, height)), ...], left to right
     missed: bool = False  # a face was looked for in vain: the whole picture stands for it
+
+
+def overlap(a, b):
+    """Intersection over union of two windows (left, top, width, height)."""
+    width, height = (max(0, min(a[i] + a[i + 2], b[i] + b[i + 2]) - max(a[i], b[i])) for i in (0, 1))
+    both = width * height
+    return both / (a[2] * a[3] + b[2] * b[3] - both)
 
 
 def coarseness(height, width):
@@ -115,9 +120,12 @@ def parse_photo(models, pixels, size, views, device, whole=False, box=None):
     units = torch.tensor([width, height, math.sqrt(width * height), 1], device=log_p.device)
     scores, (window,) = fit(measure(log_p) * units)
     left, top, side = window.tolist()
-    portrait = scores.item() >= LEAST_WHOLE and overlap((left, top, side, side), everything) >= TIGHT
+    tight = overlap((left, top, side, side), everything) >= TIGHT
+    portrait = tight and scores.item() >= LEAST
     faces = [] if whole or portrait else find_faces(models, pixels, size, device)
-    if not faces:
+    # A second look may find that very portrait in a picture of a face hard to see.
+    portrait = portrait or bool(tight and faces and overlap(faces[0][1], everything) >= TIGHT)
+    if portrait or not faces:
         found = [(scores.item() if portrait else None, everything)]
         labels, owner = decide(log_p, height, width), np.zeros((height, width), np.int8)
         return Parsed(labels, owner, found, missed=not (whole or portrait))

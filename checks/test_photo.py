@@ -17,11 +17,11 @@ import checkpoint
 import photo
 import predict
 from errors import UserError, run_main
-from faces import APART, LEAST, USUAL, cut, find_faces, fit, measure, overlap
+from faces import LEAST, USUAL, cut, distinct, find_faces, fit, measure
 from images import read_image, read_mask, write_mask
 from labels import COLOURS, NAMES
 from model import build
-from photo import decide, parse_photo, paste, surround
+from photo import decide, overlap, parse_photo, paste, surround
 from regions import by_label, cut_out, describe, parse_labels
 from synth import draw_face
 from views import label_map, log_probabilities
@@ -127,9 +127,12 @@ def test_a_group_is_found_and_parsed(drawn):
         assert (parsed.mask[place] == true[place]).mean() > 0.8
         middle = np.s_[top + side // 3 : top + side * 2 // 3, left + side // 3 : left + side * 2 // 3]
         assert (parsed.owner[middle] == index).all()
-    assert all(
-        overlap(a[1], b[1]) <= APART for n, a in enumerate(parsed.faces) for b in parsed.faces[:n]
-    )  # no face twice
+
+
+def test_of_one_face_the_best_window_is_kept():
+    best, beside, within = (0.9, (0, 0, 100, 100)), (0.6, (40, 5, 90, 90)), (0.7, (40, 30, 40, 40))
+    assert distinct([beside, within, best]) == [best, beside]
+    assert distinct([(0.5, (10, 10, 100, 100)), best]) == [best]
 
 
 def test_a_face_is_found_beyond_the_edge(drawn):
