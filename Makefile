@@ -159,7 +159,7 @@ report-zip: $(READY) ## course zip of run NAME
 
 demo: $(READY) ## no data needed: drawn faces, a short training, masks, a proven zip
 	$(PY) train.py --recipe demo --overwrite --name demo
-	$(PY) predict.py --weights demo --input build/drawn-faces/dev/images --output build/demo-masks --overlay
+	$(PY) predict.py --weights demo --input build/drawn-faces/dev/images --output build/demo-masks --overlay --whole
 	$(PY) package.py --name demo --data build/drawn-faces
 
 test: $(READY) ## lint and tests

@@ -66,9 +66,8 @@ def write_mask(path, mask):
 
 def overlay(pixels, mask, opacity=0.5):
     """The mask's colours over the image, background left clear: uint8 (H, W, 3) of pixels (H, W, 3) and mask (H, W)."""
-    tint = np.array(COLOURS, np.float32)[mask]
-    share = np.where(mask > 0, np.float32(opacity), 0)[..., None]
-    return (pixels * (1 - share) + tint * share).round().astype(np.uint8)
+    tint = np.where(mask[..., None] > 0, np.array(COLOURS, np.uint8)[mask], pixels)
+    return np.array(Image.blend(Image.fromarray(pixels), Image.fromarray(tint), opacity))
 
 
 def image_files(path):

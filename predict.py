@@ -1,10 +1,14 @@
 """Masks for images: a file or a folder of any size to palette PNGs of the same size.
 
-python predict.py --input photo.jpg --output masks
-python predict.py --input data/test/images --output masks --weights runs/a/best.pt --views flip,scales --overlay
+python predict.py --input photo.jpg --output masks --overlay --cutout head --json
+python predict.py --input data/test/images --output masks --weights runs/a/best.pt --views flip,scales
+
+A picture that is one portrait, as those of the challenge are, is parsed as a whole. In any other the faces are looked
+for first (faces.py), and each is parsed at full resolution.
 """
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -12,11 +16,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from atomic import atomic
+from atomic import atomic, write_text
 from checkpoint import load_model
 from distributed import local_device
 from errors import ArgumentParser, UserError, run_main
 from images import image_files, overlay, read_image, write_mask
+from photo import parse_photo
+from regions import cut_out, describe, parse_labels
 from rundir import find_weights
 from terminal import duration, show_count, show_line, style
 from views import label_map, log_probabilities, parse_views
@@ -28,8 +34,28 @@ def add_arguments(parser):
     parser.add_argument("--output", required=True, type=Path, help="folder for NAME.png masks")
     parser.add_argument("--views", default="", help="views to average: flip, scales, or numbers, as flip,1,1.5")
     parser.add_argument("--size", type=int, default=0, help="image side for the network; 0 is the checkpoint's own")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--whole", action="store_true", help="take each image for one portrait; no search for faces")
+    place.add_argument("--box", type=box, metavar="X,Y,W,H", help="portrait to parse; no search for faces")
     parser.add_argument("--overlay", action="store_true", help="also write NAME-overlay.png, the mask over the image")
+    parser.add_argument(
+        "--cutout",
+        type=parse_labels,
+        help="also write NAME-cutout.png, these labels (hair,hat or head) on transparency",
+    )
+    parser.add_argument("--json", action="store_true", help="also write NAME.json: areas, boxes, centroids by label")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+
+
+def box(text):
+    """An argparse type: x,y,w,h in pixels."""
+    try:
+        left, top, width, height = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not x,y,w,h, four whole numbers") from None
+    if min(width, height) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} has no area")
+    return left, top, width, height
 
 
 def mask_of(models, path, size, views, device):
@@ -40,10 +66,25 @@ def mask_of(models, path, size, views, device):
     return pixels, label_map(log_p, *pixels.shape[:2])[0].cpu().numpy()
 
 
+def write_results(args, path, pixels, parsed):
+    """The mask of the image file `path` in the folder args.output, and what else is asked for beside it."""
+    name = args.output / path.stem
+    with atomic(f"{name}.png") as temporary:
+        write_mask(temporary, parsed.mask)
+    if args.overlay:
+        with atomic(f"{name}-overlay.png") as temporary:
+            Image.fromarray(overlay(pixels, parsed.mask)).save(temporary, format="PNG")
+    if args.cutout:
+        with atomic(f"{name}-cutout.png") as temporary:
+            Image.fromarray(cut_out(pixels, parsed.mask, args.cutout)).save(temporary, format="PNG")
+    if args.json:
+        write_text(f"{name}.json", json.dumps({"image": path.name, **describe(parsed)}) + "\n")
+
+
 def predict_all(models, size, args, device):
     """Write the masks of args.input into args.output; exit status 2 where some images could not be read.
 
-    The others are done all the same. UserError where two images would share a mask's name.
+    The others are done all the same. UserError where two images would share a mask's name, or a mask replace an image.
     """
     if size % 32 or not 32 <= size <= 2048:
         raise UserError(f"--size {size}: give a multiple of 32 from 32 to 2048, or 0 for the checkpoint's own")
@@ -52,6 +93,8 @@ def predict_all(models, size, args, device):
     for path in files:
         if path.stem in stems:
             raise UserError(f"{path} and {stems[path.stem]} would both become {path.stem}.png; rename one")
+        if path.resolve() == (args.output / f"{path.stem}.png").resolve():
+            raise UserError(f"the mask of {path} would replace it; choose another --output")
         stems[path.stem] = path
     views = parse_views(args.views)
     try:
@@ -61,17 +104,18 @@ def predict_all(models, size, args, device):
     failed, begun = 0, time.monotonic()
     for done, path in enumerate(files, 1):
         try:
-            pixels, mask = mask_of(models, path, size, views, device)
+            pixels = read_image(path)
+            parsed = parse_photo(models, pixels, size, views, device, args.whole, args.box)
         except UserError as error:
             failed += 1
             show_line("", sys.stderr)
             print(f"{style('error:', 'error', sys.stderr)} {error}", file=sys.stderr)
             continue
-        with atomic(args.output / f"{path.stem}.png") as temporary:
-            write_mask(temporary, mask)
-        if args.overlay:
-            with atomic(args.output / f"{path.stem}-overlay.png") as temporary:
-                Image.fromarray(overlay(pixels, mask)).save(temporary, format="PNG")
+        write_results(args, path, pixels, parsed)
+        if parsed.missed:
+            show_line("", sys.stderr)
+            told = f"no face found in {path}, taken as a whole; --box x,y,w,h says where a portrait is"
+            print(f"{style('warning:', 'warning', sys.stderr)} {told}", file=sys.stderr)
         show_count("image", done, len(files), time.monotonic() - begun)
     print(f"{len(files) - failed} of {len(files)} masks in {args.output}, {duration(time.monotonic() - begun)}")
     return 2 if failed else 0

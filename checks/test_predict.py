@@ -128,7 +128,8 @@ def test_a_bad_image_is_named_and_the_others_are_done(weights, tmp_path):
     (tmp_path / "in").mkdir()
     Image.new("RGB", (40, 40)).save(tmp_path / "in" / "good.png")
     (tmp_path / "in" / "bad.jpg").write_bytes(b"no image")
-    done = run("predict.py", "--input", tmp_path / "in", "--output", tmp_path / "out", "--weights", weights / "a.pt")
+    asked = ("--input", tmp_path / "in", "--output", tmp_path / "out", "--whole")
+    done = run("predict.py", *asked, "--weights", weights / "a.pt")
     assert done.returncode == 2 and "bad.jpg" in done.stderr and done.stderr.count("\n") == 1
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["good.png"]
 
