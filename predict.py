@@ -15,11 +15,11 @@ from PIL import Image
 from atomic import atomic
 from checkpoint import load_model
 from distributed import local_device
-from errors import ArgumentParser, UserError, run_main
+from errors import ArgumentParser, UserError, run_main, tell
 from images import image_files, overlay, read_image, write_mask
 from rundir import find_weights
-from terminal import duration, show_count, show_line, style
-from views import label_map, log_probabilities, parse_views
+from terminal import duration, show_count, show_line
+from views import check_size, label_map, log_probabilities, parse_views
 
 
 def add_arguments(parser):
@@ -45,8 +45,7 @@ def predict_all(models, size, args, device):
 
     The others are done all the same. UserError where two images would share a mask's name.
     """
-    if size % 32 or not 32 <= size <= 2048:
-        raise UserError(f"--size {size}: give a multiple of 32 from 32 to 2048, or 0 for the checkpoint's own")
+    check_size(size)
     files = image_files(args.input)
     stems = {}
     for path in files:
@@ -65,7 +64,7 @@ def predict_all(models, size, args, device):
         except UserError as error:
             failed += 1
             show_line("", sys.stderr)
-            print(f"{style('error:', 'error', sys.stderr)} {error}", file=sys.stderr)
+            tell(error)
             continue
         with atomic(args.output / f"{path.stem}.png") as temporary:
             write_mask(temporary, mask)

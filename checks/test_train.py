@@ -94,8 +94,11 @@ def start_and_signal(place, name, number, *flags):
     process = subprocess.Popen(
         command(place, "--name", name, *FLAGS, "--save-minutes", 0, *flags), stdout=subprocess.PIPE, text=True
     )
+    begun, saved = (place / "runs" / name / file for file in ("args.json", "last.pt"))
     deadline = time.monotonic() + 60
-    while not (place / "runs" / name / "last.pt").exists() and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        if begun.exists() and saved.stat().st_mtime_ns > begun.stat().st_mtime_ns:
+            break
         time.sleep(0.005)
     process.send_signal(number)
     return process, process.communicate(timeout=60)[0]
@@ -117,7 +120,7 @@ def test_killed_and_resumed_equals_uninterrupted(place):
 
 def test_ctrl_c_saves_and_tells_how_to_go_on(place):
     process, out = start_and_signal(place, "stopped", signal.SIGINT)
-    assert process.returncode == 130 and out.splitlines()[-1].endswith("make resume NAME=stopped")
+    assert process.returncode == 130 and out.splitlines()[-1].endswith(f"make resume NAME={place}/runs/stopped")
     train(place, "--resume", "stopped")
     same_run(place, "stopped")
 
@@ -229,7 +232,7 @@ def test_second_training_of_a_name_is_refused(place):
         None,
     )
     try:
-        while not (place / "runs/busy/last.pt").exists() and process.poll() is None:
+        while not (place / "runs/busy/args.json").exists() and process.poll() is None:
             time.sleep(0.01)
         done = train(place, "--resume", "busy", ok=False)
         assert done.returncode == 2 and "another training" in done.stderr
