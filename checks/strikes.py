@@ -1,9 +1,10 @@
 """Faults inside a script: it dies at a chosen call of a function, halfway through a file, or at a chosen moment of its
-CPU time; a signal reaches it there; a loss is no number. Prepared in the child of checks/attempt.py.
+CPU time; a signal reaches it there; a disk is full; a loss is no number. Prepared in the child of checks/attempt.py.
 
 CPU time and counts of calls, not seconds, so that a loaded machine is struck where an idle one is.
 """
 
+import contextlib
 import importlib
 import io
 import os
@@ -27,8 +28,8 @@ def find(place):
     return owner, name
 
 
-def at_call(place, nth, act=kill, after=False):
-    """Prepare: `act()` at the nth call (from 1) of a function, before or after it; not in workers that are forked."""
+def around(place, wrapper):
+    """Prepare: a call of the function becomes wrapper(call, its number from 1); not in workers that are forked."""
 
     def prepare():
         owner, name = find(place)
@@ -38,35 +39,37 @@ def at_call(place, nth, act=kill, after=False):
             if os.getpid() != process:
                 return real(*args, **more)
             calls[0] += 1
-            if calls[0] == nth and not after:
-                act()
-            result = real(*args, **more)
-            if calls[0] == nth and after:
-                act()
-            return result
+            return wrapper(lambda: real(*args, **more), calls[0])
 
         setattr(owner, name, struck)
 
     return prepare
 
 
+def at_call(place, nth, act=kill, after=False):
+    """Prepare: `act()` at the nth call of a function, before or after it."""
+
+    def wrapper(call, number):
+        if number == nth and not after:
+            act()
+        result = call()
+        if number == nth and after:
+            act()
+        return result
+
+    return around(place, wrapper)
+
+
 def at_result(nth):
     """Prepare: die when workers have given their nth result, as while the cache is made."""
 
-    def prepare():
-        import parallel
+    def counted(results):
+        for number, result in enumerate(results, 1):
+            if number == nth:
+                kill()
+            yield result
 
-        real = parallel.in_parallel
-
-        def struck(*args, **more):
-            for count, result in enumerate(real(*args, **more), 1):
-                if count == nth:
-                    kill()
-                yield result
-
-        parallel.in_parallel = struck
-
-    return prepare
+    return around("parallel.in_parallel", lambda call, number: counted(call()))
 
 
 def torn_save(nth, share):
@@ -120,57 +123,32 @@ def noted(path, number):
 
 def scaled(place, nth, factor):
     """Prepare: the nth result of a function (and it alone) is multiplied by a factor, as by NaN."""
-
-    def prepare():
-        owner, name = find(place)
-        real, calls = getattr(owner, name), [0]
-
-        def spoilt(*args, **more):
-            calls[0] += 1
-            result = real(*args, **more)
-            return result * factor if calls[0] == nth else result
-
-        setattr(owner, name, spoilt)
-
-    return prepare
+    return around(place, lambda call, number: call() * factor if number == nth else call())
 
 
 def slowed(place, seconds):
     """Prepare: each call of a function takes so many seconds longer, as on a slow machine."""
-
-    def prepare():
-        owner, name = find(place)
-        real = getattr(owner, name)
-
-        def slow(*args, **more):
-            time.sleep(seconds)
-            return real(*args, **more)
-
-        setattr(owner, name, slow)
-
-    return prepare
+    return around(place, lambda call, number: time.sleep(seconds) or call())
 
 
 def limited(place, nth, count):
     """Prepare: in the nth call of a function no file grows above so many bytes, as on a full disk."""
 
-    def prepare():
-        owner, name = find(place)
-        real, calls = getattr(owner, name), [0]
+    def wrapper(call, number):
+        with small_files(count) if number == nth else contextlib.nullcontext():
+            return call()
 
-        def full(*args, **more):
-            calls[0] += 1
-            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-            if calls[0] == nth:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (count, hard))
-            try:
-                return real(*args, **more)
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    return around(place, wrapper)
 
-        setattr(owner, name, full)
 
-    return prepare
+@contextlib.contextmanager
+def small_files(count):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (count, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def both(*prepares):
