@@ -19,6 +19,7 @@ from labels import NAMES, NUM_CLASSES
 from parallel import in_parallel
 from prepare import open_image
 from sides import reversed_sides
+from terminal import printable
 
 SIZE = (512, 512)
 REVERSED = "left and right reversed"
@@ -43,7 +44,7 @@ def _list(folder, data, suffixes, faults):
 
 
 def _short(path, data):
-    return path.relative_to(data).as_posix()
+    return printable(path.relative_to(data).as_posix())
 
 
 def inspect(path):

@@ -33,6 +33,7 @@ from errors import ArgumentParser, UserError, run_main
 from images import UNREADABLE, image_files, read_image
 from labels import NUM_CLASSES, PALETTE
 from model import PARAM_LIMIT, count_parameters
+from terminal import printable
 
 MAX_BYTES, MAX_MEMBERS = 2**30, 10_000  # of an unpacked zip, far above a sound one's 20 MB
 MAX_GROWTH, SMALL = 100, 2**25  # a file grows no more than so many times, unless it stays small
@@ -183,6 +184,8 @@ def check_checkpoint(data):
     state = held.get("state_dict") if isinstance(held, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
         return verdict("checkpoint", ['ckpt.pth has no "state_dict" of tensors'], "")
+    if not all(bool(tensor.isfinite().all()) for tensor in state.values() if tensor.is_floating_point()):
+        return verdict("checkpoint", ["its state_dict holds weights that are no finite numbers"], "")
     if "model" in held and "model_args" in held:
         try:
             count, how = count_parameters(restore(held, "ckpt.pth")), f"a {held['model']}"
@@ -296,8 +299,7 @@ def show(findings):
     """Print the table; the number of faults."""
     for finding in findings:
         # Names in a stranger's zip may hold control characters.
-        detail = "".join(c if c.isprintable() else "?" for c in finding.detail)
-        print(f"{finding.status:4}  {finding.check:10}  {detail}")
+        print(f"{finding.status:4}  {finding.check:10}  {printable(finding.detail)}")
     return sum(finding.status == "FAIL" for finding in findings)
 
 

@@ -12,7 +12,7 @@ from atomic import atomic
 from errors import UserError
 from model import MODELS, build
 
-NEEDED = {"state_dict", "model", "model_args", "size"}
+NEEDED = {"state_dict": dict, "model": str, "model_args": dict, "size": int}
 
 
 def save(path, content):
@@ -37,8 +37,15 @@ def load(path):
         raise UserError(f"{path} is damaged or holds more than plain tensors ({type(error).__name__})") from None
     if content is None:
         raise UserError(f"{path} is damaged or no checkpoint")
-    if not isinstance(content, dict) or not content.keys() >= NEEDED:
+    if not isinstance(content, dict) or not content.keys() >= NEEDED.keys():
         raise UserError(f"{path} is no checkpoint of this project: it lacks one of {', '.join(sorted(NEEDED))}")
+    for key, kind in NEEDED.items():
+        if not isinstance(content[key], kind):
+            raise UserError(f"{path} is damaged: its {key} is no {kind.__name__}")
+    if not all(isinstance(value, torch.Tensor) for value in content["state_dict"].values()):
+        raise UserError(f"{path} is damaged: its state_dict holds more than tensors")
+    if content["size"] % 32 or not 32 <= content["size"] <= 2048:
+        raise UserError(f"{path} is damaged: its size {content['size']} is no multiple of 32 from 32 to 2048")
     return content
 
 
@@ -46,9 +53,22 @@ def load_state(model, state, source):
     """Load a state_dict into a model; UserError naming `source` where names or shapes differ."""
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         first = str(error).split("\n")[1].strip() if "\n" in str(error) else str(error)
         raise UserError(f"{source} is of another network: {first}") from None
+    if not finite(model):
+        raise UserError(f"{source} holds weights that are no finite numbers")
+
+
+def finite(model):
+    """Whether all weights and statistics of a network are finite numbers."""
+    return all(bool(v.isfinite().all()) for v in model.state_dict().values() if v.is_floating_point())
+
+
+def must_be_finite(model, average):
+    """UserError where a training's networks (the average may be None) hold infinities or what is no number."""
+    if not (finite(model) and (average is None or finite(average))):
+        raise UserError("the weights are no longer finite; the last save is whole: try a lower --lr")
 
 
 def restore(content, source, device="cpu"):
@@ -61,6 +81,19 @@ def restore(content, source, device="cpu"):
         raise UserError(f"{source} does not fit this version's {content['model']}: {error}") from None
     load_state(model, content["state_dict"], source)
     return model.to(device, memory_format=torch.channels_last).eval()
+
+
+def restore_training(state, source, model, average, optimiser, scaler):
+    """Give the networks, optimiser and scaler their state of a last.pt; its progress. UserError where it is foreign."""
+    try:
+        load_state(model, state["state_dict"], source)
+        if average:
+            load_state(average, state["average"], source)
+        optimiser.load_state_dict(state["optimiser"])
+        scaler.load_state_dict(state["scaler"])
+        return dict(state["progress"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{source} is of another run or version ({error}); start anew with OVERWRITE=1") from None
 
 
 def load_model(path, device="cpu"):

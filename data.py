@@ -5,6 +5,8 @@ python data.py --data data-synth --cache build/cache
 """
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import os
 import sys
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 
 from errors import ArgumentParser, UserError, positive, run_main
-from images import image_files, read_image, read_mask
+from images import image_files, must_be_file, read_image, read_mask
 from labels import NUM_CLASSES
 from parallel import in_parallel
 from sides import reversed_sides, swap_sides
@@ -31,12 +33,13 @@ DRAWN = Path("build/drawn-faces")
 @dataclass(frozen=True)
 class Pairs:
     """Images (N, 3, 512, 512) and masks (N, 512, 512), both uint8 and memory-mapped, which pairs have left and right
-    reversed (N,) bool, and the names (N,) they go by, sorted."""
+    reversed (N,) bool, the names (N,) they go by, sorted, and a digest of all the files they come from."""
 
     images: np.ndarray
     masks: np.ndarray
     reversed: np.ndarray
     names: list
+    content: str = ""
 
     def batch(self, indices, fix_sides=True):
         """Copies (B, 3, 512, 512) and (B, 512, 512) of some pairs; reversed masks are repaired by `fix_sides`."""
@@ -118,7 +121,9 @@ def split(count, val_split=0.1, seed=42):
 
     `val_split` 0 trains on all and leaves nothing to validate. UserError where either side would be empty by accident.
     """
-    held = round(count * val_split)
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--split-seed {seed} is out of range: 0 to {2**32 - 1}")
+    held = round(count * val_split) if 0 <= val_split < 1 else 0
     if not 0 <= val_split < 1 or held >= count or (val_split and not held):
         raise UserError(f"--val-split {val_split} of {count} pairs: {held} to validate, {count - held} to train")
     order = np.random.RandomState(seed).permutation(count)
@@ -130,6 +135,7 @@ def _key(pairs):
     digest = hashlib.sha256(f"version {CACHE_VERSION} size {SIZE}".encode())
     for pair in pairs:
         for path in pair:
+            must_be_file(path)
             try:
                 digest.update(path.name.encode("utf-8", "surrogateescape") + hashlib.sha256(path.read_bytes()).digest())
             except OSError as error:
@@ -162,33 +168,49 @@ def load_pairs(data, cache="build/cache", workers=None):
     pairs = find_pairs(data)
     count = len(pairs)
     total = count * (IMAGE_BYTES + MASK_BYTES + 1)
-    path = Path(cache, f"{_key(pairs)}.u8")
+    key = _key(pairs)
+    path = Path(cache, f"{key}.u8")
     if not path.is_file() or path.stat().st_size != total:
         if path.is_file():
             print(f"{path} is cut short: making it again", file=sys.stderr)
+        elif any(path.parent.glob("*.u8")):
+            print(f"{cache} holds caches of other data or versions only: making one of these pairs", file=sys.stderr)
         _build(path, pairs, total, workers)
     whole = np.memmap(path, np.uint8, "r")
     images = whole[: count * IMAGE_BYTES].reshape(count, 3, SIZE, SIZE)
     masks = whole[count * IMAGE_BYTES : count * (IMAGE_BYTES + MASK_BYTES)].reshape(count, SIZE, SIZE)
-    return Pairs(images, masks, np.array(whole[-count:], bool), [p.stem for p, _ in pairs])
+    return Pairs(images, masks, np.array(whole[-count:], bool), [p.stem for p, _ in pairs], key)
 
 
 def _build(path, pairs, total, workers):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _clear_unfinished(path.parent)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        fcntl.flock(handle, fcntl.LOCK_EX)
         try:
             # Reserving the blocks now turns a full disk into an error here, not a SIGBUS in a mapped page later.
             os.posix_fallocate(handle, 0, total)
-            os.close(handle)
             tasks = [(temporary, i, len(pairs), *pair) for i, pair in enumerate(pairs)]
             for _ in in_parallel(_decode, tasks, workers, "decoding"):
                 pass
+            if path.stem != _key(pairs):
+                raise UserError(f"files of {pairs[0][0].parent.parent} changed while they were read; start again")
+            os.fsync(handle)
             os.replace(temporary, path)
         finally:
+            os.close(handle)
             Path(temporary).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write the cache {path} ({total >> 20} MiB): {error.strerror}; see --cache") from None
+
+
+def _clear_unfinished(folder):
+    """Remove what killed processes left unfinished in the cache; whoever still writes a file holds its lock."""
+    for path in folder.glob("*.tmp"):
+        with contextlib.suppress(OSError), open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 def main():

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from errors import UserError
+from parallel import follow_parent
 
 
 def start(device):
     """Join the group torchrun set up, if it did; (rank, number of processes)."""
     if "RANK" not in os.environ:
         return 0, 1
+    follow_parent()  # the launcher, without which the others would go on alone
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     atexit.register(dist.destroy_process_group)  # its threads abort an interpreter that ends before them
     return dist.get_rank(), dist.get_world_size()
@@ -37,6 +39,8 @@ def local_device(name):
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":  # which computes nothing
+            raise RuntimeError
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name} is not to be had here; give auto or cpu") from None
     if device.type == "cuda":

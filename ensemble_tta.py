@@ -25,7 +25,8 @@ def average_weights(paths):
     first = contents[0]
     for path, content in zip(paths, contents, strict=True):
         same = all(content[key] == first[key] for key in ("model", "model_args"))
-        if not same or content["state_dict"].keys() != first["state_dict"].keys():
+        shapes, wanted = ({k: v.shape for k, v in c["state_dict"].items()} for c in (content, first))
+        if not same or shapes != wanted:
             raise UserError(f"{path} is of another network than {paths[0]}; average checkpoints of one run")
     for name, kept in first["state_dict"].items():
         if kept.is_floating_point():

@@ -2,9 +2,10 @@
 
 import argparse
 import os
+import signal
 import sys
 
-from terminal import style
+from terminal import printable, style
 
 
 class UserError(Exception):
@@ -25,17 +26,25 @@ def positive(text):
     return int(text)
 
 
-def run_main(main):
-    """Call `main()`; print a UserError as one line and exit with status 2, Ctrl-C with 130.
+def tell(error):
+    """Print an error as one line on stderr, whatever stands in the names that it mentions."""
+    print(f"{style('error:', 'error', sys.stderr)} {printable(str(error))}", file=sys.stderr)
 
-    Any other exception is a programming error and keeps its traceback.
+
+def run_main(main):
+    """Call `main()`; print a UserError as one line and exit with status 2, Ctrl-C with 130, SIGTERM with 143.
+
+    So are errors of the system told (no permission, a full disk, a name too long). Any other exception is a
+    programming error and keeps its traceback.
     """
+    # As an exception it lets temporary files and worker processes be cleared away.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         sys.exit(main())
     except UserError as error:
         # Of several processes that meet the same mistake the first one tells.
         if os.environ.get("RANK", "0") == "0":
-            print(f"{style('error:', 'error', sys.stderr)} {' '.join(str(error).split())}", file=sys.stderr)
+            tell(error)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -44,3 +53,6 @@ def run_main(main):
         # The reader of our output (head, less) has gone: not an error of ours.
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:
+        tell(f"{error.filename}: {error.strerror}" if error.filename else error)
+        sys.exit(2)

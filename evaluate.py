@@ -22,15 +22,17 @@ from labels import NUM_CLASSES
 from losses import segmentation_loss
 from metrics import confusion, table
 from rundir import find_weights
-from views import label_map, log_probabilities, parse_views
+from views import check_size, label_map, log_probabilities, parse_views
 
 
 @torch.inference_mode()
-def evaluate(model, pairs, indices, size, device, *, views=(False, (1.0,)), batch=4, share=(0, 1)):
+def evaluate(
+    model, pairs, indices, size, device, *, views=(False, (1.0,)), batch=4, share=(0, 1), stop=lambda: False
+):  # fmt: skip
     """Confusions (N, 19, 19) int64 of a network on pairs[indices] seen at `size`, and their CE + Dice losses (N,).
 
     With `share` = (rank, processes), each process fills its own rows and leaves the others 0, so that a sum over the
-    processes is the whole. Reversed masks stay as they are.
+    processes is the whole. Reversed masks stay as they are. Where `stop()` becomes true the rest is left 0.
     """
     was_training = model.training
     model.eval()
@@ -39,6 +41,8 @@ def evaluate(model, pairs, indices, size, device, *, views=(False, (1.0,)), batc
     losses = np.zeros(len(indices))
     rows = np.arange(len(indices))[rank::processes]
     for start in range(0, len(rows), batch):
+        if stop():
+            break
         chosen = rows[start : start + batch]
         images, masks = pairs.batch(indices[chosen], fix_sides=False)
         log_p = log_probabilities([model], torch.from_numpy(images).to(device), size, views)
@@ -65,6 +69,7 @@ def main():
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     args = parser.parse_args()
     views, device = parse_views(args.views), local_device(args.device)
+    check_size(args.size or 32)
     path = find_weights(args.weights)
     model, info = load_model(path, device)
     pairs = load_pairs(resolve(args.data), args.cache)

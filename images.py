@@ -1,6 +1,8 @@
 """Images in, masks out: any picture to RGB pixels, label maps to palette PNGs."""
 
+import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,19 @@ from labels import COLOURS, NUM_CLASSES, PALETTE
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 # A small file can claim huge dimensions (a decompression bomb): refused rather than warned about.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+# Of damaged metadata Pillow warns in two lines of its own sources; the pixels are read all the same.
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+# What Pillow's decoders raise for damaged bytes.
+UNREADABLE = (
+    OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
+    Image.DecompressionBombError, Image.DecompressionBombWarning,
+)  # fmt: skip
+
+
+def must_be_file(path):
+    """UserError for a folder, a pipe (which one would wait for), a link in a loop, and what is not there."""
+    if not Path(path).is_file():
+        raise UserError(f"cannot read {path}: it is no file or a link to none")
 
 
 def read_image(path):
@@ -20,6 +34,7 @@ def read_image(path):
 
     16-bit and float greys are brought to 0..255, transparency is laid over white. UserError where it cannot be read.
     """
+    must_be_file(path)
     try:
         with Image.open(path) as image:
             image.load()
@@ -45,8 +60,17 @@ def _deep_grey(values):
 
 def read_mask(path):
     """A mask file as uint8 labels (H, W). UserError where it is unreadable, not of one channel, or above 18."""
+    must_be_file(path)
     try:
         with Image.open(path) as image:
+            if image.format == "JPEG":
+                raise UserError(f"{path} is a JPEG, whose labels are lost; a mask must be a PNG")
+            if image.mode in ("RGB", "RGBA") and by_colour(image) is not None:
+                folder = Path(path).parent.parent.parent  # above train/masks
+                raise UserError(
+                    f"{path} holds the labels' colours, not labels; `make data RAW={folder} DATA={folder}-labels` "
+                    "makes labels of them"
+                )
             if image.mode not in ("P", "L"):
                 raise UserError(f"{path} is a picture of mode {image.mode}, not a mask of one channel (P or L)")
             mask = np.array(image)
@@ -55,6 +79,15 @@ def read_mask(path):
     if mask.max(initial=0) >= NUM_CLASSES:
         raise UserError(f"{path} holds label {mask.max()}; labels are 0 to {NUM_CLASSES - 1}")
     return mask
+
+
+def by_colour(image):
+    """Labels (H, W) uint8 of an image in the palette's colours; None where there is another colour."""
+    codes = np.array(COLOURS) @ (1 << 16, 1 << 8, 1)
+    order = np.argsort(codes)
+    pixels = np.asarray(image.convert("RGB")).astype(np.int64) @ (1 << 16, 1 << 8, 1)
+    labels = order[np.searchsorted(codes[order], pixels).clip(max=NUM_CLASSES - 1)]
+    return labels.astype(np.uint8) if (codes[labels] == pixels).all() else None
 
 
 def write_mask(path, mask):
@@ -77,7 +110,8 @@ def image_files(path):
         return [path]
     if not path.is_dir():
         raise UserError(f"no file or folder {path}")
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    # Links that lead nowhere and folders of such a name are named when they are read, not passed over.
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
     if not files:
         raise UserError(f"no images in {path} (looked for {' '.join(IMAGE_SUFFIXES)})")
     return files

@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from errors import ArgumentParser, UserError, run_main
+from errors import ArgumentParser, UserError, run_main, tell
 from options import parse
 from rundir import find_run, in_force, read_json
 
@@ -54,7 +54,12 @@ def main():
     try:
         elastic_launch(config, command[0])(*command[1:])
     except ChildFailedError as error:
-        return max(failure.exitcode for failure in error.failures.values())
+        codes = [failure.exitcode for failure in error.failures.values()]
+        if max(codes) < 0:
+            name = args.resume or args.name or "..."
+            tell(f"a process was killed, perhaps for want of memory; `make resume NAME={name}` goes on")
+            return 128 - min(codes)
+        return max(codes)
     except SignalException as error:
         return 128 + error.sigval
     return 0

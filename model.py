@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dropout import Dropout, attention, dropout
-from errors import ArgumentParser, run_main
+from errors import ArgumentParser, UserError, run_main
 from labels import NUM_CLASSES
 
 # A submission must have fewer parameters than this, frozen ones included.
@@ -326,8 +326,14 @@ MODELS = {"microsegformer": MicroSegFormer, "microunet": MicroUNet}
 
 
 def build(name, **arguments):
-    """The network called `name` (a key of MODELS) with these constructor arguments."""
-    return MODELS[name](**arguments)
+    """The network called `name` (a key of MODELS); UserError where it does not take these constructor arguments."""
+    try:
+        model = MODELS[name](**arguments)
+        if not all(p.numel() for p in model.parameters()):
+            raise ValueError("a layer would be empty")
+        return model
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, ArithmeticError) as error:
+        raise UserError(f"{name} cannot be made with the arguments {arguments}: {error}") from None
 
 
 def count_parameters(model):

@@ -6,6 +6,7 @@ python train.py --recipe lmsa_gpu_aug --dice 2
 
 import argparse
 import json
+import math
 import tomllib
 from pathlib import Path
 
@@ -166,7 +167,8 @@ def check(args):
         "seed": (0, 2**32 - 1), "split_seed": (0, 2**32 - 1), "warmup": (0, 1e6), "clip": (0, 1e6),
         "weight_decay": (0, 100), "restart_period": (1e-3, 1e6), "restart_growth": (1, 100), "patience": (0, 1e6),
         "lr_floor": (0, 1), "threads": (0, 4096), "target": (0, 1), "keep_every": (0, 1e6), "save_minutes": (0, 1e6),
-        "lovasz": (0, 1e6), "repeat_rare": (0, 1), "train_score": (0, 1e6),
+        "lovasz": (0, 1e6), "repeat_rare": (0, 1), "train_score": (0, 1e6), "val_size": (0, 2048),
+        "val_split": (0, 0.999),
     }  # fmt: skip
     for name, (low, high) in ranges.items():
         value = getattr(args, name)
@@ -210,7 +212,7 @@ def class_weights(args):
         weights = [float(part) for part in args.class_weights.split(",")]
     except ValueError:
         weights = []
-    if len(weights) != NUM_CLASSES or min(weights) < 0:
+    if len(weights) != NUM_CLASSES or not all(0 <= w < math.inf for w in weights) or not any(weights):
         raise UserError(f'--class-weights {args.class_weights}: give "balanced" or {NUM_CLASSES} numbers >= 0')
     return weights
 
@@ -219,8 +221,8 @@ def model_arguments(args):
     """Constructor arguments of the network."""
     try:
         extra = json.loads(args.model_args)
-    except json.JSONDecodeError as error:
-        raise UserError(f"--model-args {args.model_args}: not JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--model-args {args.model_args}: not JSON ({error})") from None
     if not isinstance(extra, dict):
         raise UserError(f'--model-args {args.model_args}: give a JSON object, as {{"coordinates": false}}')
     own = {"lmsa": args.lmsa} if args.model == "microsegformer" else {}

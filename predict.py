@@ -19,13 +19,13 @@ from PIL import Image
 from atomic import atomic, write_text
 from checkpoint import load_model
 from distributed import local_device
-from errors import ArgumentParser, UserError, run_main
+from errors import ArgumentParser, UserError, run_main, tell
 from images import image_files, overlay, read_image, write_mask
 from photo import parse_photo
 from regions import cut_out, describe, parse_labels
 from rundir import find_weights
-from terminal import duration, show_count, show_line, style
-from views import label_map, log_probabilities, parse_views
+from terminal import duration, show_count, show_line
+from views import check_size, label_map, log_probabilities, parse_views
 
 
 def add_arguments(parser):
@@ -86,8 +86,7 @@ def predict_all(models, size, args, device):
 
     The others are done all the same. UserError where two images would share a mask's name, or a mask replace an image.
     """
-    if size % 32 or not 32 <= size <= 2048:
-        raise UserError(f"--size {size}: give a multiple of 32 from 32 to 2048, or 0 for the checkpoint's own")
+    check_size(size)
     files = image_files(args.input)
     stems = {}
     for path in files:
@@ -109,7 +108,7 @@ def predict_all(models, size, args, device):
         except UserError as error:
             failed += 1
             show_line("", sys.stderr)
-            print(f"{style('error:', 'error', sys.stderr)} {error}", file=sys.stderr)
+            tell(error)
             continue
         write_results(args, path, pixels, parsed)
         if parsed.missed:

@@ -12,7 +12,6 @@ import io
 import lzma
 import os
 import re
-import struct
 import warnings
 import zipfile
 import zlib
@@ -22,7 +21,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from errors import ArgumentParser, UserError, positive, run_main
-from labels import COLOURS, NAMES, NUM_CLASSES, PALETTE
+from images import UNREADABLE, by_colour, must_be_file
+from labels import NAMES, NUM_CLASSES, PALETTE
 from parallel import in_parallel
 
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
@@ -31,12 +31,6 @@ MAX_BYTES = 64 << 20  # a portrait is far smaller; more is a zip bomb or a mista
 SPLITS = {"train": "train", "dev": "dev", "val": "dev", "test": "test"}
 PARTS = {name: label for label, name in enumerate(NAMES) if label}
 LOOKED_FOR = "train/images and train/masks (challenge), CelebA-HQ-img and CelebAMask-HQ-mask-anno (raw release)"
-# What Pillow's decoders raise for damaged bytes.
-DAMAGED = (
-    OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
-    Image.DecompressionBombError, Image.DecompressionBombWarning,
-)  # fmt: skip
-
 _source = None  # in a worker: the folder (Path) or the ZipFile it reads from
 
 
@@ -47,7 +41,7 @@ def open_image(data, name):
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             image.load()
-        except DAMAGED as error:
+        except UNREADABLE as error:
             reason = f"no {', '.join(FORMATS)} inside" if isinstance(error, UnidentifiedImageError) else error
             raise UserError(f"damaged image {name} ({reason}); replace it, or remove it and its partner") from None
     return image
@@ -170,8 +164,11 @@ def plan(raw, out, count=None):
 
 
 def _read(name):
+    packed = isinstance(_source, zipfile.ZipFile)
+    if not packed:
+        must_be_file(_source / name)
     try:
-        with _source.open(name) if isinstance(_source, zipfile.ZipFile) else open(_source / name, "rb") as file:
+        with _source.open(name) if packed else open(_source / name, "rb") as file:
             data = file.read(MAX_BYTES + 1)
     except (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError) as error:
         raise UserError(f"cannot read {name}: {error}; download it again") from None
@@ -180,27 +177,18 @@ def _read(name):
     return data
 
 
-def _by_colour(image):
-    """Labels (H, W) uint8 of an image in the palette's colours; None where there is another colour."""
-    codes = np.array(COLOURS) @ (1 << 16, 1 << 8, 1)
-    order = np.argsort(codes)
-    pixels = np.asarray(image.convert("RGB")).astype(np.int64) @ (1 << 16, 1 << 8, 1)
-    labels = order[np.searchsorted(codes[order], pixels).clip(max=NUM_CLASSES - 1)]
-    return labels.astype(np.uint8) if (codes[labels] == pixels).all() else None
-
-
 def labels_of(image, name):
     """Labels (H, W), uint8 0..18, of a mask image of mode L or P (values) or RGB (the palette's colours)."""
     if image.format == "JPEG":
         raise UserError(f"mask {name} is a JPEG, whose labels are lost; a mask must be a PNG")
     if image.mode in ("RGB", "RGBA"):
-        if (labels := _by_colour(image)) is None:
+        if (labels := by_colour(image)) is None:
             raise UserError(f"mask {name} has colours that are no label's; convert it to values 0-18")
         return labels
     if image.mode not in ("L", "P"):
         raise UserError(f"mask {name} has mode {image.mode}; convert it to 8-bit values 0-18")
     labels = np.asarray(image)
-    colours = _by_colour(image) if image.mode == "P" else None
+    colours = by_colour(image) if image.mode == "P" else None
     # PNG optimisers reorder palettes; where every value has a label's colour, the colour decides.
     if colours is not None and len(np.unique(colours)) == len(np.unique(labels)):
         return colours
@@ -249,7 +237,7 @@ def _is_done(path, size):
     try:
         with Image.open(path) as image:
             return image.size == (size, size)
-    except DAMAGED:
+    except UNREADABLE:
         return False
 
 

@@ -26,6 +26,10 @@ from errors import UserError
 from metrics import by_label, f_scores
 from options import RESUME_MAY_CHANGE
 
+# args.json comes first: without it there is no run, whatever else of it is left.
+KEPT = ("args.json", "*.pt", "submission-*.zip", "best.json", "metrics.jsonl", "pictures.json", "report.*")
+# What a killed training leaves of files it was writing.
+TEMPORARY = tuple(f".{name}.*.tmp" for name in ("args.json", "*.pt", "best.json", "metrics.jsonl"))
 RELEASE = Path(__file__).with_name("runs") / "release"
 
 
@@ -37,7 +41,11 @@ def in_force(args, given):
     if not args.resume:
         return args
     folder = find_run(args.resume, args.runs)
-    settings = read_json(folder / "args.json")["args"]
+    try:
+        settings = dict(read_json(folder / "args.json")["args"])
+        settings["model"], settings["sizes"]
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{folder}/args.json tells no arguments; start anew with OVERWRITE=1 (--overwrite)") from None
     for key in sorted(given - RESUME_MAY_CHANGE - {"name"}):
         if vars(args)[key] != settings.get(key):
             raise UserError(
@@ -48,46 +56,20 @@ def in_force(args, given):
     return argparse.Namespace(**{**vars(args), **settings, **kept})
 
 
-def open_run(args, parameters, pairs):
+def open_run(args):
     """The folder of a run, locked for this process, and the state of its last.pt (None for a new run).
 
-    A new run refuses an existing name unless --overwrite, and notes the network's number of parameters and how many
-    pairs there are, {"training": N, "validation": N}. With several processes the first decides for all.
+    A new run refuses an existing name unless --overwrite. With several processes the first decides for all.
     """
-    folder = distributed.first(lambda: _reopen(args) if args.resume else _create(args, parameters, pairs))
+    folder = distributed.first(lambda: _reopen(args) if args.resume else _create(args))
     return folder, checkpoint.load(folder / "last.pt") if args.resume else None
 
 
-def _reopen(args):
-    folder = find_run(args.resume, args.runs)
-    if not (folder / "last.pt").is_file():
-        raise UserError(f"{folder} has no last.pt to go on from; start it anew with OVERWRITE=1 (--overwrite)")
-    _lock(folder)
-    return folder
+def begin_run(folder, args, parameters, pairs):
+    """Note a new run's arguments, its network's number of parameters and what its pairs are, a dict.
 
-
-def _create(args, parameters, pairs):
-    runs = Path(args.runs)
-    name = args.name
-    if name is None:
-        prefix, number = args.recipe or "run", 1
-        while (runs / f"{prefix}-{number}").exists():
-            number += 1
-        name = f"{prefix}-{number}"
-    if not name or name in (".", "..") or "/" in name:
-        raise UserError(f"--name {name!r}: give a plain folder name")
-    folder = runs / name
-    if folder.exists() and not args.overwrite:
-        remedy = f"`make resume NAME={name}` goes on with it" if (folder / "last.pt").exists() else "choose another"
-        raise UserError(f"run {folder} exists: {remedy}, OVERWRITE=1 (--overwrite) replaces it")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {folder}: {error.strerror}; see --runs") from None
-    _lock(folder)
-    for pattern in ("*.pt", "submission-*.zip", "best.json", "metrics.jsonl", "args.json", "pictures.json", "report.*"):
-        for old in folder.glob(pattern):
-            old.unlink()
+    With args.json a run begins to exist. It comes last, after last.pt, so that whatever exists can be resumed.
+    """
     record = {
         "args": vars(args),
         "parameters": parameters,
@@ -98,9 +80,61 @@ def _create(args, parameters, pairs):
         "versions": versions(),
         "started": now(),
     }
-    write_text(folder / "args.json", json.dumps(record, indent=1) + "\n")
     write_text(folder / "metrics.jsonl", "")
+    write_text(folder / "args.json", json.dumps(record, indent=1) + "\n")
+
+
+def _reopen(args):
+    folder = find_run(args.resume, args.runs)
+    if not (folder / "last.pt").is_file():
+        raise UserError(f"{folder} has no last.pt to go on from; start it anew with OVERWRITE=1 (--overwrite)")
+    _lock(folder)
+    _clear(folder, TEMPORARY)
     return folder
+
+
+def _create(args):
+    runs = Path(args.runs)
+    name = args.name
+    if name is None:
+        prefix, number = args.recipe or "run", 1
+        while (runs / f"{prefix}-{number}").exists():
+            number += 1
+        name = f"{prefix}-{number}"
+    if not name or name in (".", "..") or "/" in name:
+        raise UserError(f"--name {name!r}: give a plain folder name")
+    folder = runs / name
+    if _taken(folder) and not args.overwrite:
+        remedy = f"`make resume NAME={name}` goes on with it" if (folder / "last.pt").exists() else "choose another"
+        raise UserError(f"run {folder} exists: {remedy}, OVERWRITE=1 (--overwrite) replaces it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {folder}: {error.strerror}; see --runs") from None
+    _lock(folder)
+    if _taken(folder) and not args.overwrite:  # another training took it in between
+        raise UserError(f"run {folder} exists: choose another --name")
+    _clear(folder, KEPT + TEMPORARY)
+    return folder
+
+
+def same_pairs(folder, held):
+    """UserError where the run began with other pairs than those `held`, as `begin_run` has noted them."""
+    begun = read_json(folder / "args.json").get("pairs") or {}  # older runs tell numbers alone
+    if any(begun.get(key, value) != value for key, value in held.items()):
+        raise UserError(f"the pairs are no longer those that {folder} began with; a new run may start --from {folder}")
+
+
+def _taken(folder):
+    """Whether a folder holds more than what a training leaves that was killed before its run existed."""
+    held = [p.name for p in folder.iterdir()] if folder.is_dir() else [""] if folder.exists() else []
+    return any(name not in (".lock", "last.pt", "metrics.jsonl") and not name.endswith(".tmp") for name in held)
+
+
+def _clear(folder, patterns):
+    for pattern in patterns:
+        for old in folder.glob(pattern):
+            old.unlink()
 
 
 _locks = []
@@ -188,27 +222,24 @@ def read_metrics(folder):
     metrics = []
     for line in lines:
         try:
-            metrics.append(json.loads(line))
-        except ValueError:
+            metrics.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
             break
     return metrics
 
 
 def truncate_metrics(folder, epochs):
     """Keep the lines of the first `epochs` epochs, those that last.pt knows of."""
-    kept = [line for line in read_metrics(folder) if line["epoch"] <= epochs]
+    kept = read_metrics(folder)[:epochs]
+    if [line.get("epoch") for line in kept] != list(range(1, epochs + 1)):
+        raise UserError(f"{folder}/metrics.jsonl is damaged: restore it, or start anew with OVERWRITE=1 (--overwrite)")
     write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def append_metrics(folder, line):
-    """Add an epoch's line and force it to the disk."""
-    try:
-        with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(f"cannot write {folder}/metrics.jsonl: {error.strerror}") from None
+    """Add an epoch's line, atomically: a full disk leaves no torn one."""
+    lines = [*read_metrics(folder), line]
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def write_best(folder, content, scores):

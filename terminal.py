@@ -16,6 +16,11 @@ def style(text, name, stream):
     return text if plain else f"\x1b[{CODES[name]}m{text}\x1b[0m"
 
 
+def printable(text):
+    """`text` as one line that a terminal takes as text: no control characters, no bytes that are no UTF-8."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+
+
 def show_line(text, stream):
     """Show `text` in the place of the last such line, cut to the terminal's width; "" clears it. Nothing in a pipe."""
     if stream.isatty():

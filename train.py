@@ -11,6 +11,7 @@ best epoch by label and image), best.pt (inference) and last.pt (resume).
 import argparse
 import copy
 import math
+import re
 import signal
 import sys
 import time
@@ -37,10 +38,23 @@ from model import PARAM_LIMIT, build, count_parameters
 from muon import Muon
 from options import class_weights, model_arguments, parse, strength
 from report import redraw, write_page
-from rundir import append_metrics, close_run, find_weights, in_force, open_run, plain, truncate_metrics, write_best
+from rundir import (
+    append_metrics,
+    begin_run,
+    close_run,
+    find_weights,
+    in_force,
+    open_run,
+    plain,
+    same_pairs,
+    truncate_metrics,
+    write_best,
+)  # fmt: skip
 from schedule import learning_rate, parse_sizes, size_at
 from terminal import show_line
 from trainlog import closing, epoch_line, long_warning, step_line
+
+LOST = re.compile("connection|broken pipe|closed by|read error|write error|socket", re.IGNORECASE)
 
 
 @dataclass
@@ -67,6 +81,7 @@ class Training:
     scaler: torch.amp.GradScaler
     label_weights: torch.Tensor | None
     progress: dict  # epoch and step to go on with, sum of losses since the epoch's start, best score, seconds spent
+    caught: list  # numbers of the signals that came
 
     @property
     def epochs(self):
@@ -95,30 +110,30 @@ def set_up(args):
     batch = min(args.batch, len(train_indices) // unit * unit)
     if not batch or batch % unit:
         raise UserError(f"--batch {args.batch} of {len(train_indices)} pairs is no multiple of {unit}; try NPROC=1")
+    phases = parse_sizes(args.sizes, args.epochs)
+    if batch == 1 and any(size == 32 for size, _ in phases):
+        raise UserError(
+            "one image of 32 pixels a batch leaves batch norm a single value; give a larger --batch or size"
+        )
 
     torch.manual_seed(args.seed)
-    try:
-        model = build(args.model, **model_arguments(args))
-    except TypeError as error:
-        raise UserError(f"--model-args: {args.model} does not take them: {error}") from None
+    model = build(args.model, **model_arguments(args))
     model.to(device, memory_format=torch.channels_last)
     if args.start_from and not args.resume:
         source = find_weights(args.start_from, args.runs)
         checkpoint.load_state(model, checkpoint.load(source)["state_dict"], source)
     # Whatever the user can have mistaken is known by now: no run is begun that could not go on.
-    counts = {"training": len(train_indices), "validation": len(val_indices)}
-    folder, state = open_run(args, count_parameters(model), counts)
+    caught = catch_signals()
+    folder, state = open_run(args)
+    held = {"training": len(train_indices), "validation": len(val_indices), "content": pairs.content}
+    if state:
+        distributed.first(lambda: same_pairs(folder, held))
     average = copy.deepcopy(model).requires_grad_(False) if args.ema else None
     optimiser = make_optimiser(model, args, device)
     autocast, scaler = precision(args.amp, device)
     progress = {"epoch": 0, "step": 0, "loss": 0.0, "best": -1.0, "best_epoch": 0, "seconds": 0.0}
     if state:
-        checkpoint.load_state(model, state["state_dict"], folder / "last.pt")
-        if average:
-            checkpoint.load_state(average, state["average"], folder / "last.pt")
-        optimiser.load_state_dict(state["optimiser"])
-        scaler.load_state_dict(state["scaler"])
-        progress = state["progress"]
+        progress |= checkpoint.restore_training(state, folder / "last.pt", model, average, optimiser, scaler)
         if not rank:
             truncate_metrics(folder, progress["epoch"])
 
@@ -127,12 +142,25 @@ def set_up(args):
         network = torch.compile(network)
     if processes > 1:
         network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
-    return Training(
+    t = Training(
         args, folder, device, rank, processes, pairs,
         Batches(pairs, train_indices, device, args.fix_sides, args.repeat_rare), val_indices,
-        parse_sizes(args.sizes, args.epochs), changes, batch, len(train_indices) // batch, model, network, average,
-        optimiser, autocast, scaler, label_weights(args, pairs, train_indices, device), progress,
+        phases, changes, batch, len(train_indices) // batch, model, network, average, optimiser, autocast, scaler,
+        label_weights(args, pairs, train_indices, device), progress, caught,
     )  # fmt: skip
+    if not state:
+        save_last(t)
+        if not rank:
+            begin_run(folder, args, count_parameters(model), held)
+    return t
+
+
+def catch_signals():
+    """A list to which Ctrl-C and SIGTERM from now on add their numbers, instead of ending the process."""
+    caught = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: caught.append(number))
+    return caught
 
 
 def make_optimiser(model, args, device):
@@ -223,7 +251,11 @@ def train_step(t, epoch, step, positions):
     t.scaler.scale(loss).backward()
     if args.clip:
         t.scaler.unscale_(t.optimiser)
-        nn.utils.clip_grad_norm_(t.model.parameters(), args.clip)
+    norm = nn.utils.clip_grad_norm_(t.model.parameters(), args.clip or math.inf)
+    if not (norm.isfinite() or t.scaler.is_enabled()):  # the scaler passes over such a step itself
+        raise UserError(
+            f"the gradient is {norm} in epoch {epoch + 1}, step {step + 1}; the last save is whole: try a lower --lr"
+        )
     t.scaler.step(t.optimiser)
     t.scaler.update()
     if t.average:
@@ -232,22 +264,32 @@ def train_step(t, epoch, step, positions):
 
 
 def validate(t, size):
-    """Scores of the averaged weights (the plain ones without --ema) on the held-out pairs: (metrics, confusions)."""
+    """Scores of the averaged weights (the plain ones without --ema) on the held-out pairs: (metrics, confusions).
+
+    None where a signal came meanwhile.
+    """
     confusions, losses = scored(t, t.val_indices, size)
+    sample = min(t.args.train_score, len(t.val_indices))
+    of_training = scored(t, t.batches.indices[:sample], size)[0] if sample else None
+    if distributed.any_of(bool(t.caught), t.device):
+        return None
+    if not math.isfinite(losses.mean()):
+        raise UserError(f"the validation loss is {losses.mean()}; the last save is whole: try a lower --lr")
     metrics = {
         "val_loss": float(losses.mean()), "official": official_score(confusions), "batch32": batch_score(confusions),
         "labels": plain(by_label(confusions)[0]),
     }  # fmt: skip
-    if sample := min(t.args.train_score, len(t.val_indices)):
-        metrics["train_official"] = official_score(scored(t, t.batches.indices[:sample], size)[0])
+    if sample:
+        metrics["train_official"] = official_score(of_training)
     return metrics, confusions
 
 
 def scored(t, indices, size):
     """Confusions (N, 19, 19) and losses (N,) of some pairs, each process having done its share."""
     confusions, losses = evaluate(
-        t.average or t.model, t.pairs, indices, t.args.val_size or size, t.device, share=(t.rank, t.processes)
-    )
+        t.average or t.model, t.pairs, indices, t.args.val_size or size, t.device, share=(t.rank, t.processes),
+        stop=lambda: bool(t.caught),
+    )  # fmt: skip
     confusions = distributed.total(torch.from_numpy(confusions).to(t.device)).cpu().numpy()
     return confusions, distributed.total(torch.from_numpy(losses).float().to(t.device))
 
@@ -255,6 +297,7 @@ def scored(t, indices, size):
 def save_last(t):
     """Write last.pt, from which --resume goes on exactly."""
     if t.rank == 0:
+        checkpoint.must_be_finite(t.model, t.average)
         content = {
             "model": t.args.model, "model_args": model_arguments(t.args), "size": t.phases[-1][0],
             "state_dict": t.model.state_dict(), "average": t.average.state_dict() if t.average else None,
@@ -264,13 +307,19 @@ def save_last(t):
 
 
 def close_epoch(t, epoch, line):
-    """Validate where it is due, and record the epoch: metrics.jsonl, best.pt, last.pt; the epoch's line completed."""
+    """Validate where it is due, and record the epoch: metrics.jsonl, best.pt, last.pt; the epoch's line completed.
+
+    False where a signal came meanwhile: the epoch is not recorded then, and a resumed run validates.
+    """
     size, scores = size_at(t.phases, epoch), None
     start = time.monotonic()
     if len(t.val_indices) and ((epoch + 1) % t.args.val_every == 0 or epoch + 1 == t.epochs):
         if t.rank == 0:
             show_line(f"epoch {epoch + 1}/{t.epochs} scoring {len(t.val_indices)} validation images", sys.stdout)
-        metrics, confusions = validate(t, size)
+        validated = validate(t, size)
+        if not validated:
+            return False
+        metrics, confusions = validated
         line |= metrics
         scores = line, confusions, [t.pairs.names[i] for i in t.val_indices]
     t.progress["seconds"] += time.monotonic() - start
@@ -282,6 +331,7 @@ def close_epoch(t, epoch, line):
         t.progress |= {"best": score, "best_epoch": epoch + 1}
     t.progress |= {"epoch": epoch + 1, "step": 0, "loss": 0.0}
     if t.rank == 0:
+        checkpoint.must_be_finite(t.model, t.average)
         append_metrics(t.folder, line)
         content = {
             "model": t.args.model, "model_args": model_arguments(t.args), "size": t.args.val_size or size,
@@ -296,6 +346,15 @@ def close_epoch(t, epoch, line):
     save_last(t)
     if t.rank == 0 and scores:
         show_run(t)
+    return True
+
+
+def stop_asked(t):
+    """The number of the signal that asked any process to stop, all being saved, or 0."""
+    if not distributed.any_of(bool(t.caught), t.device):
+        return 0
+    save_last(t)
+    return t.caught[0] if t.caught else signal.SIGTERM
 
 
 def show_run(t):
@@ -321,9 +380,6 @@ def finished(t):
 
 def train(t):
     """The epochs that are left; the number of the signal that stopped them, or 0."""
-    caught = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: caught.append(number))
     if t.rank == 0:
         show_run(t)
     clock = saved = time.monotonic()
@@ -331,6 +387,8 @@ def train(t):
     for epoch in range(t.progress["epoch"], t.epochs):
         if finished(t):
             break
+        if number := stop_asked(t):
+            return number
         order = t.batches.order((t.args.seed, epoch))
         begun, first, speed = time.monotonic(), t.progress["step"], None
         for step in range(first, t.steps):
@@ -349,9 +407,8 @@ def train(t):
                 show_line("", sys.stdout)
                 warning = long_warning(t.phases, t.steps, t.batch, 3 * t.batch / (now - warm))
                 print(warning, end="", file=sys.stderr)
-            if distributed.any_of(bool(caught), t.device):
-                save_last(t)
-                return caught[0] if caught else signal.SIGTERM
+            if number := stop_asked(t):
+                return number
             if t.rank == 0 and now - saved > 60 * t.args.save_minutes:
                 save_last(t)
                 saved = now
@@ -359,14 +416,27 @@ def train(t):
             "epoch": epoch + 1, "size": size_at(t.phases, epoch), "lr": rate_at(t.args, t.phases, epoch + 1),
             "loss": t.progress["loss"] / t.steps, "images_per_s": speed and round(speed, 2),
         }  # fmt: skip
-        close_epoch(t, epoch, line)
+        if not close_epoch(t, epoch, line):
+            return stop_asked(t)
         clock = saved = time.monotonic()
     return 0
 
 
 def main():
+    args = in_force(*parse(sys.argv[1:]))
+    try:
+        return run_of(args)
+    except RuntimeError as error:
+        if distributed.processes() == 1 or not LOST.search(str(error)):
+            raise
+        # Where the first process has failed, it has told why; what the others see is a closed connection.
+        raise UserError("another process of this training has ended; `make resume NAME=...` goes on with it") from None
+
+
+def run_of(args):
+    """Set up the training that the arguments describe, train, and tell what it leaves; the exit status."""
     began = time.monotonic()
-    t = set_up(in_force(*parse(sys.argv[1:])))
+    t = set_up(args)
     t.progress["seconds"] += time.monotonic() - began  # a run's minutes count its cache and set-up
     count = count_parameters(t.model)
     if t.rank == 0:
@@ -376,13 +446,7 @@ def main():
             f"{t.steps} steps, {t.device} x {t.processes}",
             flush=True,
         )
-    try:
-        number = train(t)
-    except RuntimeError as error:
-        # The first process has failed and told why; what the others see is a closed connection.
-        if t.rank and "Connection" in str(error):
-            return 1
-        raise
+    number = train(t)
     if t.rank == 0:
         close_run()
         show_run(t)

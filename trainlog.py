@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from pathlib import Path
 
 from schedule import cost, size_at
 from terminal import duration, style
@@ -46,7 +47,9 @@ def closing(folder, progress, scored, stopped):
 
     `progress` is that of last.pt; `scored` tells whether pairs were held out, `stopped` whether a signal ended it.
     """
-    name, epochs = shlex.quote(folder.name), f"{progress['epoch']} epochs in {duration(progress['seconds'])}"
+    # make knows runs/ alone; a run elsewhere goes by its path.
+    name = shlex.quote(folder.name if folder.parent == Path("runs") else str(folder))
+    epochs = f"{progress['epoch']} epochs in {duration(progress['seconds'])}"
     if stopped:
         lines = {"stop": f"in epoch {progress['epoch'] + 1}, saved; {epochs}", "next": f"make resume NAME={name}"}
     else:

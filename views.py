@@ -12,6 +12,7 @@ from errors import UserError
 from labels import FLIP
 
 SCALES = (0.75, 1.0, 1.25)
+WHOLE_PIXELS = 1 << 22  # of a picture whose 19 maps are held at once, 300 MB
 
 
 def resize(images, height, width):
@@ -52,6 +53,12 @@ def parse_views(text):
     return flip, tuple(dict.fromkeys(scales)) or (1.0,)
 
 
+def check_size(size):
+    """UserError where a network cannot be given images of this side."""
+    if size % 32 or not 32 <= size <= 2048:
+        raise UserError(f"--size {size}: give a multiple of 32 from 32 to 2048, or 0 for the checkpoint's own")
+
+
 def input_size(height, width, size, scale=1.0):
     """Height and width the network sees a picture at: its own shape, size * size * scale**2 pixels, multiples of 32."""
     shape = math.sqrt(height / width)
@@ -89,4 +96,13 @@ def log_probabilities(models, images, size, views=(False, (1.0,))):
 @torch.inference_mode()
 def label_map(log_p, height, width):
     """uint8 labels (B, height, width): the likeliest of (B, 19, h, w), upsampled before the choice is made."""
+    if height * width > WHOLE_PIXELS:
+        # Label by label: 19 maps of a camera's photo at once would fill a laptop's memory.
+        best = torch.full((len(log_p), height, width), -math.inf, device=log_p.device)
+        labels = torch.zeros(best.shape, dtype=torch.uint8, device=log_p.device)
+        for label, one in enumerate(log_p.unbind(1)):
+            one = F.interpolate(one[:, None], size=(height, width), mode="bilinear", align_corners=False)[:, 0]
+            labels[one > best] = label
+            best = torch.maximum(best, one)
+        return labels
     return F.interpolate(log_p, size=(height, width), mode="bilinear", align_corners=False).argmax(1).byte()

@@ -170,7 +170,7 @@ FAULTS = {
     ),
     "masks: masks/a.png is no readable PNG": lambda z: z | {"masks/a.png": z["masks/a.png"][:200]},
     "solution: solution/run.py is missing": lambda z: {k: v for k, v in z.items() if k != "solution/run.py"},
-    "checkpoint: ckpt.pth is damaged": lambda z: z | {"solution/ckpt.pth": z["solution/ckpt.pth"][:100_000]},
+    "checkpoint: ckpt.pth is damaged": lambda z: z | {"solution/ckpt.pth": z["solution/ckpt.pth"][:-9999]},
     'checkpoint: ckpt.pth has no "state_dict"': lambda z: z | {"solution/ckpt.pth": saved({"weights": {}})},
     "checkpoint: its state_dict does not load": lambda z: (
         z | {"solution/ckpt.pth": saved({"model": "microunet", "model_args": {}, "state_dict": {"a": torch.zeros(1)}})}

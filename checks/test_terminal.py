@@ -5,6 +5,7 @@ import os
 import pty
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -93,8 +94,8 @@ def test_step_line_foretells_by_the_pixels_that_are_left():
 
 def test_closing_tells_the_best_epoch_the_files_and_the_next_command(tmp_path):
     progress = {"best": 0.81234, "best_epoch": 7, "epoch": 9, "seconds": 65.0}
-    text = closing(tmp_path / "my run", progress, scored=True, stopped=0)
+    text = closing(Path("runs/my run"), progress, scored=True, stopped=0)
     assert "official score 0.8123 in epoch 7; 9 epochs in 65 s" in text
-    assert f"{tmp_path}/my run/best.pt" in text and "make predict NAME='my run' IN=" in text
-    assert closing(tmp_path / "a", progress, scored=True, stopped=2).endswith("make resume NAME=a")
+    assert "runs/my run/best.pt" in text and "make predict NAME='my run' IN=" in text
+    assert closing(tmp_path / "a", progress, scored=True, stopped=2).endswith(f"make resume NAME={tmp_path}/a")
     assert "score" not in closing(tmp_path / "a", progress, scored=False, stopped=0)
