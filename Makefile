@@ -49,6 +49,7 @@ TAKES_report := NAME AUTHOR MATRIC OVERWRITE ARGS
 TAKES_report-pdf := NAME ARGS
 TAKES_report-zip := MATRIC REPORT NAME DATA ARGS
 TAKES_test := ARGS
+TAKES_bench := ARGS
 VARS := $(sort $(foreach v,$(filter TAKES_%,$(.VARIABLES)),$($(v))))
 
 GOALS := $(or $(MAKECMDGOALS),help)
@@ -77,7 +78,7 @@ TRAIN = $(PY) launch.py $(call flag,NPROC)
 
 .DEFAULT_GOAL := help
 .PHONY: help install data check-data train resume sweep speedrun recipes runs predict evaluate check-params submit \
-	check-submission report report-pdf report-zip demo test lint clean
+	check-submission report report-pdf report-zip demo test bench lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{printf "  %-20s%s\n", $$1, $$2}'
@@ -167,6 +168,10 @@ test: $(READY) ## lint and tests
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pytest -q $(ARGS)
+
+# make bench ARGS="--only network,views"
+bench: $(READY) ## throughput, memory and scale, each beside its limit; under 10 minutes on 2 idle cores
+	$(PY) -m checks.bench $(ARGS)
 
 clean: ## remove the environment, caches and drawn faces; never runs/ or data
 	rm -rf $(or $(VENV),.venv) build/cache build/drawn-faces build/demo-masks .pytest_cache .ruff_cache __pycache__ checks/__pycache__
