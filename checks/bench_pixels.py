@@ -95,6 +95,7 @@ def epochs(repeats, count):
 
 def streaming(count, reads):
     """MiB of this process's own memory and of pages of the cache file, after batches from a set of so many pairs."""
+    Path("build").mkdir(exist_ok=True)  # a file system on disk, where holes take no memory either
     with tempfile.NamedTemporaryFile(dir="build") as file:
         file.truncate(count * (IMAGE_BYTES + MASK_BYTES))  # all holes: zeros that take no disk
         whole = np.memmap(file.name, np.uint8, "r")
