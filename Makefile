@@ -50,6 +50,7 @@ TAKES_report-pdf := NAME ARGS
 TAKES_report-zip := MATRIC REPORT NAME DATA ARGS
 TAKES_test := ARGS
 TAKES_faults := ARGS
+TAKES_bench := ARGS
 VARS := $(sort $(foreach v,$(filter TAKES_%,$(.VARIABLES)),$($(v))))
 
 GOALS := $(or $(MAKECMDGOALS),help)
@@ -78,7 +79,7 @@ TRAIN = $(PY) launch.py $(call flag,NPROC)
 
 .DEFAULT_GOAL := help
 .PHONY: help install data check-data train resume sweep speedrun recipes runs predict evaluate check-params submit \
-	check-submission report report-pdf report-zip demo test faults lint clean
+	check-submission report report-pdf report-zip demo test faults bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{printf "  %-20s%s\n", $$1, $$2}'
@@ -173,5 +174,9 @@ faults: $(READY) ## attack trainings, disks, images, checkpoints, zips and numbe
 	$(PY) -m pip install --quiet --disable-pip-version-check -r checks/requirements.txt
 	$(PY) -m checks.faults $(ARGS)
 
+# make bench ARGS="--only network,views"
+bench: $(READY) ## throughput, memory and scale, each beside its limit; under 10 minutes on 2 idle cores
+	$(PY) -m checks.bench $(ARGS)
+
 clean: ## remove the environment, caches and drawn faces; never runs/ or data
-	rm -rf $(or $(VENV),.venv) build/cache build/drawn-faces build/demo-masks .pytest_cache .ruff_cache __pycache__ checks/__pycache__
+	rm -rf $(or $(VENV),.venv) build/cache build/drawn-faces build/bench-faces build/demo-masks .pytest_cache .ruff_cache __pycache__ checks/__pycache__

@@ -154,14 +154,19 @@ def blur(images, sigma):
     return F.conv2d(x, kernel[:, :, :, None], groups=count * channels).view_as(images)
 
 
-def soft_labels(masks, stride=1):
-    """uint8 masks (B, H, W) to each label's share of every stride x stride cell: (B, 19, H/stride, W/stride)."""
+def soft_labels(masks, stride=1, others=None, lam=None):
+    """uint8 masks (B, H, W) to each label's share of every stride x stride cell: (B, 19, H/stride, W/stride).
+
+    With `lam` (B,) 0..1, each of `others` (B, H, W) is blended in with 1 - lam.
+    """
     count, height, width = masks.shape
     shares = torch.zeros(count, NUM_CLASSES, height // stride, width // stride, device=masks.device)
-    weight = torch.full((1, 1, 1, 1), 1 / stride**2, device=masks.device).expand_as(shares[:, :1])
-    for dy in range(stride):
-        for dx in range(stride):
-            shares.scatter_add_(1, masks[:, None, dy::stride, dx::stride].long(), weight)
+    whole = torch.full((count,), 1 / stride**2, device=masks.device)
+    for part, weight in [(masks, whole)] if lam is None else [(masks, whole * lam), (others, whole * (1 - lam))]:
+        weight = weight[:, None, None, None].expand_as(shares[:, :1])
+        for dy in range(stride):
+            for dx in range(stride):
+                shares.scatter_add_(1, part[:, None, dy::stride, dx::stride].long(), weight)
     return shares
 
 
@@ -183,14 +188,11 @@ def mix(images, masks, drawn, stride):
         inside = inside_y[:, :, None] & inside_x[:, None, :]
         images = torch.where(inside[:, None], images[partner], images)
         masks = torch.where(inside, masks[partner], masks)
-    lam = drawn["lam"].to(device)[:, None, None, None]
-    blended = bool((lam < 1).any())
-    if blended:
-        images = torch.lerp(images[partner], images, lam)
-    if stride == 1 and not blended:
-        return images, masks.long()
-    target = soft_labels(masks, stride)
-    return images, torch.lerp(target[partner], target, lam) if blended else target
+    lam = drawn["lam"].to(device)
+    if bool((lam < 1).any()):
+        images = torch.lerp(images[partner], images, lam[:, None, None, None])
+        return images, soft_labels(masks, stride, masks[partner], lam)
+    return images, masks.long() if stride == 1 else soft_labels(masks, stride)
 
 
 def augment(images, masks, drawn, size, stride=1, exchange_sides=True):

@@ -26,9 +26,9 @@ def positive(text):
     return int(text)
 
 
-def tell(error):
-    """Print an error as one line on stderr, whatever stands in the names that it mentions."""
-    print(f"{style('error:', 'error', sys.stderr)} {printable(str(error))}", file=sys.stderr)
+def tell(message, kind="error"):
+    """Print an error or a warning as one line on stderr, whatever stands in the names that it mentions."""
+    print(f"{style(f'{kind}:', kind, sys.stderr)} {printable(str(message))}", file=sys.stderr)
 
 
 def run_main(main):

@@ -113,8 +113,7 @@ def predict_all(models, size, args, device):
         write_results(args, path, pixels, parsed)
         if parsed.missed:
             show_line("", sys.stderr)
-            told = f"no face found in {path}, taken as a whole; --box x,y,w,h says where a portrait is"
-            print(f"{style('warning:', 'warning', sys.stderr)} {told}", file=sys.stderr)
+            tell(f"no face found in {path}, taken as a whole; --box x,y,w,h says where a portrait is", "warning")
         show_count("image", done, len(files), time.monotonic() - begun)
     print(f"{len(files) - failed} of {len(files)} masks in {args.output}, {duration(time.monotonic() - begun)}")
     return 2 if failed else 0

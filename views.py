@@ -78,19 +78,24 @@ def log_probabilities(models, images, size, views=(False, (1.0,))):
         view = resize(images, *input_size(*images.shape[2:], size, scale))
         for mirrored in (False, True) if flip else (False,):
             for model in models:
-                logits = model(view.flip(3) if mirrored else view, full_size=False).float()
-                if mirrored:
-                    logits = logits[:, FLIP].flip(3)
                 if len(scales) == len(models) == 1 and not flip:
-                    return logits.log_softmax(1)
-                p = logits.softmax(1)
+                    return model(view, full_size=False).float().log_softmax(1)
+                p = _probabilities(model, view, mirrored)
                 if average is None:
-                    average = torch.zeros_like(p)
+                    average = p
                 elif p.shape != average.shape:
-                    p = F.interpolate(p, size=average.shape[2:], mode="bilinear", align_corners=False)
-                average += p
+                    average += F.interpolate(p, size=average.shape[2:], mode="bilinear", align_corners=False)
+                else:
+                    average += p
+                del p  # before the next view takes its memory
                 count += 1
-    return (average / count).clamp_min(1e-9).log()
+    return average.div_(count).clamp_min_(1e-9).log_()
+
+
+def _probabilities(model, view, mirrored):
+    """Probabilities (B, 19, h, w) of images (B, 3, H, W), seen mirrored and mirrored back."""
+    p = model(view.flip(3) if mirrored else view, full_size=False).float().softmax(1)
+    return p[:, FLIP].flip(3) if mirrored else p
 
 
 @torch.inference_mode()
