@@ -17,17 +17,17 @@ def test_successor_is_below_the_limit():
 
 
 @pytest.mark.parametrize(
-    ("model", "plain"),
+    ("kind", "settings", "plain"),
     [
-        (MicroSegFormer(dropout=0.0), plain_segformer),
-        (MicroSegFormer(dropout=0.0, lmsa=False), plain_segformer),
-        (MicroUNet(), plain_microunet),
+        (MicroSegFormer, {}, plain_segformer),
+        (MicroSegFormer, {"lmsa": False}, plain_segformer),
+        (MicroUNet, {}, plain_microunet),
     ],
 )
 @pytest.mark.parametrize("training", [True, False])
-def test_economical_evaluation_equals_the_literal_one(model, plain, training):
+def test_economical_evaluation_equals_the_literal_one(kind, settings, plain, training):
     torch.manual_seed(0)
-    model.double()  # where rounding cannot hide a mistake, nor look like one
+    model = kind(dropout=0.0, **settings).double()  # where rounding cannot hide a mistake, nor look like one
     for parameter in model.parameters():  # biases and norms start at 0 and 1, which would hide a mistake
         parameter.data += 0.05 * torch.randn_like(parameter)
     model.train(training)
