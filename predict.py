@@ -9,6 +9,7 @@ for first (faces.py), and each is parsed at full resolution.
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -92,7 +93,7 @@ def predict_all(models, size, args, device):
     for path in files:
         if path.stem in stems:
             raise UserError(f"{path} and {stems[path.stem]} would both become {path.stem}.png; rename one")
-        if path.resolve() == (args.output / f"{path.stem}.png").resolve():
+        if os.path.realpath(path) == os.path.realpath(args.output / f"{path.stem}.png"):
             raise UserError(f"the mask of {path} would replace it; choose another --output")
         stems[path.stem] = path
     views = parse_views(args.views)

@@ -70,7 +70,7 @@ def load_checkpoints(ledger, place, short):
     marker, path = place.root / "executed", place.root / "bad.pt"
     photo = next((place.data / "test/images").iterdir())
     scripts = [
-        ["predict.py", "--weights", path, "--input", photo, "--output", place.root / "bad-masks"],
+        ["predict.py", "--whole", "--weights", path, "--input", photo, "--output", place.root / "bad-masks"],
         ["evaluate.py", "--weights", path, "--data", place.data, "--cache", place.cache],
         ["package.py", "--weights", path, "--data", place.data, "--run", 0, "--zip", place.root / "bad.zip"],
         ["solution.py", "--weights", path, "--input", photo, "--output", place.root / "bad.png"],

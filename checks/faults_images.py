@@ -116,7 +116,7 @@ def predict_images(ledger, place):
     (folder / "loop.png").symlink_to("loop.png")
     (folder / "nowhere.jpg").symlink_to("nothing.jpg")
     os.mkfifo(folder / "pipe.png")
-    attempt = run("predict.py", "--weights", place.weights, "--input", folder, "--output", out)
+    attempt = run("predict.py", "--whole", "--weights", place.weights, "--input", folder, "--output", out)
     lines = attempt.err.splitlines()
     common = attempt.trouble() or ("" if attempt.status == 2 else f"status {attempt.status}")
     for name, (_, size) in good.items():
@@ -240,7 +240,7 @@ def mutate(ledger, place, count=300):
         for _ in range(rng.integers(1, 9)):
             data[rng.integers(len(data)) if rng.random() < 0.5 else rng.integers(60)] = rng.integers(256)
         (folder / f"m{i}.png").write_bytes(data[: rng.integers(1, len(data))] if i % 5 == 0 else data)
-    attempt = run("predict.py", "--weights", place.weights, "--input", folder, "--output", out)
+    attempt = run("predict.py", "--whole", "--weights", place.weights, "--input", folder, "--output", out)
     problem = attempt.trouble() or ("" if attempt.status in (0, 2) else f"status {attempt.status}")
     for path in folder.iterdir():
         masked, told = (out / path.name).is_file(), attempt.err.count(f"{path}: ")

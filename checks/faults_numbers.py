@@ -147,7 +147,7 @@ def refuse_flags(ledger, place, short):
         (*train, "--data", "x" * 5000), (*train, "--from", "x" * 5000), (*train, "--seed", "1e3"),
         ("predict.py", *weights, *photo, "--size", "33"), ("predict.py", *weights, *photo, "--views", "nan"),
         ("predict.py", *weights, *photo, "--device", "meta"), ("predict.py", *weights, "--input", "", "--output", "x"),
-        ("predict.py", "--weights", "y" * 5000, *photo), ("evaluate.py", *weights, *pairs, "--size", "31"),
+        ("predict.py", "--whole", "--weights", "y" * 5000, *photo), ("evaluate.py", *weights, *pairs, "--size", "31"),
         ("evaluate.py", *weights, *pairs, "--val-split", "nan"),
         ("evaluate.py", *weights, *pairs, "--split-seed", "-1"),
         ("decode.py", *weights, *pairs, "--folds", "0"), ("decode.py", *weights, *pairs, "--val-split", "inf"),

@@ -37,7 +37,7 @@ def train_again(ledger, place, short):
 def predict_again(ledger, place):
     """Masks of a folder, again, and of its files one by one and in another order."""
     folder, out = place.data / "train/images", place.root / "once"
-    command = ["predict.py", "--weights", place.weights, "--views", "flip,scales"]
+    command = ["predict.py", "--whole", "--weights", place.weights, "--views", "flip,scales"]
     problem = run(*command, "--input", folder, "--output", out).not_fine()
     problem = problem or run(*command, "--input", folder, "--output", place.root / "again").not_fine()
     for path in sorted(folder.iterdir(), reverse=True)[:3]:
