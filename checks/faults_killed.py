@@ -99,9 +99,9 @@ def kill_groups(ledger, place, rng, kills):
         attempts = [a.wait() for a in group(place, name, prepares=[prepare if r == rank else None for r in (0, 1)])]
         if attempts[rank].status == -signal.SIGKILL:
             struck += 1
-            problem = attempts[1 - rank].not_refused(
-                *(["another process of this training"] if rank else []), lines=rank
-            )
+            other = attempts[1 - rank]
+            told = ["another process of this training"] if rank else []  # where the first one dies, the other is silent
+            problem = other.not_fine() and other.not_refused(*told, lines=rank)  # it may have been done already
         problem = problem or next(filter(None, (a.wait().not_fine() for a in group(place, name))), "")
         problem = problem or difference(place.runs / name, place.runs / "whole-2")
         if problem or attempts[rank].status == -signal.SIGKILL:
