@@ -9,6 +9,7 @@ Both take float images (B, 3, H, W) with values 0..1 and return logits (B, 19, H
 import argparse
 import json
 import sys
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -328,7 +329,9 @@ MODELS = {"microsegformer": MicroSegFormer, "microunet": MicroUNet}
 def build(name, **arguments):
     """The network called `name` (a key of MODELS); UserError where it does not take these constructor arguments."""
     try:
-        model = MODELS[name](**arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of empty layers, which are refused below
+            model = MODELS[name](**arguments)
         if not all(p.numel() for p in model.parameters()):
             raise ValueError("a layer would be empty")
         return model

@@ -218,7 +218,7 @@ def offer_conversion(ledger, place):
         with Image.open(path) as mask:
             coloured = mask.convert("RGB")
         coloured.save(path)
-    attempt = run("data.py", "--data", data, "--cache", place.root / "none")
+    attempt = run("data.py", "--data", data, "--cache", place.root / "unused")
     problem = attempt.not_refused(f"make data RAW={data} DATA={data}-labels")
     problem = problem or run("prepare.py", "--raw", data, "--out", f"{data}-labels").not_fine()
     for path in [] if problem else (place.data / "train/masks").iterdir():

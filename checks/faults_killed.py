@@ -92,17 +92,20 @@ def kill_groups(ledger, place, rng, kills):
     if problem := whole[0].not_fine() or whole[1].not_fine():
         ledger.add("killed", case, problem)
         return
-    kinds = moments(rng, 1.0)
-    for number in range(kills):
-        name, problem = f"two-{number}", ""
-        rank, prepare = number % 2, next(kinds)[1]
+    kinds, number, struck = moments(rng, place.cpu), 0, 0
+    while struck < kills:
+        name, problem, rank = f"two-{number}", "", number % 2
+        number, prepare = number + 1, next(kinds)[1]
         attempts = [a.wait() for a in group(place, name, prepares=[prepare if r == rank else None for r in (0, 1)])]
-        struck = attempts[rank].status == -signal.SIGKILL
-        if struck:
+        if attempts[rank].status == -signal.SIGKILL:
+            struck += 1
             other = attempts[1 - rank]
-            problem = other.not_refused(*(["another process of this training has ended"] if rank else []), lines=rank)
+            told = ["another process of this training"] if rank else []  # where the first one dies, the other is silent
+            problem = other.not_fine() and other.not_refused(*told, lines=rank)  # it may have been done already
         problem = problem or next(filter(None, (a.wait().not_fine() for a in group(place, name))), "")
-        ledger.add("killed", case, problem or difference(place.runs / name, place.runs / "whole-2"))
+        problem = problem or difference(place.runs / name, place.runs / "whole-2")
+        if problem or attempts[rank].status == -signal.SIGKILL:
+            ledger.add("killed", case, problem)
 
 
 def stop_trainings(ledger, place, short):
