@@ -8,212 +8,35 @@ runs/NAME/ holds args.json (arguments, commit, versions), metrics.jsonl (a line 
 best epoch by label and image), best.pt (inference) and last.pt (resume).
 """
 
-import argparse
-import copy
 import math
 import re
 import signal
 import sys
 import time
 import traceback
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import distributed
-from augment import Strength, augment, draw, needs_pairs, slice_batch
-from data import Batches, Pairs, load_pairs, resolve, split
+from augment import augment, draw, slice_batch
 from errors import UserError, run_main
 from evaluate import evaluate
-from labels import NAMES, NUM_CLASSES
 from losses import training_loss
 from metrics import batch_score, by_label, official_score
-from model import PARAM_LIMIT, build, count_parameters
-from muon import Muon
-from options import class_weights, model_arguments, parse, strength
+from model import PARAM_LIMIT, count_parameters
+from optimisation import update_average
+from options import model_arguments, parse
 from report import redraw, write_page
-from rundir import (
-    append_metrics,
-    begin_run,
-    close_run,
-    find_weights,
-    in_force,
-    open_run,
-    plain,
-    same_pairs,
-    truncate_metrics,
-    write_best,
-)  # fmt: skip
-from schedule import learning_rate, parse_sizes, size_at
+from rundir import append_metrics, close_run, in_force, plain, write_best
+from schedule import learning_rate, size_at
+from state import save_last, set_up
 from terminal import show_line
 from trainlog import closing, epoch_line, long_warning, step_line
 
 LOST = re.compile("connection|broken pipe|closed by|read error|write error|socket", re.IGNORECASE)
-
-
-@dataclass
-class Training:
-    """Everything a training holds; `progress` with the networks, optimiser and scaler is what a resume restores."""
-
-    args: argparse.Namespace
-    folder: Path
-    device: torch.device
-    rank: int
-    processes: int
-    pairs: Pairs
-    batches: Batches
-    val_indices: np.ndarray
-    phases: list  # [(size, epochs), ...]
-    changes: Strength
-    batch: int  # images a step, over all processes
-    steps: int  # an epoch
-    model: nn.Module
-    network: nn.Module  # the model as it is called: compiled, distributed
-    average: nn.Module | None
-    optimiser: torch.optim.Optimizer
-    autocast: object
-    scaler: torch.amp.GradScaler
-    label_weights: torch.Tensor | None
-    progress: dict  # epoch and step to go on with, sum of losses since the epoch's start, best score, seconds spent
-    caught: list  # numbers of the signals that came
-
-    @property
-    def epochs(self):
-        return sum(length for _, length in self.phases)
-
-    @cached_property
-    def averaging(self):
-        """The average's weights and floating statistics, and the model's that they follow, as two lists of tensors."""
-        return [[v for v in m.state_dict().values() if v.is_floating_point()] for m in (self.average, self.model)]
-
-
-def set_up(args):
-    """The training that the arguments describe, new or resumed."""
-    device = distributed.local_device(args.device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    rank, processes = distributed.start(device)
-    torch.backends.cudnn.benchmark = device.type == "cuda"
-    data = distributed.first(lambda: resolve(args.data))
-    if processes > 1:
-        distributed.first(lambda: load_pairs(data, args.cache) and None)  # one of them makes the cache
-    pairs = load_pairs(data, args.cache)
-    train_indices, val_indices = split(len(pairs.names), args.val_split, args.split_seed)
-    changes = strength(args)
-    unit = 1 if processes == 1 else 2 * processes if needs_pairs(changes) else processes
-    batch = min(args.batch, len(train_indices) // unit * unit)
-    if not batch or batch % unit:
-        raise UserError(f"--batch {args.batch} of {len(train_indices)} pairs is no multiple of {unit}; try NPROC=1")
-    phases = parse_sizes(args.sizes, args.epochs)
-    if batch == 1 and any(size == 32 for size, _ in phases):
-        raise UserError(
-            "one image of 32 pixels a batch leaves batch norm a single value; give a larger --batch or size"
-        )
-
-    torch.manual_seed(args.seed)
-    model = build(args.model, **model_arguments(args))
-    model.to(device, memory_format=torch.channels_last)
-    if args.start_from and not args.resume:
-        source = find_weights(args.start_from, args.runs)
-        checkpoint.load_state(model, checkpoint.load(source)["state_dict"], source)
-    # Whatever the user can have mistaken is known by now: no run is begun that could not go on.
-    caught = catch_signals()
-    folder, state = open_run(args)
-    held = {"training": len(train_indices), "validation": len(val_indices), "content": pairs.content}
-    if state:
-        distributed.first(lambda: same_pairs(folder, held))
-    average = copy.deepcopy(model).requires_grad_(False) if args.ema else None
-    optimiser = make_optimiser(model, args, device)
-    autocast, scaler = precision(args.amp, device)
-    progress = {"epoch": 0, "step": 0, "loss": 0.0, "best": -1.0, "best_epoch": 0, "seconds": 0.0}
-    if state:
-        progress |= checkpoint.restore_training(state, folder / "last.pt", model, average, optimiser, scaler)
-        if not rank:
-            truncate_metrics(folder, progress["epoch"])
-
-    network = distributed.synchronise_batch_norm(model) if processes > 1 else model
-    if args.compile:
-        network = torch.compile(network)
-    if processes > 1:
-        network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
-    t = Training(
-        args, folder, device, rank, processes, pairs,
-        Batches(pairs, train_indices, device, args.fix_sides, args.repeat_rare), val_indices,
-        phases, changes, batch, len(train_indices) // batch, model, network, average, optimiser, autocast, scaler,
-        label_weights(args, pairs, train_indices, device), progress, caught,
-    )  # fmt: skip
-    if not state:
-        save_last(t)
-        if not rank:
-            begin_run(folder, args, count_parameters(model), held)
-    return t
-
-
-def catch_signals():
-    """A list to which Ctrl-C and SIGTERM from now on add their numbers, instead of ending the process."""
-    caught = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: caught.append(number))
-    return caught
-
-
-def make_optimiser(model, args, device):
-    """AdamW, or Muon for the hidden layers' matrices and AdamW for the rest; decay on matrices only, or on all."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    settings = {"lr": args.lr, "fused": device.type != "mps", "weight_decay": args.weight_decay}
-    rest = {"params": vectors, "weight_decay": args.weight_decay if args.decay_all else 0.0}
-    if args.optimiser == "adamw":
-        return torch.optim.AdamW([{"params": matrices}, rest], **settings)
-    # The first layer and depthwise filters see few channels, the classifier has labels for rows: no hidden matrices.
-    hidden = [p for p in matrices if p.shape[1] > 5 and p.shape[0] != NUM_CLASSES]
-    others = [p for p in matrices if all(p is not h for h in hidden)]
-    return Muon([{"params": hidden, "orthogonal": True}, {"params": others}, rest], **settings)
-
-
-def precision(amp, device):
-    """A function that makes the autocast context, and the gradient scaler (does nothing unless fp16).
-
-    "auto" takes bf16 where the processor has instructions for it, which double its rate, and else fp16 on CUDA.
-    """
-    if amp == "auto":
-        able = {"cuda": torch.cuda.is_bf16_supported, "cpu": computes_bf16}.get(device.type, lambda: False)()
-        amp = "bf16" if able else "fp16" if device.type == "cuda" else "off"
-    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-
-    def autocast():
-        return torch.autocast(device.type, dtype, enabled=dtype is not None)
-
-    return autocast, torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-
-
-def computes_bf16():
-    """Whether this CPU multiplies bf16 numbers natively (AVX-512 BF16 or AMX)."""
-    has = torch.cpu.get_capabilities()
-    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
-
-
-def label_weights(args, pairs, indices, device):
-    """Class weights as a tensor (19,) whose mean over the training pixels is 1, or None."""
-    weights = class_weights(args)
-    if weights is None:
-        return None
-    sample = pairs.masks[indices[:: max(1, len(indices) // 100)]]
-    shares = np.bincount(sample.ravel(), minlength=len(NAMES)) / sample.size
-    weights = 1 / np.sqrt(shares.clip(1e-4)) if weights == "balanced" else np.array(weights)
-    return torch.tensor(weights / (weights * shares).sum(), dtype=torch.float32, device=device)
-
-
-@torch.no_grad()
-def update_average(kept, new, decay, step):
-    """Move the average's tensors towards the model's; the decay warms up from 0 over the first steps."""
-    torch._foreach_lerp_(kept, new, 1 - min(decay, (1 + step) / (10 + step)))
 
 
 def rate_at(args, phases, epoch):
@@ -292,18 +115,6 @@ def scored(t, indices, size):
     )  # fmt: skip
     confusions = distributed.total(torch.from_numpy(confusions).to(t.device)).cpu().numpy()
     return confusions, distributed.total(torch.from_numpy(losses).float().to(t.device))
-
-
-def save_last(t):
-    """Write last.pt, from which --resume goes on exactly."""
-    if t.rank == 0:
-        checkpoint.must_be_finite(t.model, t.average)
-        content = {
-            "model": t.args.model, "model_args": model_arguments(t.args), "size": t.phases[-1][0],
-            "state_dict": t.model.state_dict(), "average": t.average.state_dict() if t.average else None,
-            "optimiser": t.optimiser.state_dict(), "scaler": t.scaler.state_dict(), "progress": t.progress,
-        }  # fmt: skip
-        checkpoint.save(t.folder / "last.pt", content)
 
 
 def close_epoch(t, epoch, line):
