@@ -156,9 +156,9 @@ def forbidden_folders(ledger, place):
         ([*train, "--runs", place.runs, "--name", "x", "--cache", locked / "new"], "cannot write the cache"),
         ([*train, "--runs", place.runs, "--name", "x", "--cache", file], "cannot write the cache"),
         (["data.py", "--data", data, "--cache", cache], secret.name),
-        (["predict.py", "--whole", "--weights", place.weights, "--input", secret, "--output", place.root / "o"], secret.name),
-        (["predict.py", "--whole", "--weights", place.weights, "--input", photo, "--output", locked], "cannot write"),
-        (["predict.py", "--whole", "--weights", place.weights, "--input", photo, "--output", file], "cannot make folder"),
+        (["predict.py", "--weights", place.weights, "--input", secret, "--output", place.root / "o"], secret.name),
+        (["predict.py", "--weights", place.weights, "--input", photo, "--output", locked], "cannot write"),
+        (["predict.py", "--weights", place.weights, "--input", photo, "--output", file], "cannot make folder"),
         (["package.py", "--weights", place.weights, "--data", place.data, "--run", 0, "--zip", locked / "a.zip"],
          "cannot write"),
         (["prepare.py", "--raw", place.data, "--out", locked / "data"], "cannot write"),
@@ -220,8 +220,8 @@ def changing_files(ledger, place):
     ledger.add("disk", case, attempt.not_refused("no longer those that", lines=1 + attempt.err.count("other data")))
 
     photos = sorted((copied(place, "vanishing") / "test/images").iterdir())
-    attempt = run("predict.py", "--whole", "--weights", place.weights, "--input", photos[0].parent, "--output", place.root / "m",
-                  prepare=at_call("images.read_image", 1, photos[1].unlink))  # fmt: skip
+    attempt = run("predict.py", "--whole", "--weights", place.weights, "--input", photos[0].parent,
+                  "--output", place.root / "m", prepare=at_call("images.read_image", 1, photos[1].unlink))  # fmt: skip
     problem = attempt.not_refused(photos[1].name)
     ledger.add("disk", case, problem or ("" if len(os.listdir(place.root / "m")) == 2 else "the others were not done"))
 
