@@ -17,7 +17,7 @@ from augment import soft_labels
 from checkpoint import load_model
 from data import load_pairs, resolve, split
 from distributed import local_device
-from errors import ArgumentParser, UserError, run_main
+from errors import ArgumentParser, UserError, run_main, tell
 from labels import NUM_CLASSES
 from losses import segmentation_loss
 from metrics import confusion, table
@@ -72,6 +72,8 @@ def main():
     check_size(args.size or 32)
     path = find_weights(args.weights)
     model, info = load_model(path, device)
+    if info.get("official") is None:
+        tell(f"{path} was trained without validation: it may have seen these pairs", "warning")
     pairs = load_pairs(resolve(args.data), args.cache)
     _, held = split(len(pairs.names), args.val_split, args.split_seed)
     if not len(held):
