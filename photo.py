@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from errors import UserError
 from faces import LEAST, cut, find_faces, fit, measure
+from model import upsample
 from views import label_map, log_probabilities
 
 MOST_PIXELS = 2**22  # parsed or decided at once; of larger windows every second pixel, or third: memory stays bounded
@@ -64,7 +64,7 @@ def surround(inner, outer):
     a portrait ends, and the smaller view of them is good enough.
     """
     height, width = inner.shape[2:]
-    joined = F.interpolate(outer, size=(height * 3 // 2, width * 3 // 2), mode="bilinear", align_corners=False)
+    joined = upsample(outer, (height * 3 // 2, width * 3 // 2))
     y, x = ((torch.arange(n, device=inner.device) + 0.5) / n for n in (height, width))
     edge = torch.minimum(torch.minimum(y, 1 - y)[:, None], torch.minimum(x, 1 - x))
     top, left = height // 4, width // 4

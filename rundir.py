@@ -80,7 +80,7 @@ def begin_run(folder, args, parameters, pairs):
         "versions": versions(),
         "started": now(),
     }
-    write_text(folder / "metrics.jsonl", "")
+    write_metrics(folder, [])
     write_text(folder / "args.json", json.dumps(record, indent=1) + "\n")
 
 
@@ -233,12 +233,16 @@ def truncate_metrics(folder, epochs):
     kept = read_metrics(folder)[:epochs]
     if [line.get("epoch") for line in kept] != list(range(1, epochs + 1)):
         raise UserError(f"{folder}/metrics.jsonl is damaged: restore it, or start anew with OVERWRITE=1 (--overwrite)")
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+    write_metrics(folder, kept)
 
 
 def append_metrics(folder, line):
-    """Add an epoch's line, atomically: a full disk leaves no torn one."""
-    lines = [*read_metrics(folder), line]
+    """Add an epoch's line."""
+    write_metrics(folder, [*read_metrics(folder), line])
+
+
+def write_metrics(folder, lines):
+    """Write the lines of metrics.jsonl anew, atomically: a full disk leaves no torn one."""
     write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
 

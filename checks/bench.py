@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from atomic import write_text
-from checks.bench_measure import ROOT, bf16, child, machine, median, ratio
+from checks.bench_measure import ROOT, child, machine, median, ratio
 from errors import ArgumentParser, UserError, run_main
 from model import build, count_parameters
+from optimisation import computes_bf16
 
 
 @dataclass
@@ -55,7 +56,7 @@ MEMORY_REASON = "what is left is torch itself, the weights and the maps that the
 def network(quick, threads):
     """Part 1: MicroSegFormer evaluated literally against ours, training and inference, batch 1 and 8, and memory."""
     rows, size = [], 64 if quick else 512
-    kinds = ["literal", "float32"] + (["bf16"] if bf16() else [])
+    kinds = ["literal", "float32"] + (["bf16"] if computes_bf16() else [])
     for what in ("training", "inference"):
         for batch in (1,) if quick else (1, 8):
             given = {"what": what, "name": "microsegformer", "batch": batch, "size": size}
@@ -180,7 +181,7 @@ def limit(quick, threads):
         )
     ]
     for name in ("training float32", "training bf16", "inference"):
-        if name.endswith("bf16") and not bf16():
+        if name.endswith("bf16") and not computes_bf16():
             continue
         share = rate[name] / rate["sgemm"]
         what = f"MicroUNet {name}, batch {settings['batch']} at {settings['size']} px"

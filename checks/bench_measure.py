@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from launch import KEEP_MEMORY
+from optimisation import computes_bf16
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,13 +24,8 @@ def machine(threads):
     model = re.search(r"model name\s*:\s*(.*)", text)
     return (
         f"{model[1] if model else platform.processor() or platform.machine()}, {os.cpu_count()} cores, {threads} used, "
-        f"{torch.backends.cpu.get_cpu_capability()}{' with bf16' if bf16() else ''}, torch {torch.__version__}"
+        f"{torch.backends.cpu.get_cpu_capability()}{' with bf16' if computes_bf16() else ''}, torch {torch.__version__}"
     )
-
-
-def bf16():
-    """Whether the processor multiplies bfloat16 itself, so that it is faster than float32."""
-    return Path("/proc/cpuinfo").is_file() and "avx512_bf16" in Path("/proc/cpuinfo").read_text()
 
 
 def interleaved(functions, repeats):

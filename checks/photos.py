@@ -19,9 +19,10 @@ from errors import ArgumentParser, positive, run_main
 from metrics import confusion, official_score
 from photo import overlap, parse_photo
 from rundir import find_weights
+from views import parse_views
 
 GROUND, WIDTH, HEIGHT = "docs/astronaut.jpg", 1600, 1200
-NO_VIEWS = (False, (1.0,))
+NO_VIEWS = parse_views("")
 
 
 def composed(rng, portrait):
@@ -51,9 +52,9 @@ def main():
         begun = time.process_time()
         parsed = parse_photo([model], picture, info["size"], NO_VIEWS, torch.device("cpu"))
         seconds += time.process_time() - begun
-        covered = [0.0 if parsed.missed else overlap(face, window) for _, face in parsed.faces]
-        found += max(covered) > 0.5
-        false += sum(share <= 0.5 for share in covered) if not parsed.missed else 0
+        covers = [overlap(face, window) > 0.5 for _, face in parsed.faces if not parsed.missed]
+        found += any(covers)
+        false += covers.count(False)
         left, top, side, _ = window
         pasted = Image.fromarray(parsed.mask[top : top + side, left : left + side])
         alone = parse_photo([model], portrait, info["size"], NO_VIEWS, torch.device("cpu"), whole=True).mask
