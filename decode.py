@@ -17,7 +17,7 @@ import torch
 import checkpoint
 from checkpoint import load_model
 from data import load_pairs, resolve, split
-from distributed import local_device
+from device import local_device
 from errors import ArgumentParser, UserError, run_main
 from labels import NAMES, NUM_CLASSES
 from metrics import official_score

@@ -30,24 +30,6 @@ def processes():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def local_device(name):
-    """The device of this process: `auto` takes cuda, mps or cpu; with several processes each its own GPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-        if device.type == "meta":  # which computes nothing
-            raise RuntimeError
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name} is not to be had here; give auto or cpu") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
 def total(tensor):
     """The sum of a tensor over all processes (in place and returned)."""
     if dist.is_initialized():
@@ -83,7 +65,8 @@ class _GlobalBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
-        mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+        # Moments come in the type of the running ones that are passed: float32, whatever x is.
+        mean, variance = torch.batch_norm_update_stats(x, *weight.new_zeros(2, len(weight)), 0.0)
         moments = total(torch.cat([mean, variance + mean * mean])) / dist.get_world_size()
         mean, square = moments.chunk(2)
         variance = square - mean * mean
@@ -95,16 +78,13 @@ class _GlobalBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, *_):
         x, weight, mean, variance = ctx.saved_tensors
-        # As if the moments were constants: the gradients of weight and bias, which are the sums that are needed.
-        own = torch.ops.aten.native_batch_norm_backward(
-            dy, x, weight, mean, variance, None, None, False, ctx.eps, [False, True, True]
-        )[1:]
+        # As if the moments were constants; the gradients of weight and bias are the sums that correct it.
+        dx, *own = torch.ops.aten.native_batch_norm_backward(
+            dy, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )
         d_weight, d_bias = (total(torch.cat(own)) / (x.numel() // x.shape[1] * dist.get_world_size())).chunk(2)
-        inverse = torch.rsqrt(variance + ctx.eps)
-        scale = weight * inverse
-        slope = -scale * inverse * d_weight
-        dx = torch.addcmul((-scale * d_bias - slope * mean)[:, None, None], x, slope[:, None, None])
-        return dx.addcmul_(dy, scale[:, None, None]), *own, None
+        scale = -weight * torch.rsqrt(variance + ctx.eps)
+        return dx.add_(F.batch_norm(x, mean, variance, scale * d_weight, scale * d_bias, eps=ctx.eps)), *own, None
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -113,8 +93,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x):
         if not (self.training and dist.is_initialized()):
             return super().forward(x)
-        # Squares overflow half precision.
-        y, mean, variance = _GlobalBatchNorm.apply(x.float(), self.weight, self.bias, self.eps)
+        y, mean, variance = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps)
         count = x.numel() // x.shape[1] * dist.get_world_size()
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)

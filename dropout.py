@@ -12,10 +12,11 @@ PART_WEIGHTS = 1 << 18  # attention weights worked on at a time: they stay in a 
 
 
 def keep_mask(shape, rate):
-    """Booleans on the CPU, each False with probability `rate` (to 1/65536), drawn from torch's generator."""
+    """uint8 1s on the CPU, each 0 with probability `rate` (to 1/65536), drawn from torch's generator."""
     count = shape.numel()
     bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:count]
-    return (bits >= round(rate * 2**16) - 2**15).view(shape)
+    # Booleans are turned into bf16 several times as slowly as integers.
+    return (bits >= round(rate * 2**16) - 2**15).view(torch.uint8).view(shape)
 
 
 class Dropout(nn.Dropout):

@@ -13,7 +13,7 @@ import sys
 import torch
 
 import checkpoint
-from distributed import local_device
+from device import local_device
 from errors import ArgumentParser, UserError, run_main
 from predict import add_arguments, predict_all
 from rundir import find_weights

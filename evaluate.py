@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from augment import soft_labels
 from checkpoint import load_model
 from data import load_pairs, resolve, split
-from distributed import local_device
+from device import local_device
 from errors import ArgumentParser, UserError, run_main, tell
 from labels import NUM_CLASSES
 from losses import segmentation_loss

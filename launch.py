@@ -20,9 +20,6 @@ from errors import ArgumentParser, UserError, run_main, tell
 from options import parse
 from rundir import find_run, in_force, read_json
 
-# glibc returns the memory of large tensors to the system after each step and faults it in again at the next.
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
-
 
 def default_processes(args):
     """One process a GPU; one on a CPU, where a process a core gains nothing over threads (`make bench`)."""
@@ -41,8 +38,6 @@ def main():
     begun = read_json(find_run(args.resume, args.runs) / "args.json").get("processes") if args.resume else None
     processes = own.nproc or begun or default_processes(args)
     command = [sys.executable, str(Path(__file__).with_name("train.py")), *flags]
-    for name, value in KEEP_MEMORY.items():
-        os.environ.setdefault(name, value)
     if processes == 1:
         os.execv(command[0], command)
     config = LaunchConfig(

@@ -2,6 +2,7 @@
 
 import torch
 
+from device import computes_bf16
 from labels import NUM_CLASSES
 from muon import Muon
 
@@ -34,12 +35,6 @@ def precision(amp, device):
         return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
     return autocast, torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-
-
-def computes_bf16():
-    """Whether this CPU multiplies bf16 numbers natively (AVX-512 BF16 or AMX)."""
-    has = torch.cpu.get_capabilities()
-    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 @torch.no_grad()

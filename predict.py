@@ -19,7 +19,7 @@ from PIL import Image
 
 from atomic import atomic, write_text
 from checkpoint import load_model
-from distributed import local_device
+from device import local_device
 from errors import ArgumentParser, UserError, run_main, tell
 from images import image_files, overlay, read_image, write_mask
 from photo import parse_photo

@@ -7,7 +7,6 @@ Trainings rewrite the page after each validation. It holds pictures of the datas
 """
 
 import argparse
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from errors import ArgumentParser, UserError, run_main
 from labels import COLOURS, NAMES
 from pictures import draw_pictures, read_pictures
 from records import changed, read_run, read_runs, sentence, shown
-from rundir import find_run
+from rundir import find_run, make_name
 from svg import confusion_matrix, curves, label_bars, text
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -222,7 +221,7 @@ def main():
         redraw(folder)
         scored, _, _ = read_runs(args.runs)
         path = write_draft(read_run(folder), scored, args.author, args.matric, args.overwrite)
-        print(f"{path}: a draft to check and edit; next: make report-pdf NAME={shlex.quote(folder.name)}")
+        print(f"{path}: a draft to check and edit; next: make report-pdf NAME={make_name(folder)}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from atomic import atomic
 from errors import ArgumentParser, UserError, run_main
 from report_zip import MAX_PAGES, count_pages
-from rundir import find_run, find_weights
+from rundir import find_run, find_weights, make_name
 
 BROWSERS = (
     "chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge",
@@ -55,7 +55,7 @@ def main():
     folder = find_run(args.name, args.runs) if args.name else find_weights(None, args.runs).parent
     source, target = folder / "report.html", folder / "report.pdf"
     if not source.is_file():
-        raise UserError(f"no {source}; `make report NAME={folder.name} AUTHOR= MATRIC=` drafts it")
+        raise UserError(f"no {source}; `make report NAME={make_name(folder)} AUTHOR= MATRIC=` drafts it")
     browser = find_browser()
     if not browser:
         raise UserError(
@@ -67,7 +67,7 @@ def main():
     pages = count_pages(target)
     if pages > MAX_PAGES:
         raise UserError(f"{target} has {pages} pages, {MAX_PAGES} are allowed: shorten {source} and print it again")
-    print(f"{target}: {pages} pages; next: make report-zip NAME={folder.name} MATRIC=")
+    print(f"{target}: {pages} pages; next: make report-zip NAME={make_name(folder)} MATRIC=")
     return 0
 
 

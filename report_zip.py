@@ -25,7 +25,7 @@ from data import resolve
 from errors import ArgumentParser, UserError, run_main
 from model import PARAM_LIMIT, count_parameters
 from package import make_submission, write_zip
-from rundir import find_weights, read_json, read_metrics
+from rundir import find_weights, make_name, read_json, read_metrics
 
 HERE = Path(__file__).parent
 MAX_PAGES = 5
@@ -208,13 +208,12 @@ def proven(submission, weights, images):
 def printed_report(folder):
     """The run's report.pdf; UserError where it is not printed, or older than the draft it was printed from."""
     report, draft = folder / "report.pdf", folder / "report.html"
-    steps = (
-        f"`make report NAME={folder.name} AUTHOR= MATRIC=` drafts it, `make report-pdf NAME={folder.name}` prints it"
-    )
+    name = make_name(folder)
+    steps = f"`make report NAME={name} AUTHOR= MATRIC=` drafts it, `make report-pdf NAME={name}` prints it"
     if not report.is_file():
         raise UserError(f"no {report}: {steps}; REPORT= takes any other PDF")
     if draft.is_file() and draft.stat().st_mtime > report.stat().st_mtime:
-        raise UserError(f"{draft} is newer than {report}: `make report-pdf NAME={folder.name}` prints it anew")
+        raise UserError(f"{draft} is newer than {report}: `make report-pdf NAME={name}` prints it anew")
     return report
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -181,6 +182,11 @@ def find_run(name, runs="runs"):
             return folder
     known = sorted(p.parent.name for p in Path(runs).glob("*/args.json"))
     raise UserError(f"no run {name} in {runs}; there are: {', '.join(known) or 'none'}")
+
+
+def make_name(folder):
+    """A run as make's NAME= takes it, quoted: make knows runs/ alone, so a run elsewhere goes by its path."""
+    return shlex.quote(folder.name if folder.parent == Path("runs") else str(folder))
 
 
 def find_weights(text=None, runs="runs"):

@@ -16,6 +16,7 @@ import checkpoint
 import distributed
 from augment import Strength, needs_pairs
 from data import Batches, Pairs, load_pairs, resolve, split
+from device import local_device
 from errors import UserError
 from labels import NAMES
 from model import build, count_parameters
@@ -63,7 +64,7 @@ class Training:
 
 def set_up(args):
     """The training that the arguments describe, new or resumed."""
-    device = distributed.local_device(args.device)
+    device = local_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     rank, processes = distributed.start(device)

@@ -1,9 +1,8 @@
 """The lines of a training: the running one, one an epoch, a warning where it will be long, the closing ones."""
 
-import shlex
 import sys
-from pathlib import Path
 
+from rundir import make_name
 from schedule import cost, size_at
 from terminal import duration, style
 
@@ -47,8 +46,7 @@ def closing(folder, progress, scored, stopped):
 
     `progress` is that of last.pt; `scored` tells whether pairs were held out, `stopped` whether a signal ended it.
     """
-    # make knows runs/ alone; a run elsewhere goes by its path.
-    name = shlex.quote(folder.name if folder.parent == Path("runs") else str(folder))
+    name = make_name(folder)
     epochs = f"{progress['epoch']} epochs in {duration(progress['seconds'])}"
     if stopped:
         lines = {"stop": f"in epoch {progress['epoch'] + 1}, saved; {epochs}", "next": f"make resume NAME={name}"}

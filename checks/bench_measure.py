@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from launch import KEEP_MEMORY
-from optimisation import computes_bf16
+from device import computes_bf16
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,16 +48,15 @@ def ratio(seconds, slow, fast):
     return median([a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)])
 
 
-def environment(threads, training=False):
-    """The variables of a measured process; those of trainings keep memory as launch.py has them do."""
-    plain = {key: value for key, value in os.environ.items() if key not in KEEP_MEMORY}
-    return {**plain, **(KEEP_MEMORY if training else {}), "OMP_NUM_THREADS": str(threads)}
+def environment(threads=1):
+    """The variables of a process with so many threads, unless it asks for another number itself."""
+    return {**os.environ, "OMP_NUM_THREADS": str(threads)}
 
 
-def child(function, threads, training=False, **arguments):
+def child(function, threads, **arguments):
     """What a function "module:name" of this folder returns, called in a new process, and that one's peak MiB."""
     command = [sys.executable, "-c", "from checks.bench_measure import serve; serve()", function, json.dumps(arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(threads, training), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment(threads), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{function}: {done.stderr}")
     answer = json.loads(done.stdout.splitlines()[-1])

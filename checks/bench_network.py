@@ -6,14 +6,15 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from augment import PRESETS, Strength, augment, draw
-from checks.bench_measure import interleaved
+from checks.bench_measure import interleaved, median, status
 from checks.plain_segformer import plain_forward
+from device import keep_memory
 from labels import FLIP, NUM_CLASSES
 from losses import training_loss
-from model import build
+from model import build, upsample
 from muon import Muon
 from options import recipe_flags
-from views import input_size, log_probabilities, parse_views
+from views import input_size, label_map, log_probabilities, logits, parse_views, resize
 
 
 def pictures(batch):
@@ -48,7 +49,10 @@ def plain_loss(logits, target, dice=1.5):
 def network(kind, name):
     torch.manual_seed(0)
     model = build(name)
-    return model if kind == "literal" else model.to(memory_format=torch.channels_last)
+    if kind == "literal":
+        return model
+    keep_memory()
+    return model.to(memory_format=torch.channels_last)
 
 
 def training(kind, name, batch, size, stride=1, muon=False):
@@ -79,14 +83,20 @@ def training(kind, name, batch, size, stride=1, muon=False):
     return step
 
 
+def evaluated(kind, model, images):
+    """The logits of images, at the size that the network gives."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "bf16"):
+        return plain_forward(model, images) if kind == "literal" else logits(model, images).float()
+
+
 def inference(kind, name, batch, size):
-    """A function that gives the logits (B, 19, H, W) of images."""
-    model, x = network(kind, name).eval(), torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
+    """A function that gives the uint8 labels (B, size, size) of stored images."""
+    model, images = network(kind, name).eval(), pictures(batch)[0]
 
     @torch.inference_mode()
     def run():
-        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "bf16"):
-            return plain_forward(model, x) if kind == "literal" else model(x)
+        values = evaluated(kind, model, resize(images, size, size))
+        return values.argmax(1).byte() if kind == "literal" else label_map(values, size, size)
 
     return run
 
@@ -94,16 +104,15 @@ def inference(kind, name, batch, size):
 WHAT = {"training": training, "inference": inference}
 
 
-def compare(what, kinds, repeats, **arguments):
-    """Seconds {kind: [of each round]} of training steps or inferences of several kinds."""
-    return interleaved({kind: WHAT[what](kind, **arguments) for kind in kinds}, repeats)
+def repeated(what, kind, keep=False, **arguments):
+    """Median seconds of a training step or an inference, after one that does not count, and MiB before the first.
 
-
-def peak(what, kind, **arguments):
-    """Three training steps or inferences, for the peak memory of the process."""
-    run = WHAT[what](kind, **arguments)
-    for _ in range(3):
-        run()
+    `keep` has the literal network keep its memory too.
+    """
+    if keep:
+        keep_memory()
+    run, before = WHAT[what](kind, **arguments), status("VmHWM")
+    return median(interleaved({kind: run}, 3)[kind]), before
 
 
 def profile(what, kind, **arguments):
@@ -117,9 +126,14 @@ def profile(what, kind, **arguments):
     return [(e.key.removeprefix("aten::"), e.self_cpu_time_total / total) for e in events[:5]]
 
 
+@torch.inference_mode()
 def differences(name, batch, size):
     """How far float32 and bf16 are from the literal logits, and the share of pixels whose label is the same."""
-    literal, *ours = (inference(kind, name, batch, size)().float() for kind in ("literal", "float32", "bf16"))
+    images = resize(pictures(batch)[0], size, size)
+    literal, *ours = (
+        upsample(evaluated(kind, network(kind, name).eval(), images), (size, size))
+        for kind in ("literal", "float32", "bf16")
+    )
     scale, labels = float(literal.abs().max()), literal.argmax(1)
     return [(float((x - literal).abs().max()) / scale, float((x.argmax(1) == labels).float().mean())) for x in ours]
 

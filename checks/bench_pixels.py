@@ -116,7 +116,7 @@ def start_up(repeats):
         command += ["--weights", str(ROOT / "runs/release/best.pt")]
 
         def run(*arguments):
-            subprocess.run([sys.executable, *arguments], check=True, capture_output=True, cwd=ROOT, env=environment(1))
+            subprocess.run([sys.executable, *arguments], check=True, capture_output=True, cwd=ROOT, env=environment())
 
         return interleaved({"torch": lambda: run("-c", "import torch"), "predict": lambda: run(*command)}, repeats)
 
@@ -125,27 +125,30 @@ def processes(repeats, count, size):
     """Images/s {"processes x threads": median} of train.py with MicroUNet, batch 8, over whole epochs."""
     data, speeds = faces(count), {"1 x 1": [], "1 x 2": [], "2 x 1": []}
     with tempfile.TemporaryDirectory() as folder:
+        given = {"model": "microunet", "dropout": 0, "batch": 8, "sizes": f"{size}:3", "val-split": 0, "name": "a"}
+        given |= {"device": "cpu", "data": data, "cache": f"{folder}/cache", "runs": folder}
         for _ in range(repeats):
             for name, seen in speeds.items():
                 number, threads = name.split(" x ")
-                flags = [
-                    "--nproc",
-                    number,
-                    "--threads",
-                    threads,
-                    "--model",
-                    "microunet",
-                    "--dropout",
-                    "0",
-                    "--batch",
-                    "8",
-                ]
-                flags += ["--sizes", f"{size}:3", "--val-split", "0", "--name", "a", "--overwrite", "--device", "cpu"]
-                flags += ["--data", data, "--cache", f"{folder}/cache", "--runs", folder]
-                subprocess.run(
-                    [sys.executable, "launch.py", *flags], check=True, capture_output=True, cwd=ROOT,
-                    env=environment(threads),
-                )  # fmt: skip
+                flags = [f"--{key}={value}" for key, value in {**given, "nproc": number, "threads": threads}.items()]
+                command = [sys.executable, "launch.py", "--overwrite", *flags]
+                subprocess.run(command, check=True, capture_output=True, cwd=ROOT, env=environment())
                 lines = Path(folder, "a/metrics.jsonl").read_text().splitlines()
                 seen.append(max(json.loads(line)["images_per_s"] for line in lines[1:]))
     return {name: median(seen) for name, seen in speeds.items()}
+
+
+def sums(repeats):
+    """Median seconds of a sum of 1 KB over two processes, as batch norm takes two of for each layer and step."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.start_processes(_sum, (folder, repeats), nprocs=2, start_method="spawn")
+        return float(Path(folder, "seconds").read_text())
+
+
+def _sum(rank, folder, repeats):
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    numbers = torch.zeros(256)
+    seconds = interleaved({"sum": lambda: torch.distributed.all_reduce(numbers)}, repeats)["sum"]
+    if rank == 0:
+        Path(folder, "seconds").write_text(str(median(seconds)))
+    torch.distributed.destroy_process_group()

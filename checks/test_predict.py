@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import checkpoint
+import views
 from ensemble_tta import average_weights
 from errors import UserError
 from images import read_image
@@ -56,6 +57,24 @@ def test_probabilities_add_up_to_one(weights):
     log_p = log_probabilities(models, images, 64, parse_views("flip,scales"))
     assert torch.allclose(log_p.exp().sum(1), torch.ones(()), atol=1e-4)
     assert label_map(log_p, 80, 64).shape == (1, 80, 64)
+
+
+@pytest.mark.parametrize("model", ["microsegformer", "microunet"])
+def test_images_a_few_at_a_time_give_the_logits_of_all_at_once(model, monkeypatch):
+    network, images = build(model).eval(), torch.rand(5, 3, 64, 96)
+    with torch.inference_mode():
+        whole = network(images, full_size=False)
+        monkeypatch.setattr(views, "PART_PIXELS", 2 * 64 * 96)
+        parts = views.logits(network, images)
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_labels_are_the_likeliest_of_the_upsampled_maps(monkeypatch):
+    log_p = torch.randn(3, 19, 20, 24)
+    full = torch.nn.functional.interpolate(log_p, size=(90, 70), mode="bilinear", align_corners=False)
+    assert torch.equal(label_map(log_p, 90, 70), full.argmax(1).byte())
+    monkeypatch.setattr(views, "WHOLE_PIXELS", 1)
+    assert torch.equal(label_map(log_p, 90, 70), full.argmax(1).byte())
 
 
 def test_input_keeps_the_shape_of_the_picture():

@@ -1,5 +1,6 @@
 """Training: what is resumed equals what was never interrupted, several processes equal one, mistakes are told."""
 
+import copy
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import checkpoint
+import distributed
 from checks.same import difference
 from data import find_pairs, split
 from errors import UserError
@@ -228,3 +230,23 @@ def test_second_training_of_a_name_is_refused(place):
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_batch_norm_over_processes_is_that_of_torch_where_there_is_one(tmp_path, dtype, tolerance):
+    norm = torch.nn.BatchNorm2d(8)
+    torch.nn.init.uniform_(norm.weight, 0.5, 2)
+    ours = distributed.synchronise_batch_norm(copy.deepcopy(norm))
+    x = (3 * torch.randn(4, 8, 16, 16) + 1).to(dtype).contiguous(memory_format=torch.channels_last)
+    slope = torch.randn_like(x)
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        results = []
+        for module in (norm, ours):
+            source = x.clone().requires_grad_()
+            y = module(source)
+            y.backward(slope)
+            results.append([y, source.grad, module.weight.grad, module.bias.grad, *module.state_dict().values()])
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
