@@ -18,7 +18,7 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 # What Pillow's decoders raise for damaged bytes.
 UNREADABLE = (
-    OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
+    OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError, struct.error, zlib.error,
     Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
 

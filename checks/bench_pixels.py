@@ -16,6 +16,7 @@ from checks.bench_measure import ROOT, environment, interleaved, median, status
 from checks.bench_network import pictures
 from checks.test_metrics import plain_score
 from data import IMAGE_BYTES, MASK_BYTES, SIZE, Batches, Pairs, find_pairs, load_pairs
+from device import keep_memory
 from images import read_image, read_mask
 from labels import NUM_CLASSES
 from metrics import confusion, official_score
@@ -32,6 +33,7 @@ def faces(count):
 
 def augmentation(repeats, batch, size):
     """Seconds {ours, kornia: [of each round]} of four batches with all of "advanced"; without kornia ours alone."""
+    keep_memory()  # as trainings do
     images, masks = pictures(batch)
     strength, number = Strength(**PRESETS["advanced"]), iter(range(10**6))
     functions = {"ours": lambda: [augment(images, masks, draw(batch, strength, (next(number),)), size) for _ in "1234"]}

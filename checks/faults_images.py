@@ -229,11 +229,13 @@ def offer_conversion(ledger, place):
     ledger.add("images", "colours converted", problem)
 
 
-def mutate(ledger, place, count=300):
+def mutate(ledger, place, count=420):
     """Images with random bytes changed: each gives a mask or a line, none a traceback."""
     rng, folder, out = np.random.default_rng(6), place.root / "mutants", place.root / "mutant-masks"
     folder.mkdir()
-    kinds = ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP")
+    Image.init()  # knows which of these this Pillow can write
+    kinds = ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "JPEG2000", "AVIF", "DDS", "ICO", "PCX", "SGI", "TGA")
+    kinds = [kind for kind in kinds if kind in Image.SAVE]
     sources = [saved(photo(), kind) for kind in kinds] + [saved(photo(), "JPEG", exif=rotated())]
     for i in range(count):
         data = bytearray(sources[i % len(sources)])
