@@ -58,9 +58,12 @@ GIVEN := $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $(v))
 GIVEN := $(filter-out PYTHON VENV MAKEFLAGS MAKEOVERRIDES -*-command-variables-*-,$(GIVEN))
 UNKNOWN := $(firstword $(filter-out $(VARS),$(GIVEN)))
 UNUSED := $(firstword $(filter-out $(foreach g,$(GOALS),$(TAKES_$(g))),$(GIVEN)))
+# Of a target that there is not make itself tells.
+NO_SUCH := $(filter-out help install demo clean $(patsubst TAKES_%,%,$(filter TAKES_%,$(.VARIABLES))),$(GOALS))
 $(if $(UNKNOWN),$(error unknown variable $(UNKNOWN); `make help` lists them))
-$(if $(UNUSED),$(error $(UNUSED) does nothing in `make $(GOALS)`, which takes: $(or \
-	$(strip $(foreach g,$(GOALS),$(TAKES_$(g)))),no settings)))
+$(if $(NO_SUCH),,$(if $(UNUSED),$(error $(UNUSED) does nothing in `make $(GOALS)`, which takes: $(or \
+	$(strip $(foreach g,$(GOALS),$(TAKES_$(g)))),no settings))))
+$(if $(and $(NAME),$(WEIGHTS),$(filter predict evaluate,$(GOALS))),$(error NAME and WEIGHTS both name weights: give one))
 
 # A setting is what is typed: an exported NAME or DEVICE of the shell is somebody else's.
 $(foreach v,$(VARS),$(if $(filter environment,$(origin $(v))),$(eval $(v) :=)))

@@ -21,6 +21,11 @@ def budget(run):
     return json.dumps([run.phases, run.args["val_split"], run.args["split_seed"]])
 
 
+def kind(run):
+    """Of what the ablations of a report are: the network, and whether its faces were drawn."""
+    return run.args["model"], bool(run.record.get("pairs", {}).get("drawn"))
+
+
 def settings(run):
     """The settings that decide a run's result within its budget; those it does not name at their defaults."""
     return {key: value for key, value in {**settings_of(), **run.args}.items() if key not in IDLE}
@@ -34,11 +39,12 @@ def difference(one, other):
 def ablations(run, runs):
     """(runs of the base, [({setting: value} that differs, runs), ...] best first) of one budget, or None.
 
-    The budget is that of `run`, or where it stands alone in its own, that of most settings. The base is the setting
-    that differs least from all others. Runs that differ in their seed alone count as one setting.
+    They are of the same network as `run` and of its budget, or where it stands alone in that, of the budget of most
+    settings. The base is the setting that differs least from all others. Runs that differ in their seed alone count as
+    one setting.
     """
     groups = {}
-    for other in filter(finished, runs):
+    for other in (other for other in runs if finished(other) and kind(other) == kind(run)):
         groups.setdefault(budget(other), {}).setdefault(json.dumps(settings(other), sort_keys=True), []).append(other)
     groups = {key: group for key, group in groups.items() if len(group) > 1}
     if not groups:

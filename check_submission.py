@@ -53,12 +53,15 @@ class Finding(NamedTuple):
     status: str
     check: str
     detail: str
+    count: int = 1  # of the faults it tells of
 
 
 def verdict(check, faults, fine):
     """A FAIL for each fault (the first SHOWN of them), or an ok saying `fine`."""
-    more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
-    return [Finding("FAIL", check, fault) for fault in [*faults[:SHOWN], *more]] or [Finding("ok", check, fine)]
+    told, left = [Finding("FAIL", check, fault) for fault in faults[:SHOWN]], len(faults) - SHOWN
+    if left > 0:
+        told.append(Finding("FAIL", check, f"and {left} more", left))
+    return told or [Finding("ok", check, fine)]
 
 
 def content(archive, info):
@@ -262,8 +265,9 @@ def check_run(archive, files, masks, images, run):
                 faults.append(f"{path.name}: {error}")
                 continue
             seconds.append(time.monotonic() - start)
-            differing = np.count_nonzero(labels != masks[path]) if path in masks else labels.size
-            if differing:
+            if path not in masks:
+                faults.append(f"{path.name}: masks/ holds no right mask to compare with that of run.py")
+            elif differing := np.count_nonzero(labels != masks[path]):
                 faults.append(f"{path.name}: run.py and masks/ differ in {differing:,} of {labels.size:,} pixels")
     fine = f"run.py gives the same masks for {len(chosen)} images, {np.mean(seconds or 0):.1f} s each"
     return verdict("run", faults, fine)
@@ -300,7 +304,7 @@ def show(findings):
     for finding in findings:
         # Names in a stranger's zip may hold control characters.
         print(f"{finding.status:4}  {finding.check:10}  {printable(finding.detail)}")
-    return sum(finding.status == "FAIL" for finding in findings)
+    return sum(finding.count for finding in findings if finding.status == "FAIL")
 
 
 def guess_phase(zip_path):

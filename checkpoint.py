@@ -3,6 +3,7 @@
 `best.pt` holds what inference needs (`state_dict`, `model`, `model_args`, `size`); `last.pt` adds what a resume needs.
 """
 
+import textwrap
 import zipfile
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def load_state(model, state, source):
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
-        first = str(error).split("\n")[1].strip() if "\n" in str(error) else str(error)
+        first = textwrap.shorten(str(error).split("\n")[1] if "\n" in str(error) else str(error), 150)
         raise UserError(f"{source} is of another network: {first}") from None
     if not finite(model):
         raise UserError(f"{source} holds weights that are no finite numbers")

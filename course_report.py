@@ -24,6 +24,7 @@ from model import PARAM_LIMIT, MicroSegFormer, build, count_parameters
 from options import model_arguments, strength
 from pictures import image_score, read_pictures
 from records import sentence, shown
+from rundir import beyond_records
 from svg import curves, text
 
 TEMPLATE = Path(__file__).with_name("course_report.html")
@@ -51,11 +52,14 @@ def sizes_text(phases):
 def task(run):
     """What is to be done, on how many images."""
     count = len(run.best["image_scores"])
-    trained = run.record.get("pairs", {}).get("training")
+    held = run.record.get("pairs", {})
+    trained, data = held.get("training"), "the pairs of the CelebAMask-HQ challenge"
+    if held.get("drawn"):
+        data = "<b>faces drawn by synth.py, no photographs</b> (these scores say nothing about real faces)"
     pairs = f"{trained} pairs of image and mask are trained on and {count}" if trained else f"{count} pairs"
     return f"""<p>Face parsing gives every pixel of a 512 × 512 portrait one of {len(NAMES)} labels: background, skin,
-nose, eyes, brows, ears, lips, hair and so on, left and right being the person's own. The data are the pairs of the
-CelebAMask-HQ challenge; no other data, no pretrained weights and no ensemble of models are used. {pairs}
+nose, eyes, brows, ears, lips, hair and so on, left and right being the person's own. The data are {data};
+no other data, no pretrained weights and no ensemble of models are used. {pairs}
 ({run.args["val_split"]:.0%}, drawn with seed {run.args["split_seed"]}) are held out for validation. The network must
 have fewer than {PARAM_LIMIT:,} parameters. A prediction is scored by the F-measure of the labels present in an image's
 true mask, averaged over these labels, then over the images: the official score.</p>"""
@@ -149,11 +153,14 @@ def training(run, args):
     extras += [f"a moving average of the weights (decay {args.ema:g}), which is scored and kept"] if args.ema else []
     machine = run.record["versions"]
     where = machine.get("gpu") or f"a processor ({several(args.threads or machine.get('cpus', 0), 'thread')})"
+    whole = ""
+    if beyond_records(run.folder):
+        whole = " The weights handed in come from the same training on all pairs, which leaves none to measure them on."
     begun = f" The weights start from those of {text(args.start_from)}." if args.start_from else ""
     return f"""<p>{sizes_text(run.phases)}, in batches of {args.batch}; {optimiser}; learning rate {args.lr:g} after
 {args.warmup:g} epochs of linear warm-up, then {kinds[args.schedule]}; {", ".join(extras)}.{begun}
 {run.lines[-1]["epoch"]} epochs took {run.lines[-1]["minutes"]:.0f} minutes on {text(where)}. Epoch {run.row["epoch"]},
-the best on the validation images, is kept.</p>"""
+the best on the validation images, is kept.{whole}</p>"""
 
 
 def results(run, count):

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import signal
 import sys
 
@@ -13,10 +14,24 @@ class UserError(Exception):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's parser, but a wrong flag is one line like any other mistake, not a page of usage."""
+    """argparse's parser, but a wrong flag is one line like any other mistake, not a page of usage.
+
+    A path may begin with ~, which not every shell expands behind make's "IN=".
+    """
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = [
+            re.sub(r"^(--[a-z-]+=)?(~/.*)", _from_home, text, flags=re.S)
+            for text in (sys.argv[1:] if args is None else args)
+        ]
+        return super().parse_known_args(args, namespace)
 
     def error(self, message):
         raise UserError(f"{message} ({self.prog} --help lists the flags)")
+
+
+def _from_home(found):
+    return (found[1] or "") + os.path.expanduser(found[2])
 
 
 def positive(text):
@@ -24,6 +39,13 @@ def positive(text):
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)
+
+
+def matriculation(text):
+    """An argparse type: a matriculation number, in capitals."""
+    if not re.fullmatch("[A-Z][0-9]{8}[A-Z]", text.upper()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a letter, eight digits and a letter, as A12345678B")
+    return text.upper()
 
 
 def tell(message, kind="error"):

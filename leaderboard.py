@@ -27,11 +27,14 @@ def summary(folder):
     if not scored:
         return None
     best = max(scored, key=lambda line: line["official"])
+    drawn = record.get("pairs", {}).get("drawn")
     return {
         "name": folder.name, "official": best["official"], "batch32": best["batch32"], "epoch": best["epoch"],
         "epochs": lines[-1]["epoch"], "parameters": record.get("parameters"), "lr": args["lr"], "dice": args["dice"],
         "lmsa": args["lmsa"] if args["model"] == "microsegformer" else None, "model": args["model"],
-        "minutes": lines[-1]["minutes"], "recipe": args["recipe"], "labels": best["labels"],
+        "minutes": lines[-1]["minutes"],
+        "recipe": f"{args['recipe'] or ''} on drawn faces".strip() if drawn else args["recipe"],
+        "labels": best["labels"],
         "sizes": args["sizes"], "line": make_line(args),
     }  # fmt: skip
 

@@ -356,10 +356,12 @@ def main():
         description="Count a network's parameters by module.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--model", choices=sorted(MODELS), default="microsegformer")
-    parser.add_argument("--lmsa", action=argparse.BooleanOptionalAction, default=True, help="LMSA in MicroSegFormer")
+    parser.add_argument("--lmsa", action=argparse.BooleanOptionalAction, help="LMSA in MicroSegFormer; default with it")
     parser.add_argument("--model-args", default="{}", type=json.loads, help="further constructor arguments as JSON")
     args = parser.parse_args()
-    own = {"lmsa": args.lmsa} if args.model == "microsegformer" else {}
+    if args.lmsa is not None and args.model != "microsegformer":
+        raise UserError(f"--lmsa is MicroSegFormer's; {args.model} has it where --model-args names levels")
+    own = {} if args.lmsa is None else {"lmsa": args.lmsa}
     model = build(args.model, **own, **args.model_args)
     print(parameter_table(model))
     if count_parameters(model) >= PARAM_LIMIT:

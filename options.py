@@ -154,6 +154,10 @@ def parse(argv):
         raise UserError("name the run to go on with: make resume NAME=a")
     if "--epochs" in {flag.partition("=")[0] for flag in argv} and ":" in args.sizes:
         raise UserError(f"--epochs has no effect, for --sizes {args.sizes} names its epochs; give --sizes instead")
+    if args.model != "microsegformer" and {"--lmsa", "--no-lmsa"} & set(argv):
+        raise UserError(
+            f'--lmsa is MicroSegFormer\'s; {args.model} has it where --model-args names levels, as {{"lmsa": [1, 2]}}'
+        )
     check(args)
     unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # argparse sets no defaults where a value stands
     return args, {name for name, value in vars(parser.parse_args(given, unset)).items() if value is not None}

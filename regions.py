@@ -53,10 +53,14 @@ def by_label(mask, left=0, top=0):
 
 
 def describe(parsed):
-    """A photo.Parsed as plain numbers for JSON: the picture's labels, and each face's own, from left to right."""
+    """A photo.Parsed as plain numbers for JSON: the picture's labels, and each face's own, from left to right.
+
+    `face_found` is None where none was looked for.
+    """
     height, width = parsed.mask.shape
     faces = []
-    for index, (score, window) in enumerate(parsed.faces):
+    searched = any(score is not None for score, _ in parsed.faces)
+    for index, (score, window) in enumerate([] if parsed.missed else parsed.faces):
         own = parsed.owner == index
         rows, columns = (np.flatnonzero(own.any(axis)) for axis in (1, 0))
         labels = {}
@@ -67,6 +71,6 @@ def describe(parsed):
         score = None if score is None else round(score, 3)
         faces.append({"window": list(map(int, window)), "score": score, "labels": labels})
     return {
-        "width": width, "height": height, "face_found": not parsed.missed,
+        "width": width, "height": height, "face_found": False if parsed.missed else True if searched else None,
         "labels": by_label(parsed.mask), "faces": faces,
     }  # fmt: skip

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from atomic import write_text
 from course_report import write_draft
-from errors import ArgumentParser, UserError, run_main
+from errors import ArgumentParser, UserError, matriculation, run_main
 from labels import COLOURS, NAMES
 from pictures import draw_pictures, read_pictures
 from records import changed, read_run, read_runs, sentence, shown
@@ -209,7 +209,7 @@ def main():
     parser.add_argument("--runs", default="runs", help="folder of all runs")
     parser.add_argument("--name", help="run to draft the course's report on")
     parser.add_argument("--author", help="name on that report")
-    parser.add_argument("--matric", help="matriculation number on that report")
+    parser.add_argument("--matric", type=matriculation, help="matriculation number on that report")
     parser.add_argument("--overwrite", action="store_true", help="replace a draft that has been edited")
     args = parser.parse_args()
     if not args.name and (args.author or args.matric or args.overwrite):

@@ -22,10 +22,10 @@ import checkpoint
 from atomic import atomic
 from check_submission import judge, show
 from data import resolve
-from errors import ArgumentParser, UserError, run_main
+from errors import ArgumentParser, UserError, matriculation, run_main
 from model import PARAM_LIMIT, count_parameters
 from package import make_submission, write_zip
-from rundir import find_weights, make_name, read_json, read_metrics
+from rundir import beyond_records, find_weights, make_name, read_json, read_metrics
 
 HERE = Path(__file__).parent
 MAX_PAGES = 5
@@ -151,6 +151,9 @@ def readme(matric, report, folder, parameters, masks):
     if best:
         figures = f"""{best["official"]:.4f}, the official score (mean over images of the mean F of the labels present);
   {best["batch32"]:.4f} by the batch-of-32 formula; epoch {best["epoch"]} of {metrics[-1]["epoch"]}"""
+    if beyond_records(folder):
+        figures += """
+  That is the run of run/, which left the validation pairs out; the weights here come from the same training on all"""
     versions = record.get("versions", {})
     libraries = ", ".join(f"{name} {versions.get(name, '?')}" for name in ("torch", "numpy", "pillow"))
     command = shlex.join(["python", "train.py", *record.get("command", ["train.py"])[1:]])
@@ -205,8 +208,8 @@ def proven(submission, weights, images):
     return held
 
 
-def printed_report(folder):
-    """The run's report.pdf; UserError where it is not printed, or older than the draft it was printed from."""
+def printed_report(folder, matric=None):
+    """The run's report.pdf; UserError where it is not printed, older than its draft, or another student's."""
     report, draft = folder / "report.pdf", folder / "report.html"
     name = make_name(folder)
     steps = f"`make report NAME={name} AUTHOR= MATRIC=` drafts it, `make report-pdf NAME={name}` prints it"
@@ -214,24 +217,25 @@ def printed_report(folder):
         raise UserError(f"no {report}: {steps}; REPORT= takes any other PDF")
     if draft.is_file() and draft.stat().st_mtime > report.stat().st_mtime:
         raise UserError(f"{draft} is newer than {report}: `make report-pdf NAME={name}` prints it anew")
+    named = set(re.findall(r"\b[A-Z][0-9]{8}[A-Z]\b", draft.read_text(encoding="utf-8"))) if draft.is_file() else set()
+    if matric and named and matric not in named:
+        raise UserError(f"{draft} names {', '.join(sorted(named))}, not {matric}: {steps}")
     return report
 
 
 def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--matric", required=True, help="matriculation number, as A12345678B")
+    parser.add_argument("--matric", required=True, type=matriculation, help="matriculation number, as A12345678B")
     parser.add_argument("--report", type=Path, help=f"PDF of at most {MAX_PAGES} pages; default the run's report.pdf")
     parser.add_argument("--name", help="run to hand in; default the release, else the best run")
     parser.add_argument("--data", help="folder with test/images; default ./data, else drawn faces")
     parser.add_argument("--submission", type=Path, help="its Codabench zip; default submission-test.zip beside it")
     parser.add_argument("--out", default="build", type=Path, help="folder for the zip")
     args = parser.parse_args()
-    matric = args.matric.upper()
-    if not re.fullmatch("[A-Z][0-9]{8}[A-Z]", matric):
-        raise UserError(f"--matric {args.matric}: a letter, eight digits and a letter are wanted, as A12345678B")
+    matric = args.matric
     weights = find_weights(args.name)
     folder = weights.parent
-    report = args.report or printed_report(folder)
+    report = args.report or printed_report(folder, matric)
     pages = count_pages(report)
     if pages > MAX_PAGES:
         raise UserError(f"{report} has {pages} pages; at most {MAX_PAGES} are allowed")

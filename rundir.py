@@ -184,6 +184,12 @@ def find_run(name, runs="runs"):
     raise UserError(f"no run {name} in {runs}; there are: {', '.join(known) or 'none'}")
 
 
+def beyond_records(folder):
+    """Whether a scored run's best.pt holds other weights than were scored: trained without validation, on all pairs."""
+    weights = Path(folder, "best.pt")
+    return weights.is_file() and best_score(Path(folder)) > 0 and checkpoint.load(weights).get("official") is None
+
+
 def make_name(folder):
     """A run as make's NAME= takes it, quoted: make knows runs/ alone, so a run elsewhere goes by its path."""
     return shlex.quote(folder.name if folder.parent == Path("runs") else str(folder))

@@ -24,6 +24,7 @@ from optimisation import make_optimiser, precision
 from options import class_weights, model_arguments, strength
 from rundir import begin_run, find_weights, open_run, same_pairs, truncate_metrics
 from schedule import parse_sizes
+from synth import MARKER
 
 
 @dataclass
@@ -90,11 +91,15 @@ def set_up(args):
     model.to(device, memory_format=torch.channels_last)
     if args.start_from and not args.resume:
         source = find_weights(args.start_from, args.runs)
-        checkpoint.load_state(model, checkpoint.load(source)["state_dict"], source)
+        held = checkpoint.load(source)
+        if held["model"] != args.model:
+            raise UserError(f"{source} holds a {held['model']}; give MODEL={held['model']} (--model {held['model']})")
+        checkpoint.load_state(model, held["state_dict"], source)
     # Whatever the user can have mistaken is known by now: no run is begun that could not go on.
     caught = catch_signals()
     folder, state = open_run(args)
     held = {"training": len(train_indices), "validation": len(val_indices), "content": pairs.content}
+    held["drawn"] = (Path(data) / MARKER).is_file()
     if state:
         distributed.first(lambda: same_pairs(folder, held))
     average = copy.deepcopy(model).requires_grad_(False) if args.ema else None

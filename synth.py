@@ -22,6 +22,8 @@ from cartoon import ID, draw_person, parts, rgba
 from errors import ArgumentParser, UserError, run_main
 from labels import PALETTE
 
+MARKER = "SYNTHETIC.txt"  # stands in every folder drawn here
+
 
 def backdrop(rng, who, size):
     """RGB background: a gradient of two colours with blobs and panels, more or less out of focus."""
@@ -102,14 +104,14 @@ def write_face(job):
 
 
 def make_dataset(root, train=200, dev=8, test=8, size=512, seed=0, workers=2):
-    """Write root/train/{images,masks}, root/dev/images, root/test/images and the marker root/SYNTHETIC.txt.
+    """Write root/train/{images,masks}, root/dev/images, root/test/images and the marker, root/SYNTHETIC.txt.
 
     Files that are there are kept, so a stopped run goes on and a dataset can grow. Returns the number of faces drawn.
     Raises UserError for a number out of range and a folder that holds something else or cannot be written.
     """
     if min(train, dev, test, seed) < 0 or not 1 <= workers <= 61 or not 32 <= size <= 4096:
         raise UserError("numbers of images and --seed must not be negative, --workers is 1 to 61, --size 32 to 4096")
-    root, marker, jobs = Path(root), Path(root, "SYNTHETIC.txt"), []
+    root, marker, jobs = Path(root), Path(root, MARKER), []
     note = f"Faces drawn by synth.py (seed {seed}, {size} px): no real person and no image of CelebAMask-HQ.\n"
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -99,6 +99,25 @@ def test_an_edited_draft_is_not_replaced_unawares(runs):
     assert "Lovelace" not in path.read_text()
 
 
+def test_drawn_faces_and_weights_beyond_the_records_are_told(runs):
+    run = read_run(runs / "dice")
+    drawn = dataclasses.replace(run, record={**run.record, "pairs": {"drawn": True}})
+    content = {"model": "microunet", "model_args": {}, "size": 64, "state_dict": {}, "official": None}
+    torch.save(content, run.folder / "best.pt")
+    html = write_draft(drawn, [run], None, None).read_text()
+    assert "faces drawn by synth.py" in html and "same training on all pairs" in html
+    assert "No two finished runs" in html  # the others' faces are real
+
+
+def test_another_students_report_is_refused(runs):
+    run = read_run(runs / "dice")
+    write_draft(run, [run], None, "A12345678B")
+    (run.folder / "report.pdf").touch()
+    assert printed_report(run.folder, "A12345678B")
+    with pytest.raises(UserError, match="names A12345678B, not B12345678C"):
+        printed_report(run.folder, "B12345678C")
+
+
 def test_a_network_of_another_version_is_refused(runs):
     run = read_run(runs / "dice")
     other = dataclasses.replace(run, record={**run.record, "parameters": 1})

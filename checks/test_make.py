@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import options
+from errors import ArgumentParser, UserError
 
 MAKEFILE = Path("Makefile").read_text()
 
@@ -40,6 +41,33 @@ def test_variable_that_a_target_would_ignore_is_an_error():
     wrong = make("-n", "resume", "NAME=a", "LR=1")
     assert wrong.returncode == 2 and "LR does nothing in `make resume`" in wrong.stderr
     assert make("-n", "resume", "NAME=a", "VENV=", "DEVICE=cpu", "ARGS=--cache c").returncode == 0
+
+
+def test_a_target_that_there_is_not_is_told_before_its_variables():
+    done = make("trian", "NAME=a")
+    assert done.returncode == 2 and "No rule to make target 'trian'" in done.stderr
+
+
+def test_weights_are_named_once():
+    assert "give one" in make("predict", "NAME=a", "WEIGHTS=b").stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "became"), [("--input=~/a b", "/home/me/a b"), ("~/a", "/home/me/a"), ("a~/b", "a~/b")]
+)
+def test_home_is_known_in_paths(monkeypatch, typed, became):
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = ArgumentParser()
+    parser.add_argument("--input")
+    args = parser.parse_args([typed] if typed.startswith("-") else ["--input", typed])
+    assert args.input == became
+
+
+def test_lmsa_of_the_other_network_is_refused():
+    with pytest.raises(UserError, match="MicroSegFormer's"):
+        options.parse(["--model", "microunet", "--no-lmsa"])
+    done = make("check-params", "MODEL=microunet", "LMSA=0", "-n")
+    assert "--no-lmsa" in done.stdout
 
 
 def test_names_reach_the_script_as_typed():

@@ -270,9 +270,11 @@ def test_files_asked_for_are_written(run, tmp_path):
     with Image.open(tmp_path / "out/a.png") as mask, Image.open(tmp_path / "out/a-cutout.png") as rgba:
         counts = np.bincount(np.asarray(mask).ravel(), minlength=19)
         assert np.array_equal(np.asarray(rgba)[..., 3] > 0, np.isin(np.asarray(mask), parse_labels("head")))
-    assert told["image"] == "a.png" and not told["face_found"]
+    assert told["image"] == "a.png" and told["face_found"] is False and told["faces"] == []
     assert {name: n["area"] for name, n in told["labels"].items()} == {NAMES[i]: n for i, n in enumerate(counts) if n}
     assert run(*asked, "--whole") == (0, "")
+    told = json.loads((tmp_path / "out/a.json").read_text())
+    assert told["face_found"] is None and len(told["faces"]) == 1  # none was looked for
 
 
 @pytest.mark.parametrize(

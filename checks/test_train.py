@@ -162,7 +162,7 @@ def test_bf16_autocast_trains(place):
         (["--name", "x", "--lr", "-1"], "--lr -1"),
         (["--name", "x", "--sizes", "100"], "--sizes 100"),
         (["--name", "x", "--from", "nobody"], "no run nobody"),
-        (["--name", "x", "--model", "microunet", "--from", "whole"], "another network"),
+        (["--name", "x", "--model", "microunet", "--from", "whole"], "give MODEL=microsegformer"),
         (["--name", "x", "--data", "nowhere"], "no data folder nowhere"),
         (["--name", "x", "--model-args", "{"], "not JSON"),
         (["--name", "x", "--mixup", "2"], "probability"),
