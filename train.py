@@ -267,4 +267,7 @@ def run_of(args):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    try:
+        run_main(main)
+    except SystemExit as ended:
+        distributed.leave(ended.code)
