@@ -53,20 +53,23 @@ TAKES_faults := ARGS
 TAKES_bench := ARGS
 VARS := $(sort $(foreach v,$(filter TAKES_%,$(.VARIABLES)),$($(v))))
 
+TARGETS := help install data check-data train resume sweep speedrun recipes runs predict evaluate check-params submit \
+	check-submission report report-pdf report-zip demo test faults bench clean
+
 GOALS := $(or $(MAKECMDGOALS),help)
 GIVEN := $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $(v))),$(v)))
 GIVEN := $(filter-out PYTHON VENV MAKEFLAGS MAKEOVERRIDES -*-command-variables-*-,$(GIVEN))
 UNKNOWN := $(firstword $(filter-out $(VARS),$(GIVEN)))
 UNUSED := $(firstword $(filter-out $(foreach g,$(GOALS),$(TAKES_$(g))),$(GIVEN)))
 # Of a target that there is not make itself tells.
-NO_SUCH := $(filter-out help install demo clean $(patsubst TAKES_%,%,$(filter TAKES_%,$(.VARIABLES))),$(GOALS))
+NO_SUCH := $(filter-out $(TARGETS),$(GOALS))
 $(if $(UNKNOWN),$(error unknown variable $(UNKNOWN); `make help` lists them))
 $(if $(NO_SUCH),,$(if $(UNUSED),$(error $(UNUSED) does nothing in `make $(GOALS)`, which takes: $(or \
 	$(strip $(foreach g,$(GOALS),$(TAKES_$(g)))),no settings))))
-$(if $(and $(NAME),$(WEIGHTS),$(filter predict evaluate,$(GOALS))),$(error NAME and WEIGHTS both name weights: give one))
 
 # A setting is what is typed: an exported NAME or DEVICE of the shell is somebody else's.
 $(foreach v,$(VARS),$(if $(filter environment,$(origin $(v))),$(eval $(v) :=)))
+$(if $(and $(NAME),$(WEIGHTS),$(filter predict evaluate,$(GOALS))),$(error NAME and WEIGHTS both name weights: give one))
 
 PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 READY := $(if $(VENV),$(VENV)/.ready)
@@ -81,8 +84,7 @@ TRAIN_FLAGS = $(foreach v,$(TRAIN_VARS),$(call flag,$(v))) $(DATA_FLAG) $(call f
 TRAIN = $(PY) launch.py $(call flag,NPROC)
 
 .DEFAULT_GOAL := help
-.PHONY: help install data check-data train resume sweep speedrun recipes runs predict evaluate check-params submit \
-	check-submission report report-pdf report-zip demo test faults bench clean
+.PHONY: $(TARGETS)
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{printf "  %-20s%s\n", $$1, $$2}'

@@ -6,6 +6,7 @@ make report NAME=a     # a table of them in runs/a/report.html
 import json
 
 from leaderboard import PLACES, settings_of
+from rundir import faces_drawn
 
 # What a training does beside computing its weights; `seed` is told apart, sizes and epochs are the budget.
 IDLE = PLACES | {"train_score", "keep_every", "compile", "amp", "seed", "sizes", "epochs", "val_split", "split_seed"}
@@ -23,7 +24,7 @@ def budget(run):
 
 def kind(run):
     """Of what the ablations of a report are: the network, and whether its faces were drawn."""
-    return run.args["model"], bool(run.record.get("pairs", {}).get("drawn"))
+    return run.args["model"], faces_drawn(run.record)
 
 
 def settings(run):

@@ -24,7 +24,7 @@ from model import PARAM_LIMIT, MicroSegFormer, build, count_parameters
 from options import model_arguments, strength
 from pictures import image_score, read_pictures
 from records import sentence, shown
-from rundir import beyond_records
+from rundir import beyond_records, faces_drawn
 from svg import curves, text
 
 TEMPLATE = Path(__file__).with_name("course_report.html")
@@ -52,9 +52,8 @@ def sizes_text(phases):
 def task(run):
     """What is to be done, on how many images."""
     count = len(run.best["image_scores"])
-    held = run.record.get("pairs", {})
-    trained, data = held.get("training"), "the pairs of the CelebAMask-HQ challenge"
-    if held.get("drawn"):
+    trained, data = run.record.get("pairs", {}).get("training"), "the pairs of the CelebAMask-HQ challenge"
+    if faces_drawn(run.record):
         data = "<b>faces drawn by synth.py, no photographs</b> (these scores say nothing about real faces)"
     pairs = f"{trained} pairs of image and mask are trained on and {count}" if trained else f"{count} pairs"
     return f"""<p>Face parsing gives every pixel of a 512 × 512 portrait one of {len(NAMES)} labels: background, skin,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from errors import ArgumentParser, UserError, run_main
 from options import load_recipes, parse
-from rundir import read_json, read_metrics
+from rundir import faces_drawn, read_json, read_metrics
 
 # Arguments that say where a run lies or runs, not what it computes.
 PLACES = {"name", "runs", "recipe", "resume", "overwrite", "data", "cache", "device", "threads", "save_minutes"}
@@ -27,13 +27,12 @@ def summary(folder):
     if not scored:
         return None
     best = max(scored, key=lambda line: line["official"])
-    drawn = record.get("pairs", {}).get("drawn")
     return {
         "name": folder.name, "official": best["official"], "batch32": best["batch32"], "epoch": best["epoch"],
         "epochs": lines[-1]["epoch"], "parameters": record.get("parameters"), "lr": args["lr"], "dice": args["dice"],
         "lmsa": args["lmsa"] if args["model"] == "microsegformer" else None, "model": args["model"],
         "minutes": lines[-1]["minutes"],
-        "recipe": f"{args['recipe'] or ''} on drawn faces".strip() if drawn else args["recipe"],
+        "recipe": f"{args['recipe'] or ''} on drawn faces".strip() if faces_drawn(record) else args["recipe"],
         "labels": best["labels"],
         "sizes": args["sizes"], "line": make_line(args),
     }  # fmt: skip

@@ -339,6 +339,12 @@ def build(name, **arguments):
         raise UserError(f"{name} cannot be made with the arguments {arguments}: {error}") from None
 
 
+def must_have_lmsa(name):
+    """UserError where the network called `name` has no switch for LMSA."""
+    if name != "microsegformer":
+        raise UserError(f"--lmsa is MicroSegFormer's; {name} has it where --model-args names levels")
+
+
 def count_parameters(model):
     """All parameters, frozen ones included, as the challenge counts them; buffers are none."""
     return sum(p.numel() for p in model.parameters())
@@ -359,9 +365,10 @@ def main():
     parser.add_argument("--lmsa", action=argparse.BooleanOptionalAction, help="LMSA in MicroSegFormer; default with it")
     parser.add_argument("--model-args", default="{}", type=json.loads, help="further constructor arguments as JSON")
     args = parser.parse_args()
-    if args.lmsa is not None and args.model != "microsegformer":
-        raise UserError(f"--lmsa is MicroSegFormer's; {args.model} has it where --model-args names levels")
-    own = {} if args.lmsa is None else {"lmsa": args.lmsa}
+    own = {}
+    if args.lmsa is not None:
+        must_have_lmsa(args.model)
+        own["lmsa"] = args.lmsa
     model = build(args.model, **own, **args.model_args)
     print(parameter_table(model))
     if count_parameters(model) >= PARAM_LIMIT:

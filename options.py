@@ -13,7 +13,7 @@ from pathlib import Path
 from augment import PRESETS, Strength
 from errors import ArgumentParser, UserError
 from labels import NUM_CLASSES
-from model import MODELS
+from model import MODELS, must_have_lmsa
 from schedule import parse_sizes
 
 RECIPES = Path(__file__).with_name("recipes.toml")
@@ -154,10 +154,8 @@ def parse(argv):
         raise UserError("name the run to go on with: make resume NAME=a")
     if "--epochs" in {flag.partition("=")[0] for flag in argv} and ":" in args.sizes:
         raise UserError(f"--epochs has no effect, for --sizes {args.sizes} names its epochs; give --sizes instead")
-    if args.model != "microsegformer" and {"--lmsa", "--no-lmsa"} & set(argv):
-        raise UserError(
-            f'--lmsa is MicroSegFormer\'s; {args.model} has it where --model-args names levels, as {{"lmsa": [1, 2]}}'
-        )
+    if {"--lmsa", "--no-lmsa"} & set(argv):
+        must_have_lmsa(args.model)
     check(args)
     unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # argparse sets no defaults where a value stands
     return args, {name for name, value in vars(parser.parse_args(given, unset)).items() if value is not None}

@@ -59,8 +59,9 @@ def describe(parsed):
     """
     height, width = parsed.mask.shape
     faces = []
-    searched = any(score is not None for score, _ in parsed.faces)
-    for index, (score, window) in enumerate([] if parsed.missed else parsed.faces):
+    found = [] if parsed.missed else parsed.faces
+    searched = parsed.missed or any(score is not None for score, _ in found)
+    for index, (score, window) in enumerate(found):
         own = parsed.owner == index
         rows, columns = (np.flatnonzero(own.any(axis)) for axis in (1, 0))
         labels = {}
@@ -71,6 +72,6 @@ def describe(parsed):
         score = None if score is None else round(score, 3)
         faces.append({"window": list(map(int, window)), "score": score, "labels": labels})
     return {
-        "width": width, "height": height, "face_found": False if parsed.missed else True if searched else None,
+        "width": width, "height": height, "face_found": bool(found) if searched else None,
         "labels": by_label(parsed.mask), "faces": faces,
     }  # fmt: skip

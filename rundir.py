@@ -85,6 +85,11 @@ def begin_run(folder, args, parameters, pairs):
     write_text(folder / "args.json", json.dumps(record, indent=1) + "\n")
 
 
+def faces_drawn(record):
+    """Whether the run of an args.json was trained on drawn faces; older runs, which do not tell, were not."""
+    return bool((record.get("pairs") or {}).get("drawn"))
+
+
 def _reopen(args):
     folder = find_run(args.resume, args.runs)
     if not (folder / "last.pt").is_file():

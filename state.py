@@ -91,15 +91,17 @@ def set_up(args):
     model.to(device, memory_format=torch.channels_last)
     if args.start_from and not args.resume:
         source = find_weights(args.start_from, args.runs)
-        held = checkpoint.load(source)
-        if held["model"] != args.model:
-            raise UserError(f"{source} holds a {held['model']}; give MODEL={held['model']} (--model {held['model']})")
-        checkpoint.load_state(model, held["state_dict"], source)
+        content = checkpoint.load(source)
+        if (other := content["model"]) != args.model:
+            raise UserError(f"{source} holds a {other}; give MODEL={other} (--model {other})")
+        checkpoint.load_state(model, content["state_dict"], source)
     # Whatever the user can have mistaken is known by now: no run is begun that could not go on.
     caught = catch_signals()
     folder, state = open_run(args)
-    held = {"training": len(train_indices), "validation": len(val_indices), "content": pairs.content}
-    held["drawn"] = (Path(data) / MARKER).is_file()
+    held = {
+        "training": len(train_indices), "validation": len(val_indices), "content": pairs.content,
+        "drawn": (data / MARKER).is_file(),
+    }  # fmt: skip
     if state:
         distributed.first(lambda: same_pairs(folder, held))
     average = copy.deepcopy(model).requires_grad_(False) if args.ema else None

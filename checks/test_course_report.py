@@ -135,7 +135,7 @@ def test_without_a_browser_it_says_how_to_print(runs, monkeypatch):
     call(monkeypatch, report, "--runs", runs, "--name", "dice")
     with pytest.raises(UserError, match=r"open .*dice/report.html in a browser and print it to .*report.pdf"):
         call(monkeypatch, report_pdf, "--runs", runs, "--name", "dice")
-    with pytest.raises(UserError, match="no .*base/report.html; `make report NAME=.*base AUTHOR"):
+    with pytest.raises(UserError, match=f"no .*base/report.html; `make report NAME={runs}/base AUTHOR"):
         call(monkeypatch, report_pdf, "--runs", runs, "--name", "base")
 
 

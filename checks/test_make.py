@@ -24,7 +24,7 @@ def make(*args, **environment):
 
 def test_help_is_the_default_and_lists_every_target_and_variable():
     shown = make("VENV=", "PYTHON=python3").stdout
-    phony = re.search(r"\.PHONY:((?:.*\\\n)*.*)", MAKEFILE)[1].replace("\\", "").split()
+    phony = re.search(r"\nTARGETS :=((?:.*\\\n)*.*)", MAKEFILE)[1].replace("\\", "").split()
     taken = re.findall(r"^(?:TAKES_\S+|TRAIN_VARS) :=((?:.*\\\n)*.*)", MAKEFILE, re.M)
     variables = {word for line in taken for word in line.replace("\\", "").split() if not word.startswith("$")}
     assert {"RAW", "NPROC", "MATRIC", "LR"} <= variables
@@ -50,6 +50,7 @@ def test_a_target_that_there_is_not_is_told_before_its_variables():
 
 def test_weights_are_named_once():
     assert "give one" in make("predict", "NAME=a", "WEIGHTS=b").stderr
+    assert make("-n", "predict", "WEIGHTS=b", "VENV=", NAME="the shell's").returncode == 0
 
 
 @pytest.mark.parametrize(
