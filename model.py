@@ -265,10 +265,10 @@ class MicroUNet(nn.Module):
     def __init__(
         self,
         *,
-        widths=(16, 32, 64, 96, 96),
-        depths=(0, 1, 2, 4, 1),
+        widths=(32, 48, 64, 96, 96),
+        depths=(0, 2, 3, 4, 1),
         dilations=(1, 2, 4, 1),
-        decoder=(16, 32, 64, 96),
+        decoder=(32, 48, 64, 96),
         attention=1,
         lmsa=(),
         coordinates=True,
