@@ -237,7 +237,7 @@ def main():
     args = in_force(*parse(sys.argv[1:]))
     try:
         return run_of(args)
-    except RuntimeError as error:
+    except (RuntimeError, ConnectionError) as error:
         if distributed.processes() == 1 or not LOST.search(str(error)):
             raise
         # Where the first process has failed, it has told why; what the others see is a closed connection.

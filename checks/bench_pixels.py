@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import distributed
 from augment import PRESETS, Strength, augment, draw
 from checks.bench_measure import ROOT, environment, interleaved, median, status
 from checks.bench_network import pictures
@@ -149,8 +150,9 @@ def sums(repeats):
 
 def _sum(rank, folder, repeats):
     torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    distributed.connect()
     numbers = torch.zeros(256)
-    seconds = interleaved({"sum": lambda: torch.distributed.all_reduce(numbers)}, repeats)["sum"]
+    seconds = interleaved({"sum": lambda: distributed.total(numbers)}, repeats)["sum"]
     if rank == 0:
         Path(folder, "seconds").write_text(str(median(seconds)))
     torch.distributed.destroy_process_group()
