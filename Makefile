@@ -51,6 +51,12 @@ TAKES_report-zip := MATRIC REPORT NAME DATA ARGS
 TAKES_test := ARGS
 TAKES_faults := ARGS
 TAKES_bench := ARGS
+# What a target cannot do without, unless ARGS gives it.
+NEEDS_data := RAW
+NEEDS_resume := NAME
+NEEDS_predict := IN OUT
+NEEDS_check-submission := ZIP
+NEEDS_report-zip := MATRIC
 VARS := $(sort $(foreach v,$(filter TAKES_%,$(.VARIABLES)),$($(v))))
 
 TARGETS := help install data check-data train resume sweep speedrun recipes runs predict evaluate check-params submit \
@@ -70,6 +76,8 @@ $(if $(NO_SUCH),,$(if $(UNUSED),$(error $(UNUSED) does nothing in `make $(GOALS)
 # A setting is what is typed: an exported NAME or DEVICE of the shell is somebody else's.
 $(foreach v,$(VARS),$(if $(filter environment,$(origin $(v))),$(eval $(v) :=)))
 $(if $(and $(NAME),$(WEIGHTS),$(filter predict evaluate,$(GOALS))),$(error NAME and WEIGHTS both name weights: give one))
+MISSING := $(if $(ARGS),,$(foreach g,$(GOALS),$(foreach v,$(NEEDS_$(g)),$(if $(value $(v)),,$(v)=))))
+$(if $(strip $(MISSING)),$(error `make $(GOALS)` needs $(strip $(MISSING)); `make help` lists the settings))
 
 PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 READY := $(if $(VENV),$(VENV)/.ready)

@@ -30,7 +30,26 @@ def dropout(x, rate, training=True):
     """x with each element 0 with probability `rate`, else divided by 1 - rate; x itself when not training."""
     if not (training and rate) or x.device.type != "cpu":
         return F.dropout(x, rate, training)
-    return x * keep_mask(x.shape, rate).to(x.dtype).mul_(1 / (1 - rate))
+    return _Dropped.apply(x, rate)
+
+
+class _Dropped(torch.autograd.Function):
+    """Dropout that keeps a byte an element for backward."""
+
+    @staticmethod
+    def forward(ctx, x, rate):
+        keep = keep_mask(x.shape, rate)
+        ctx.save_for_backward(keep)
+        ctx.rate = rate
+        return _kept(x, keep, rate)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _kept(dy, *ctx.saved_tensors, ctx.rate), None
+
+
+def _kept(x, keep, rate):
+    return x * keep.to(x.dtype).mul_(1 / (1 - rate))
 
 
 def attention(q, k, v, rate=0.0):

@@ -47,9 +47,10 @@ def closing(folder, progress, scored, stopped):
     `progress` is that of last.pt; `scored` tells whether pairs were held out, `stopped` whether a signal ended it.
     """
     name = make_name(folder)
-    epochs = f"{progress['epoch']} epochs in {duration(progress['seconds'])}"
+    done = progress["epoch"]
+    epochs = f"{done} epoch{'s' * (done != 1)} in {duration(progress['seconds'])}"
     if stopped:
-        lines = {"stop": f"in epoch {progress['epoch'] + 1}, saved; {epochs}", "next": f"make resume NAME={name}"}
+        lines = {"stop": f"in epoch {done + 1}, saved; {epochs}", "next": f"make resume NAME={name}"}
     else:
         lines = {
             "best": f"epoch {progress['best_epoch']}; {epochs}",

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from errors import UserError
 from labels import FLIP
+from model import upsample
 
 SCALES = (0.75, 1.0, 1.25)
 WHOLE_PIXELS = 1 << 22  # of a picture whose 19 maps are held at once, 300 MB
@@ -93,7 +94,7 @@ def log_probabilities(models, images, size, views=(False, (1.0,))):
                 if average is None:
                     average = p
                 elif p.shape != average.shape:
-                    average += F.interpolate(p, size=average.shape[2:], mode="bilinear", align_corners=False)
+                    average += upsample(p, average.shape[2:])
                 else:
                     average += p
                 del p  # before the next view takes its memory
@@ -115,7 +116,7 @@ def label_map(log_p, height, width):
         best = torch.full((len(log_p), height, width), -math.inf, device=log_p.device)
         labels = torch.zeros(best.shape, dtype=torch.uint8, device=log_p.device)
         for label, one in enumerate(log_p.unbind(1)):
-            one = F.interpolate(one[:, None], size=(height, width), mode="bilinear", align_corners=False)[:, 0]
+            one = upsample(one[:, None], (height, width))[:, 0]
             labels[one > best] = label
             best = torch.maximum(best, one)
         return labels
@@ -123,7 +124,7 @@ def label_map(log_p, height, width):
     log_p = log_p.contiguous(memory_format=torch.channels_last)
     return torch.cat(
         [
-            F.interpolate(part, size=(height, width), mode="bilinear", align_corners=False).max(1).indices.byte()
+            upsample(part, (height, width)).max(1).indices.byte()
             for part in log_p.split(1 if log_p.device.type == "cpu" else len(log_p))
         ]
     )

@@ -20,6 +20,13 @@ def test_elements_are_dropped_at_the_rate(rate):
     assert abs(neighbours.double().mean() - rate**2) < 0.003
 
 
+def test_the_gradient_passes_what_was_kept():
+    x = torch.randn(50, 40, requires_grad=True)
+    y = dropout.dropout(x, 0.3)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    assert torch.allclose(slope * x, y) and slope.unique().tolist() == pytest.approx([0, 1 / 0.7])
+
+
 def test_nothing_is_dropped_outside_of_training():
     module, x = dropout.Dropout(0.5), torch.randn(7, 5)
     assert torch.equal(module.eval()(x), x) and not torch.equal(module.train()(x), x)

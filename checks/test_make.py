@@ -50,7 +50,13 @@ def test_a_target_that_there_is_not_is_told_before_its_variables():
 
 def test_weights_are_named_once():
     assert "give one" in make("predict", "NAME=a", "WEIGHTS=b").stderr
-    assert make("-n", "predict", "WEIGHTS=b", "VENV=", NAME="the shell's").returncode == 0
+    assert make("-n", "predict", "WEIGHTS=b", "IN=c", "OUT=d", "VENV=", NAME="the shell's").returncode == 0
+
+
+def test_a_setting_that_a_target_needs_is_asked_for_by_its_name():
+    wrong = make("-n", "predict", "OUT=d", "VENV=")
+    assert wrong.returncode == 2 and "`make predict` needs IN=" in wrong.stderr and "OUT" not in wrong.stderr
+    assert make("-n", "predict", "VENV=", "ARGS=--input c --output d").returncode == 0
 
 
 @pytest.mark.parametrize(
