@@ -85,7 +85,8 @@ READY := $(if $(VENV),$(VENV)/.ready)
 quoted = '$(subst ','\'',$(value $(1)))'
 flag = $(if $(strip $(value $(1))),--$(or $(2),$(shell echo $(1) | tr A-Z_ a-z-)) $(call quoted,$(1)))
 # "yes" of a switch that is on, nothing of one that is off or not given.
-switch = $(if $(filter 1 yes on true,$($(1))),yes,$(if $(filter-out 0 no off false,$($(1))),$(error $(1)=$($(1)): give 1 or 0)))
+switch = $(if $(word 2,$($(1)))$(filter-out 1 yes on true 0 no off false,$($(1))),$(error $(1)=$($(1)): give 1 or \
+	0),$(if $(filter 1 yes on true,$($(1))),yes))
 DATA_FLAG = $(call flag,DATA)
 TRAIN_FLAGS = $(foreach v,$(TRAIN_VARS),$(call flag,$(v))) $(DATA_FLAG) $(call flag,FROM) \
 	$(if $(call switch,LMSA),--lmsa,$(if $(LMSA),--no-lmsa)) $(if $(call switch,OVERWRITE),--overwrite)
@@ -148,7 +149,7 @@ evaluate: $(READY) ## official score of run NAME on the held-out pairs
 
 # make check-params MODEL=microsegformer LMSA=0
 check-params: $(READY) ## parameters by module; fails at the challenge's limit
-	$(PY) model.py $(call flag,MODEL) $(if $(filter 0 no off false,$(LMSA)),--no-lmsa) $(ARGS)
+	$(PY) model.py $(call flag,MODEL) $(if $(LMSA),$(if $(call switch,LMSA),--lmsa,--no-lmsa)) $(ARGS)
 
 # make submit NAME=a PHASE=test ZIP=a.zip
 submit: $(READY) ## Codabench zip of run NAME, proven by running what is in it
@@ -173,7 +174,8 @@ report-zip: $(READY) ## course zip of run NAME
 	$(PY) report_zip.py $(call flag,MATRIC) $(call flag,REPORT) $(call flag,NAME) $(DATA_FLAG) $(ARGS)
 
 demo: $(READY) ## no data needed: drawn faces, a short training, masks, a proven zip
-	$(PY) train.py --recipe demo --overwrite --name demo
+	$(PY) synth.py --out build/drawn-faces
+	$(PY) train.py --recipe demo --overwrite --name demo --data build/drawn-faces
 	$(PY) predict.py --weights demo --input build/drawn-faces/dev/images --output build/demo-masks --overlay --whole
 	$(PY) package.py --name demo --data build/drawn-faces
 
@@ -192,4 +194,4 @@ bench: $(READY) ## throughput, memory and scale, each beside its limit; under 10
 	$(PY) -m checks.bench $(ARGS)
 
 clean: ## remove the environment, caches and drawn faces; never runs/ or data
-	rm -rf $(or $(VENV),.venv) build/cache build/drawn-faces build/bench-faces build/demo-masks .pytest_cache .ruff_cache __pycache__ checks/__pycache__
+	rm -rf $(or $(VENV),.venv) build/cache build/speedrun build/drawn-faces build/bench-faces build/demo-masks .pytest_cache .ruff_cache __pycache__ checks/__pycache__

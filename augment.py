@@ -1,7 +1,8 @@
 """Augmentation of a batch on the training device: one affine resampling, colour, blur, noise, MixUp, CutMix.
 
-Numbers are drawn on the CPU for the whole global batch from (seed, epoch, step), so a run does not depend on the
-device, on a restart, or on how many processes share the batch; the tensor work runs where the batch lies.
+Numbers are drawn on the CPU for the whole global batch from (seed, epoch, step), so a run does not depend on a
+restart, on how many processes share the batch or, but for its noise, on the device; the tensor work runs where the
+batch lies.
 
 python train.py --augment advanced
 python train.py --augment basic --rotate 25 --cutmix 0.3

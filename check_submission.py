@@ -32,15 +32,15 @@ from data import resolve
 from errors import ArgumentParser, UserError, run_main
 from images import UNREADABLE, image_files, read_image
 from labels import NUM_CLASSES, PALETTE
-from model import PARAM_LIMIT, count_parameters
+from model import MODELS, PARAM_LIMIT, count_parameters
 from terminal import printable
 
 MAX_BYTES, MAX_MEMBERS = 2**30, 10_000  # of an unpacked zip, far above a sound one's 20 MB
 MAX_GROWTH, SMALL = 100, 2**25  # a file grows no more than so many times, unless it stays small
 TIME_LIMIT = 180  # seconds for one image, the start of Python and torch included
 SHOWN = 20  # faults of one check that are named
-# run.py finds its own folder and the installed packages, but neither PYTHONPATH nor the user's site.
-ISOLATED = ("-E", "-s")
+# run.py finds its own folder and the installed packages, but nothing of PYTHONPATH.
+ISOLATED = ("-E",)
 JUNK = ("__MACOSX", ".DS_Store")
 FILES = ("ckpt.pth", "requirements.txt", "run.py")
 UNZIPPABLE = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, OSError, EOFError, ValueError)
@@ -189,7 +189,7 @@ def check_checkpoint(data):
         return verdict("checkpoint", ['ckpt.pth has no "state_dict" of tensors'], "")
     if not all(bool(tensor.isfinite().all()) for tensor in state.values() if tensor.is_floating_point()):
         return verdict("checkpoint", ["its state_dict holds weights that are no finite numbers"], "")
-    if "model" in held and "model_args" in held:
+    if isinstance(held.get("model"), str) and held["model"] in MODELS and "model_args" in held:
         try:
             count, how = count_parameters(restore(held, "ckpt.pth")), f"a {held['model']}"
         except (UserError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:

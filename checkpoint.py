@@ -97,6 +97,11 @@ def restore_training(state, source, model, average, optimiser, scaler):
         raise UserError(f"{source} is of another run or version ({error}); start anew with OVERWRITE=1") from None
 
 
+def validated(content):
+    """Whether pairs were held out of a checkpoint's training, by which it was scored."""
+    return content.get("validated", content.get("official") is not None)
+
+
 def load_model(path, device="cpu"):
     """The network of a checkpoint file, ready for inference, and the checkpoint's other entries."""
     content = load(path)

@@ -151,7 +151,9 @@ def training(run, args):
     extras += [f"dropout {args.dropout:g}"] if args.dropout else []
     extras += [f"a moving average of the weights (decay {args.ema:g}), which is scored and kept"] if args.ema else []
     machine = run.record["versions"]
-    where = machine.get("gpu") or f"a processor ({several(args.threads or machine.get('cpus', 0), 'thread')})"
+    processor = f"a processor ({several(args.threads or machine.get('cpus', 0), 'thread')})"
+    kind = run.record.get("device", "cuda" if machine.get("gpu") else "cpu")  # older records name no device
+    where = {"cuda": machine.get("gpu"), "mps": "an Apple GPU"}.get(kind) or processor
     whole = ""
     if beyond_records(run.folder):
         whole = " The weights handed in come from the same training on all pairs, which leaves none to measure them on."
@@ -202,6 +204,9 @@ def ablation_section(run, runs):
 {table(("setting", "runs", "official", "gain", "parameters"), cells)}</figure>"""
 
 
+SEEN = " The predictions are of the weights handed in, whose training included these images; the scores are not."
+
+
 def examples(run):
     """The worst and best validation images, as many as fit, or why there are none."""
     try:
@@ -217,6 +222,7 @@ def examples(run):
         scores = ", ".join(f"{p['score']:.3f}{'*' if p['reversed'] else ''}" for p in chosen)
         told += f"<figcaption>{'Lowest' if worst else 'Highest'} scores: {scores}.</figcaption>"
     star = " * left and right are reversed in the true mask." if any(p["reversed"] for p in pictures) else ""
+    star += SEEN if beyond_records(run.folder) else ""
     return f"""<figure>{told}<figcaption>Figure 3. Validation images: image, truth, prediction, errors (orange).{star}
 </figcaption></figure>"""
 

@@ -78,7 +78,7 @@ class Batches:
             chosen = torch.from_numpy(positions).to(self.device)
             return [part[chosen] for part in self.resident]
         batch = self.pairs.batch(self.indices[positions], self.fix_sides)
-        return [torch.from_numpy(part).to(self.device, non_blocking=True) for part in batch]
+        return [torch.from_numpy(part).to(self.device) for part in batch]
 
 
 def repeat_factors(masks, indices, share):
@@ -189,8 +189,7 @@ def _build(path, pairs, total, workers):
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         fcntl.flock(handle, fcntl.LOCK_EX)
         try:
-            # Reserving the blocks now turns a full disk into an error here, not a SIGBUS in a mapped page later.
-            os.posix_fallocate(handle, 0, total)
+            _reserve(handle, total)
             tasks = [(temporary, i, len(pairs), *pair) for i, pair in enumerate(pairs)]
             for _ in in_parallel(_decode, tasks, workers, "decoding"):
                 pass
@@ -203,6 +202,15 @@ def _build(path, pairs, total, workers):
             Path(temporary).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write the cache {path} ({total >> 20} MiB): {error.strerror}; see --cache") from None
+
+
+def _reserve(handle, total):
+    """Take the disk's blocks now: a full one is an error here, not a SIGBUS in a mapped page later."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, total)
+    else:  # macOS
+        for start in range(0, total, 1 << 20):
+            os.pwrite(handle, bytes(min(1 << 20, total - start)), start)
 
 
 def _clear_unfinished(folder):

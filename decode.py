@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 import checkpoint
-from checkpoint import load_model
 from data import load_pairs, resolve, split
 from device import local_device
 from errors import ArgumentParser, UserError, run_main
+from evaluate import warn_if_seen
 from labels import NAMES, NUM_CLASSES
 from metrics import official_score
 from model import upsample
@@ -102,7 +102,8 @@ def main():
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     args = parser.parse_args()
     path, device = find_weights(args.weights), local_device(args.device)
-    model, info = load_model(path, device)
+    model, info = checkpoint.load_model(path, device)
+    warn_if_seen(path, info)
     pairs = load_pairs(resolve(args.data), args.cache)
     _, held = split(len(pairs.names), args.val_split, args.split_seed)
     if not 2 <= args.folds <= len(held):

@@ -12,13 +12,19 @@ import torch
 from errors import UserError
 
 
+def chosen(name):
+    """The name of the device that `auto` takes here: cuda, mps or cpu; any other as it is."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def local_device(name):
     """The device of this process: `auto` takes cuda, mps or cpu; with several processes each its own GPU.
 
     UserError where there is no such device. A processor is set to keep its memory.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = chosen(name)
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:

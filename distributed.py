@@ -16,7 +16,7 @@ from torch import nn
 from errors import UserError
 from parallel import follow_parent
 
-SMALL = 1 << 14  # bytes that a socket takes without the other end reading
+SMALL = 1 << 14  # bytes; a socket takes twice as many without the other end reading
 _peers = []  # a socket to each process by rank, None for this one; empty where not all are on this machine's CPU
 
 

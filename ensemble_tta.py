@@ -32,7 +32,9 @@ def average_weights(paths):
         if kept.is_floating_point():
             mean = torch.stack([content["state_dict"][name].float() for content in contents]).mean(0)
             first["state_dict"][name] = mean
-    return {key: first[key] for key in ("model", "model_args", "state_dict", "size")}
+    # Of a training at growing sizes the last one is what its network is for.
+    size, validated = max(c["size"] for c in contents), all(checkpoint.validated(c) for c in contents)
+    return {key: first[key] for key in ("model", "model_args", "state_dict")} | {"size": size, "validated": validated}
 
 
 def main():
@@ -57,7 +59,11 @@ def main():
         if len(paths) > 1:
             print("note: an ensemble of models; the challenge forbids submitting its masks", file=sys.stderr)
         loaded = [checkpoint.load_model(path, device) for path in paths]
-        models, size = [model for model, _ in loaded], loaded[0][1]["size"]
+        sizes = {info["size"] for _, info in loaded}
+        if len(sizes) > 1 and not args.size:
+            raise UserError(f"the checkpoints are for sizes {sorted(sizes)}: give one with --size")
+        # The finest logits first: the others are brought to their grid.
+        models, size = sorted((model for model, _ in loaded), key=lambda model: model.stride), max(sizes)
     return predict_all(models, args.size or size, args, device)
 
 

@@ -11,10 +11,9 @@ import sys
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
+import checkpoint
 from augment import soft_labels
-from checkpoint import load_model
 from data import load_pairs, resolve, split
 from device import local_device
 from errors import ArgumentParser, UserError, run_main, tell
@@ -22,7 +21,7 @@ from labels import NUM_CLASSES
 from losses import segmentation_loss
 from metrics import confusion, table
 from rundir import find_weights
-from views import check_size, label_map, log_probabilities, parse_views
+from views import area, check_size, label_map, log_probabilities, parse_views
 
 
 @torch.inference_mode()
@@ -47,14 +46,20 @@ def evaluate(
         images, masks = pairs.batch(indices[chosen], fix_sides=False)
         log_p = log_probabilities([model], torch.from_numpy(images).to(device), size, views)
         # Halved down to the next finer grid, then averaged to the logits' own, which need not divide the mask.
-        stride = 1 << (masks.shape[-1] // log_p.shape[-1]).bit_length() - 1
+        stride = 1 << max(1, masks.shape[-1] // log_p.shape[-1]).bit_length() - 1
         target = soft_labels(torch.from_numpy(masks).to(device), stride)
-        target = F.interpolate(target, size=log_p.shape[2:], mode="area")
+        target = area(target, log_p.shape[2:])
         for row, one, shares, mask in zip(chosen, log_p, target, masks, strict=True):
             losses[row] = segmentation_loss(one[None], shares[None]).item()
             confusions[row] = confusion(label_map(one[None], *mask.shape)[0].cpu().numpy(), mask)
     model.train(was_training)
     return confusions, losses
+
+
+def warn_if_seen(path, content):
+    """Tell where a checkpoint's training may have seen the held-out pairs."""
+    if not checkpoint.validated(content):
+        tell(f"{path} was trained without validation: it may have seen these pairs", "warning")
 
 
 def main():
@@ -71,9 +76,8 @@ def main():
     views, device = parse_views(args.views), local_device(args.device)
     check_size(args.size or 32)
     path = find_weights(args.weights)
-    model, info = load_model(path, device)
-    if info.get("official") is None:
-        tell(f"{path} was trained without validation: it may have seen these pairs", "warning")
+    model, info = checkpoint.load_model(path, device)
+    warn_if_seen(path, info)
     pairs = load_pairs(resolve(args.data), args.cache)
     _, held = split(len(pairs.names), args.val_split, args.split_seed)
     if not len(held):

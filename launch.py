@@ -16,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from device import chosen
 from errors import ArgumentParser, UserError, run_main, tell
 from options import parse
 from rundir import find_run, in_force, read_json
@@ -23,8 +24,17 @@ from rundir import find_run, in_force, read_json
 
 def default_processes(args):
     """One process a GPU; one on a CPU, where a process a core gains nothing over threads (`make bench`)."""
-    everywhere = torch.cuda.is_available() and args.device in ("auto", "cuda")
-    return torch.cuda.device_count() if everywhere else 1
+    return max(1, torch.cuda.device_count()) if chosen(args.device) == "cuda" else 1
+
+
+def check_processes(count, name):
+    """UserError where so many processes, more than one, cannot each have a device of this name."""
+    kind, gpus = chosen(name), torch.cuda.device_count()
+    if kind != "cpu" and not (kind == "cuda" and count <= gpus):
+        raise UserError(
+            f"{count} processes need a GPU each, and --device {kind} with {gpus} of CUDA's does not give that: "
+            "take NPROC=1 (--nproc 1) or DEVICE=cpu"
+        )
 
 
 def main():
@@ -40,6 +50,7 @@ def main():
     command = [sys.executable, str(Path(__file__).with_name("train.py")), *flags]
     if processes == 1:
         os.execv(command[0], command)
+    check_processes(processes, args.device)
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         run_id=str(os.getpid()), max_restarts=0, monitor_interval=0.2,

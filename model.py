@@ -138,6 +138,8 @@ class MicroSegFormer(nn.Module):
 
     def __init__(self, *, lmsa=True, dropout=0.15):
         super().__init__()
+        if dropout * 1.25 >= 1:
+            raise ValueError("the last stage would drop everything: give a dropout below 0.8")
         self.embeddings, self.embedding_norms = nn.ModuleList(), nn.ModuleList()
         self.stages, self.norms = nn.ModuleList(), nn.ModuleList()
         previous = 3

@@ -51,6 +51,7 @@ class Muon(torch.optim.AdamW):
     def __init__(self, groups, lr, momentum=0.95, **settings):
         self.matrices = []
         super().__init__(groups, lr=lr, **settings)
+        self._step_supports_amp_scaling = False  # the gradient scaler passes over a step that overflows
         for group in self.param_groups:
             group.setdefault("orthogonal", False)
             group["momentum"] = momentum

@@ -27,7 +27,10 @@ def precision(amp, device):
     "auto" takes bf16 where the processor has instructions for it, which double its rate, and else fp16 on CUDA.
     """
     if amp == "auto":
-        able = {"cuda": torch.cuda.is_bf16_supported, "cpu": computes_bf16}.get(device.type, lambda: False)()
+        if device.type == "cuda":
+            able = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            able = device.type == "cpu" and computes_bf16()
         amp = "bf16" if able else "fp16" if device.type == "cuda" else "off"
     dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 

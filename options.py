@@ -1,6 +1,6 @@
 """The flags of a training and the named recipes that set them.
 
-python options.py                   # lists the recipes
+make recipes                        # lists them
 python train.py --recipe lmsa_gpu_aug --dice 2
 """
 
@@ -178,6 +178,13 @@ def check(args):
             raise UserError(f"--{name.replace('_', '-')} {value} is out of range: {low:g} to {high:g}")
     if args.ce == args.dice == args.lovasz == 0:
         raise UserError("--ce 0 with --dice 0 leaves no loss; give one of them a weight")
+    if args.target and not args.val_split:
+        raise UserError("--target is a score, which --val-split 0 leaves no pairs for; give one of them")
+    if args.val_split and 0 < args.patience < args.val_every:
+        raise UserError(
+            f"--patience {args.patience} ends the run before its first score: raise it above --val-every "
+            f"{args.val_every}, or give 0 for none"
+        )
     if args.val_size % 32:
         raise UserError(f"--val-size {args.val_size}: give a multiple of 32, or 0 for the training's size")
     parse_sizes(args.sizes, args.epochs)

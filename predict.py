@@ -89,13 +89,14 @@ def predict_all(models, size, args, device):
     """
     check_size(size)
     files = image_files(args.input)
-    stems = {}
-    for path in files:
-        if path.stem in stems:
-            raise UserError(f"{path} and {stems[path.stem]} would both become {path.stem}.png; rename one")
-        if os.path.realpath(path) == os.path.realpath(args.output / f"{path.stem}.png"):
+    made = {}
+    endings = [".png"] + ["-overlay.png"] * args.overlay + ["-cutout.png"] * bool(args.cutout)
+    for name, path in ((path.stem + ending, path) for path in files for ending in endings):
+        if name in made:
+            raise UserError(f"{path} and {made[name]} would both become {name}; rename one")
+        if os.path.realpath(path) == os.path.realpath(args.output / name):
             raise UserError(f"the mask of {path} would replace it; choose another --output")
-        stems[path.stem] = path
+        made[name] = path
     views = parse_views(args.views)
     try:
         args.output.mkdir(parents=True, exist_ok=True)

@@ -66,8 +66,8 @@ def open_run(args):
     return folder, checkpoint.load(folder / "last.pt") if args.resume else None
 
 
-def begin_run(folder, args, parameters, pairs):
-    """Note a new run's arguments, its network's number of parameters and what its pairs are, a dict.
+def begin_run(folder, args, parameters, pairs, device):
+    """Note a new run's arguments, its network's number of parameters, what its pairs are, a dict, and the device.
 
     With args.json a run begins to exist. It comes last, after last.pt, so that whatever exists can be resumed.
     """
@@ -76,6 +76,7 @@ def begin_run(folder, args, parameters, pairs):
         "parameters": parameters,
         "pairs": pairs,
         "processes": distributed.processes(),
+        "device": device.type,
         "command": sys.argv,
         "commit": commit(),
         "versions": versions(),
@@ -192,7 +193,7 @@ def find_run(name, runs="runs"):
 def beyond_records(folder):
     """Whether a scored run's best.pt holds other weights than were scored: trained without validation, on all pairs."""
     weights = Path(folder, "best.pt")
-    return weights.is_file() and best_score(Path(folder)) > 0 and checkpoint.load(weights).get("official") is None
+    return weights.is_file() and best_score(Path(folder)) > 0 and not checkpoint.validated(checkpoint.load(weights))
 
 
 def make_name(folder):

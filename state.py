@@ -129,7 +129,7 @@ def set_up(args):
     if not state:
         save_last(t)
         if not rank:
-            begin_run(folder, args, count_parameters(model), held)
+            begin_run(folder, args, count_parameters(model), held, device)
     return t
 
 

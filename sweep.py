@@ -49,12 +49,18 @@ def main():
         args, _ = parse(flags)
         name = f"{args.name or args.recipe or 'sweep'}-{suffix}"
         folder = Path(args.runs, name)
-        if (folder / "last.pt").is_file() and not args.overwrite:
+        if (folder / "args.json").is_file() and not args.overwrite:
             flags = [*flags, "--resume", name]  # with its flags, so that other settings are refused
         else:
             flags = [*flags, "--name", name]
         print(f"--- {name}", flush=True)
-        status = subprocess.call([sys.executable, str(HERE / "launch.py"), *nproc, *flags])
+        child = subprocess.Popen([sys.executable, str(HERE / "launch.py"), *nproc, *flags])
+        try:
+            status = child.wait()
+        except BaseException:  # Ctrl-C, or an end that was asked for: the training saves before it ends
+            child.terminate()
+            child.wait()
+            raise
         if status:
             return status
     return 0

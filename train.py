@@ -147,6 +147,7 @@ def close_epoch(t, epoch, line):
         content = {
             "model": t.args.model, "model_args": model_arguments(t.args), "size": t.args.val_size or size,
             "state_dict": (t.average or t.model).state_dict(), "epoch": epoch + 1, "official": line.get("official"),
+            "validated": bool(len(t.val_indices)),
         }  # fmt: skip
         if better:
             write_best(t.folder, content, scores)

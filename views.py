@@ -17,13 +17,19 @@ WHOLE_PIXELS = 1 << 22  # of a picture whose 19 maps are held at once, 300 MB
 PART_PIXELS = 1 << 18  # of the images that a processor is given at once: more leave its cache
 
 
+def area(x, size):
+    """Maps (B, C, H, W) averaged over the area of each pixel of `size` = (h, w)."""
+    if x.device.type == "mps":  # where torch has it for whole factors only
+        return F.interpolate(x.cpu(), tuple(size), mode="area").to(x.device)
+    return F.interpolate(x, tuple(size), mode="area")
+
+
 def resize(images, height, width):
     """uint8 images (B, 3, H, W) to float (B, 3, height, width), values 0..1: area averages down, bilinear up."""
     (down_y, rest_y), (down_x, rest_x) = divmod(images.shape[2], height), divmod(images.shape[3], width)
     if rest_y or rest_x or not down_y or not down_x:
         shrinks = height * width < images.shape[2] * images.shape[3]
-        mode = {"mode": "area"} if shrinks else {"mode": "bilinear", "align_corners": False}
-        return F.interpolate(images.float() / 255, size=(height, width), **mode)
+        return (area if shrinks else upsample)(images.float() / 255, (height, width))
     if down_y == down_x == 1:
         return images.float().div_(255)
     # Whole factors are summed as integers, several times faster than pooling floats.

@@ -56,6 +56,12 @@ def test_cache_holds_what_the_files_hold(data, tmp_path):
         assert np.array_equal(pairs.masks[i], np.asarray(Image.open(mask))) and pairs.names[i] == image.stem
 
 
+def test_cache_is_made_where_the_system_reserves_no_blocks(data, tmp_path, monkeypatch):
+    monkeypatch.delattr("os.posix_fallocate")
+    held = load_pairs(data, tmp_path / "cache", workers=1)
+    assert np.array_equal(held.images[5], np.asarray(Image.open(find_pairs(data)[5][0])).transpose(2, 0, 1))
+
+
 def test_cache_is_made_once_and_not_used_for_other_files(data, tmp_path):
     load_pairs(data, tmp_path / "cache", workers=1)
     (first,) = (tmp_path / "cache").iterdir()

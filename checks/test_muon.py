@@ -49,3 +49,16 @@ def test_a_step_of_a_convolution_by_hand():
     # The first momentum points where the gradient does.
     step = orthogonalise([gradient.flatten(1)])[0].view_as(gradient)
     assert torch.allclose(conv, -0.1 * 0.2 * 18**0.5 * step, atol=1e-4)
+
+
+def test_a_step_that_overflows_is_passed_over():
+    conv = torch.nn.Parameter(torch.ones(6, 8))
+    muon = Muon([{"params": [conv], "orthogonal": True}], lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for factor in (torch.inf, 1.0):
+        before = conv.detach().clone()
+        scaler.scale((conv * factor).sum()).backward()
+        scaler.step(muon)
+        scaler.update()
+        muon.zero_grad()
+        assert conv.isfinite().all() and torch.equal(conv, before) == (factor == torch.inf)

@@ -188,10 +188,32 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
+def test_files_that_would_take_one_name_are_refused(weights, tmp_path):
+    for name in ("a.png", "a-overlay.png"):
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    arguments = ("predict.py", "--input", tmp_path, "--output", tmp_path / "out", "--weights", weights / "a.pt")
+    done = run(*arguments, "--overlay")
+    assert done.returncode == 2 and "would both become a-overlay.png" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_averaged_weights_are_the_mean(weights):
     content = average_weights([weights / "a.pt", weights / "b.pt"])
     parts = [checkpoint.load(weights / f"{name}.pt")["state_dict"]["classifier.weight"] for name in "ab"]
     assert torch.allclose(content["state_dict"]["classifier.weight"], (parts[0] + parts[1]) / 2)
+
+
+def test_an_average_is_for_the_largest_size_and_knows_whether_all_were_validated(weights, tmp_path):
+    content = checkpoint.load(weights / "a.pt")
+    checkpoint.save(tmp_path / "late.pt", {**content, "size": 96, "validated": True})
+    late = tmp_path / "late.pt"
+    assert [average_weights(paths)["size"] for paths in ([late, weights / "a.pt"], [weights / "a.pt", late])] == [
+        96,
+        96,
+    ]
+    assert average_weights([late, late])["validated"] and not average_weights([late, weights / "a.pt"])["validated"]
+    done = run("ensemble_tta.py", "--input", "x", "--output", tmp_path, "--weights", weights / "a.pt", late)
+    assert done.returncode == 2 and "give one with --size" in done.stderr
 
 
 def test_an_ensemble_says_it_may_not_be_submitted(weights, tmp_path):

@@ -186,10 +186,11 @@ def test_fault_is_named_and_nothing_else(place, sound, tmp_path, fault):
 
 @pytest.mark.parametrize("count, fine", [(PARAM_LIMIT - 1, True), (PARAM_LIMIT, False)])
 def test_foreign_parameters_are_counted_without_buffers(place, sound, tmp_path, count, fine):
-    state = {"w": torch.zeros(count), "bn.running_mean": torch.zeros(9), "bn.num_batches_tracked": torch.tensor(0)}
-    entries = sound | {"solution/ckpt.pth": saved({"state_dict": state})}
-    text = failed(judge(packed(tmp_path / "foreign.zip", entries), place / "images", "test"))
-    assert text == "" if fine else text.startswith("parameters: 1,821,085 (counted by name")
+    for more in ({}, {"model": "another", "model_args": {}}, {"model": {"w": 1}, "model_args": 0}):
+        state = {"w": torch.zeros(count), "bn.running_mean": torch.zeros(9), "bn.num_batches_tracked": torch.tensor(0)}
+        entries = sound | {"solution/ckpt.pth": saved({"state_dict": state, **more})}
+        text = failed(judge(packed(tmp_path / "foreign.zip", entries), place / "images", "test"))
+        assert text == "" if fine else text.startswith("parameters: 1,821,085 (counted by name")
 
 
 def test_code_in_a_checkpoint_is_not_executed(place, sound, tmp_path):

@@ -20,6 +20,7 @@ from checks.same import difference
 from data import find_pairs, split
 from errors import UserError
 from images import read_mask
+from launch import check_processes
 from losses import training_loss
 from metrics import confusion, official_score
 from options import parse
@@ -168,6 +169,9 @@ def test_bf16_autocast_trains(place):
         (["--name", "x", "--mixup", "2"], "probability"),
         (["--name", "x", "--ce", "0", "--dice", "0"], "no loss"),
         (["--name", "x", "--val-split", "0.001"], "--val-split"),
+        (["--name", "x", "--val-split", "0", "--target", "0.8"], "--target is a score"),
+        (["--name", "x", "--patience", "3", "--val-every", "4"], "before its first score"),
+        (["--name", "x", "--model", "microsegformer", "--dropout", "0.8"], "dropout below 0.8"),
     ],
 )
 def test_mistakes_are_told_and_leave_no_run(place, args, told):
@@ -179,6 +183,13 @@ def test_mistakes_are_told_and_leave_no_run(place, args, told):
 def test_a_mistake_is_one_line_and_status_2(place):
     done = train(place, "--name", "whole", ok=False)
     assert done.returncode == 2 and "exists" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_processes_without_a_gpu_each_are_refused():
+    for device in ("mps", "cuda", "cuda:1"):
+        with pytest.raises(UserError, match="NPROC=1"):
+            check_processes(torch.cuda.device_count() + 2, device)
+    check_processes(2, "cpu")
 
 
 def test_a_mistake_of_several_processes_is_told_once(place):
