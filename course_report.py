@@ -22,7 +22,7 @@ from labels import NAMES
 from leaderboard import settings_of
 from model import PARAM_LIMIT, MicroSegFormer, build, count_parameters
 from options import model_arguments, strength
-from pictures import image_score, read_pictures
+from pictures import SEEN, image_score, read_pictures
 from records import sentence, shown
 from rundir import beyond_records, faces_drawn
 from svg import curves, text
@@ -204,9 +204,6 @@ def ablation_section(run, runs):
 {table(("setting", "runs", "official", "gain", "parameters"), cells)}</figure>"""
 
 
-SEEN = " The predictions are of the weights handed in, whose training included these images; the scores are not."
-
-
 def examples(run):
     """The worst and best validation images, as many as fit, or why there are none."""
     try:
@@ -222,7 +219,7 @@ def examples(run):
         scores = ", ".join(f"{p['score']:.3f}{'*' if p['reversed'] else ''}" for p in chosen)
         told += f"<figcaption>{'Lowest' if worst else 'Highest'} scores: {scores}.</figcaption>"
     star = " * left and right are reversed in the true mask." if any(p["reversed"] for p in pictures) else ""
-    star += SEEN if beyond_records(run.folder) else ""
+    star += f" {SEEN}" if beyond_records(run.folder) else ""
     return f"""<figure>{told}<figcaption>Figure 3. Validation images: image, truth, prediction, errors (orange).{star}
 </figcaption></figure>"""
 

@@ -23,6 +23,8 @@ from rundir import read_json
 from sides import reversed_sides
 from views import label_map, log_probabilities
 
+# Where best.pt comes from a training on all pairs (`rundir.beyond_records`).
+SEEN = "The predictions are of the weights handed in, whose training included these images; the scores are not."
 FORMAT = 1  # of pictures.json
 EACH = 6
 SIDE = 192  # of the embedded pictures

@@ -16,9 +16,9 @@ from atomic import write_text
 from course_report import write_draft
 from errors import ArgumentParser, UserError, matriculation, run_main
 from labels import COLOURS, NAMES
-from pictures import draw_pictures, read_pictures
+from pictures import SEEN, draw_pictures, read_pictures
 from records import changed, read_run, read_runs, sentence, shown
-from rundir import find_run, make_name
+from rundir import beyond_records, find_run, make_name
 from svg import confusion_matrix, curves, label_bars, text
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -96,7 +96,8 @@ def gallery(run):
                 f'<span class="note">{text(picture["name"])}</span></figcaption></figure>'
             )
         halves += "</div>"
-    return f'<div class="both">{halves}</div>'
+    note = f'<p class="note">{SEEN}</p>' if beyond_records(run.folder) else ""
+    return f'{note}<div class="both">{halves}</div>'
 
 
 def settings(run):

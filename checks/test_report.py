@@ -165,7 +165,9 @@ def test_pictures_are_the_worst_and_best_and_of_these_weights(drawn):
     assert all(len(p["panels"]) == 4 for p in held)
     html = report.page(drawn.parent)
     assert html.count("<figure><div") == 4 and held[0]["panels"][0] in html
-    checkpoint.save(drawn / "best.pt", checkpoint.load(drawn / "best.pt") | {"epoch": 2})
+    assert pictures.SEEN in html  # these weights name no score of their own
+    checkpoint.save(drawn / "best.pt", checkpoint.load(drawn / "best.pt") | {"official": 0.5})
+    assert pictures.SEEN not in report.page(drawn.parent)
     with pytest.raises(UserError, match="no pictures of these weights yet"):
         pictures.read_pictures(drawn)
     pictures.draw_pictures(drawn)
