@@ -18,7 +18,7 @@ import checkpoint
 from data import load_pairs, resolve, split
 from device import local_device
 from errors import ArgumentParser, UserError, run_main
-from evaluate import warn_if_seen
+from evaluate import add_arguments, warn_if_seen
 from labels import NAMES, NUM_CLASSES
 from metrics import official_score
 from model import upsample
@@ -92,14 +92,9 @@ def with_offsets(content, offsets):
 
 def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--weights", help="checkpoint, or run's name or folder; default the release, else the best run")
+    add_arguments(parser)
     parser.add_argument("--save", help="write the checkpoint with the offsets in its classifier here")
-    parser.add_argument("--data", help="folder with train/images and train/masks; default ./data, else drawn faces")
-    parser.add_argument("--cache", default="build/cache", help="folder of the decoded copies")
-    parser.add_argument("--val-split", type=float, default=0.1, help="share held out by the training")
-    parser.add_argument("--split-seed", type=int, default=42, help="seed of the split")
     parser.add_argument("--folds", type=int, default=3, help="of the cross-validation")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     args = parser.parse_args()
     path, device = find_weights(args.weights), local_device(args.device)
     model, info = checkpoint.load_model(path, device)

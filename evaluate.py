@@ -62,16 +62,21 @@ def warn_if_seen(path, content):
         tell(f"{path} was trained without validation: it may have seen these pairs", "warning")
 
 
-def main():
-    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def add_arguments(parser):
+    """The flags that name a network and the pairs held out of its training."""
     parser.add_argument("--weights", help="checkpoint, or run's name or folder; default the release, else the best run")
     parser.add_argument("--data", help="folder with train/images and train/masks; default ./data, else drawn faces")
     parser.add_argument("--cache", default="build/cache", help="folder of the decoded copies")
-    parser.add_argument("--views", default="", help="views to average: flip, scales, or numbers, as flip,1,1.5")
-    parser.add_argument("--size", type=int, default=0, help="image side for the network; 0 is the checkpoint's own")
     parser.add_argument("--val-split", type=float, default=0.1, help="share held out by the training")
     parser.add_argument("--split-seed", type=int, default=42, help="seed of the split")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+
+
+def main():
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--views", default="", help="views to average: flip, scales, or numbers, as flip,1,1.5")
+    parser.add_argument("--size", type=int, default=0, help="image side for the network; 0 is the checkpoint's own")
     args = parser.parse_args()
     views, device = parse_views(args.views), local_device(args.device)
     check_size(args.size or 32)
