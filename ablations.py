@@ -3,13 +3,17 @@
 make report NAME=a     # a table of them in runs/a/report.html
 """
 
+import inspect
 import json
 
 from leaderboard import PLACES, settings_of
+from model import MODELS
 from rundir import faces_drawn
 
 # What a training does beside computing its weights; `seed` is told apart, sizes and epochs are the budget.
-IDLE = PLACES | {"train_score", "keep_every", "compile", "amp", "seed", "sizes", "epochs", "val_split", "split_seed"}
+IDLE = PLACES | {
+    "train_score", "keep_every", "compile", "amp", "seed", "sizes", "epochs", "val_split", "split_seed", "model_args",
+}  # fmt: skip
 
 
 def finished(run):
@@ -28,8 +32,11 @@ def kind(run):
 
 
 def settings(run):
-    """The settings that decide a run's result within its budget; those it does not name at their defaults."""
-    return {key: value for key, value in {**settings_of(), **run.args}.items() if key not in IDLE}
+    """The settings that decide a run's result within its budget, its network's arguments among them, all of them."""
+    given = {**settings_of(), **run.args}
+    network = {name: p.default for name, p in inspect.signature(MODELS[given["model"]]).parameters.items()}
+    known = {**network, **given, **json.loads(given["model_args"])}
+    return {key: value for key, value in known.items() if key not in IDLE}
 
 
 def difference(one, other):
