@@ -98,11 +98,11 @@ def main():
     args = parser.parse_args()
     path, device = find_weights(args.weights), local_device(args.device)
     model, info = checkpoint.load_model(path, device)
-    warn_if_seen(path, info)
     pairs = load_pairs(resolve(args.data), args.cache)
     _, held = split(len(pairs.names), args.val_split, args.split_seed)
     if not 2 <= args.folds <= len(held):
         raise UserError(f"--folds {args.folds}: from 2 to the {len(held)} held-out pairs")
+    warn_if_seen(path, info)
     log_p, labels = held_out(model, pairs, held, info["size"], device)
     gain, gains = cross_validated(log_p, labels, args.folds)
     print(f"cross-validated gain {gain:+.4f} ({', '.join(f'{g:+.4f}' for g in gains)}) on {len(held)} pairs")

@@ -82,11 +82,11 @@ def main():
     check_size(args.size or 32)
     path = find_weights(args.weights)
     model, info = checkpoint.load_model(path, device)
-    warn_if_seen(path, info)
     pairs = load_pairs(resolve(args.data), args.cache)
     _, held = split(len(pairs.names), args.val_split, args.split_seed)
     if not len(held):
         raise UserError(f"--val-split {args.val_split} leaves nothing to evaluate")
+    warn_if_seen(path, info)
     print(f"{path} on {len(held)} held-out images, views {args.views or 'none'}", file=sys.stderr)
     print(table(evaluate(model, pairs, held, args.size or info["size"], device, views=views)[0]))
 

@@ -119,7 +119,7 @@ def set_up(args):
     if processes > 1:
         # Its statistics of batch norm are the same in all processes already.
         ids = [device.index] if device.type == "cuda" else None
-        network = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
+        network = DistributedDataParallel(network, device_ids=ids, forward_sync_buffers=False)
     t = Training(
         args, folder, device, rank, processes, pairs,
         Batches(pairs, train_indices, device, args.fix_sides, args.repeat_rare), val_indices,
