@@ -60,12 +60,12 @@ def main():
     try:
         elastic_launch(config, command[0])(*command[1:])
     except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
-        if max(codes) < 0:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        if codes.get(0, max(codes.values())) < 0:  # else the first process has told why it ended
             name = args.resume or args.name or "..."
             tell(f"a process was killed, perhaps for want of memory; `make resume NAME={name}` goes on")
-            return 128 - min(codes)
-        return max(codes)
+            return 128 - min(codes.values())
+        return max(codes.values())
     except SignalException as error:
         return 128 + error.sigval
     return 0
