@@ -61,7 +61,7 @@ def main():
         elastic_launch(config, command[0])(*command[1:])
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        if codes.get(0, max(codes.values())) < 0:  # else the first process has told why it ended
+        if min(codes.values()) < 0 and codes.get(0) not in (1, 2):  # with those the first process has told why it ended
             name = args.resume or args.name or "..."
             tell(f"a process was killed, perhaps for want of memory; `make resume NAME={name}` goes on")
             return 128 - min(codes.values())
