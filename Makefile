@@ -149,7 +149,7 @@ evaluate: $(READY) ## official score of run NAME on the held-out pairs
 
 # make check-params MODEL=microsegformer LMSA=0
 check-params: $(READY) ## parameters by module; fails at the challenge's limit
-	$(PY) model.py $(call flag,MODEL) $(if $(LMSA),$(if $(call switch,LMSA),--lmsa,--no-lmsa)) $(ARGS)
+	$(PY) parameters.py $(call flag,MODEL) $(if $(LMSA),$(if $(call switch,LMSA),--lmsa,--no-lmsa)) $(ARGS)
 
 # make submit NAME=a PHASE=test ZIP=a.zip
 submit: $(READY) ## Codabench zip of run NAME, proven by running what is in it

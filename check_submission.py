@@ -32,7 +32,8 @@ from data import resolve
 from errors import ArgumentParser, UserError, run_main
 from images import UNREADABLE, image_files, read_image
 from labels import NUM_CLASSES, PALETTE
-from model import MODELS, PARAM_LIMIT, count_parameters
+from model import MODELS
+from parameters import PARAM_LIMIT, count_parameters
 from terminal import printable
 
 MAX_BYTES, MAX_MEMBERS = 2**30, 10_000  # of an unpacked zip, far above a sound one's 20 MB

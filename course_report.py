@@ -20,8 +20,9 @@ from diagram import diagram, parts, several
 from errors import UserError
 from labels import NAMES
 from leaderboard import settings_of
-from model import PARAM_LIMIT, MicroSegFormer, build, count_parameters
+from model import MicroSegFormer, build
 from options import model_arguments, strength
+from parameters import PARAM_LIMIT, count_parameters
 from pictures import SEEN, image_score, read_pictures
 from records import sentence, shown
 from rundir import beyond_records, faces_drawn
@@ -207,7 +208,7 @@ def ablation_section(run, runs):
 def examples(run):
     """The worst and best validation images, as many as fit, or why there are none."""
     try:
-        pictures = read_pictures(run.folder)
+        pictures, seen = read_pictures(run.folder)
     except UserError as error:
         return f"<p>{text(sentence(error))}</p>"
     told = ""
@@ -219,7 +220,7 @@ def examples(run):
         scores = ", ".join(f"{p['score']:.3f}{'*' if p['reversed'] else ''}" for p in chosen)
         told += f"<figcaption>{'Lowest' if worst else 'Highest'} scores: {scores}.</figcaption>"
     star = " * left and right are reversed in the true mask." if any(p["reversed"] for p in pictures) else ""
-    star += f" {SEEN}" if beyond_records(run.folder) else ""
+    star += f" {SEEN}" if seen else ""
     return f"""<figure>{told}<figcaption>Figure 3. Validation images: image, truth, prediction, errors (orange).{star}
 </figcaption></figure>"""
 

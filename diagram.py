@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from labels import NUM_CLASSES
-from model import MicroSegFormer, count_parameters
+from model import MicroSegFormer
+from parameters import count_parameters
 from svg import element, figure, label
 
 LINE, HEIGHT, INK = 15, 42, "#444"

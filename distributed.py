@@ -4,9 +4,12 @@ torchrun --standalone --nproc-per-node 2 train.py --name a
 """
 
 import atexit
+import contextlib
 import os
 import socket
 import sys
+import time
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -16,20 +19,40 @@ from torch import nn
 from errors import UserError
 from parallel import follow_parent
 
+MEET = 60  # seconds in which all processes must have come
 SMALL = 1 << 14  # bytes; a socket takes twice as many without the other end reading
 _peers = []  # a socket to each process by rank, None for this one; empty where not all are on this machine's CPU
 
 
 def start(device):
-    """Join the group torchrun set up, if it did; (rank, number of processes)."""
+    """Join the group torchrun set up, if it did; (rank, number of processes). UserError where one does not come."""
     if "RANK" not in os.environ:
         return 0, 1
     follow_parent()  # the launcher, without which the others would go on alone
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    missing = UserError(f"not all processes of this training have come within {MEET} s; start it again")
+    if os.environ["RANK"] != "0" and not first_is_there():
+        raise missing
+    try:
+        store, rank, count = next(dist.rendezvous("env://", timeout=timedelta(seconds=MEET)))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=count)
+    except dist.DistError:
+        raise missing from None
     atexit.register(dist.destroy_process_group)  # its threads abort an interpreter that ends before them
     if device.type == "cpu" and os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         connect()
-    return dist.get_rank(), dist.get_world_size()
+    return rank, count
+
+
+def first_is_there():
+    """Whether the first process can be reached within MEET seconds; torch's own waiting heeds no signal."""
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    deadline = time.monotonic() + MEET
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            socket.create_connection(address, timeout=MEET).close()
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def leave(status):

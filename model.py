@@ -1,14 +1,8 @@
 """The networks: MicroSegFormer (the reference) and MicroUNet, each from an image to 19 logits per pixel.
 
-python model.py --model microsegformer     # table of parameters by module, fails at the limit
-python model.py --model microsegformer --no-lmsa
-
 Both take float images (B, 3, H, W) with values 0..1 and return logits (B, 19, H, W).
 """
 
-import argparse
-import json
-import sys
 import warnings
 
 import torch
@@ -16,11 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from dropout import Dropout, attention, dropout
-from errors import ArgumentParser, UserError, run_main
+from errors import UserError
 from labels import NUM_CLASSES
-
-# A submission must have fewer parameters than this, frozen ones included.
-PARAM_LIMIT = 1_821_085
 
 
 def standardise(image):
@@ -345,40 +336,3 @@ def must_have_lmsa(name):
     """UserError where the network called `name` has no switch for LMSA."""
     if name != "microsegformer":
         raise UserError(f"--lmsa is MicroSegFormer's; {name} has it where --model-args names levels")
-
-
-def count_parameters(model):
-    """All parameters, frozen ones included, as the challenge counts them; buffers are none."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def parameter_table(model):
-    """Parameters by top-level module and in all, as text."""
-    rows = [(name, count_parameters(module)) for name, module in model.named_children()]
-    rows = [(name, count) for name, count in rows if count] + [("total", count_parameters(model))]
-    return "\n".join(f"{name:<18}{count:>12,}" for name, count in rows)
-
-
-def main():
-    parser = ArgumentParser(
-        description="Count a network's parameters by module.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--model", choices=sorted(MODELS), default="microsegformer")
-    parser.add_argument("--lmsa", action=argparse.BooleanOptionalAction, help="LMSA in MicroSegFormer; default with it")
-    parser.add_argument("--model-args", default="{}", type=json.loads, help="further constructor arguments as JSON")
-    args = parser.parse_args()
-    own = {}
-    if args.lmsa is not None:
-        must_have_lmsa(args.model)
-        own["lmsa"] = args.lmsa
-    model = build(args.model, **own, **args.model_args)
-    print(parameter_table(model))
-    if count_parameters(model) >= PARAM_LIMIT:
-        print(f"FAIL: the challenge wants fewer than {PARAM_LIMIT:,}", file=sys.stderr)
-        return 1
-    print(f"ok: fewer than {PARAM_LIMIT:,}")
-    return 0
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -49,7 +49,6 @@ class Muon(torch.optim.AdamW):
     """AdamW whose groups with `orthogonal` set take Muon's steps; their parameters are matrices or convolutions."""
 
     def __init__(self, groups, lr, momentum=0.95, **settings):
-        self.matrices = []
         super().__init__(groups, lr=lr, **settings)
         self._step_supports_amp_scaling = False  # the gradient scaler passes over a step that overflows
         for group in self.param_groups:

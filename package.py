@@ -23,7 +23,7 @@ from check_submission import ISOLATED, judge, show
 from data import resolve
 from errors import ArgumentParser, UserError, run_main
 from images import image_files
-from model import PARAM_LIMIT, count_parameters
+from parameters import PARAM_LIMIT, count_parameters
 from rundir import find_run, find_weights
 from views import parse_views
 

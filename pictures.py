@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from atomic import write_text
-from checkpoint import load_model
+from checkpoint import load_model, validated
 from data import DRAWN
 from errors import UserError
 from images import read_image, read_mask
@@ -23,9 +23,9 @@ from rundir import read_json
 from sides import reversed_sides
 from views import label_map, log_probabilities
 
-# Where best.pt comes from a training on all pairs (`rundir.beyond_records`).
+# Where best.pt comes from a training on all pairs.
 SEEN = "The predictions are of the weights handed in, whose training included these images; the scores are not."
-FORMAT = 1  # of pictures.json
+FORMAT = 2  # of pictures.json
 EACH = 6
 SIDE = 192  # of the embedded pictures
 WRONG = (213, 94, 0)  # vermillion, which the colour-blind tell from grey
@@ -99,10 +99,11 @@ def fingerprint(folder):
 
 
 def read_pictures(folder):
-    """The pictures drawn last: [{"name", "score", "weakest": [[label, F], ...], "worst", "reversed", "panels"}, ...].
+    """The pictures drawn last, and whether best.pt was trained on their images too.
 
-    `reversed` tells that the true mask has left and right reversed, `panels` are four data URIs. UserError where there
-    are none, or where best.pt is another by now.
+    A picture is {"name", "score", "weakest": [[label, F], ...], "worst", "reversed", "panels"}: `reversed` tells that
+    the true mask has left and right reversed, `panels` are four data URIs. UserError where there are none, or where
+    best.pt is another by now.
     """
     current = fingerprint(folder)
     try:
@@ -111,7 +112,7 @@ def read_pictures(folder):
         held = None
     if not isinstance(held, dict) or held.get("of") != current:
         raise UserError("no pictures of these weights yet: `make report` draws those of the best runs")
-    return held["pictures"]
+    return held["pictures"], held["seen"]
 
 
 def draw_pictures(folder, device=None):
@@ -137,4 +138,5 @@ def draw_pictures(folder, device=None):
             "name": name, "score": image_score(scores[name]), "weakest": [[label, f] for f, label in weakest],
             "worst": name in worst, "reversed": bool(reversed_sides(true)), "panels": panels(pixels, true, predicted),
         })  # fmt: skip
-    write_text(folder / "pictures.json", json.dumps({"of": current, "pictures": pictures}))
+    held = {"of": current, "seen": not validated(info), "pictures": pictures}
+    write_text(folder / "pictures.json", json.dumps(held))

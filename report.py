@@ -18,7 +18,7 @@ from errors import ArgumentParser, UserError, matriculation, run_main
 from labels import COLOURS, NAMES
 from pictures import SEEN, draw_pictures, read_pictures
 from records import changed, read_run, read_runs, sentence, shown
-from rundir import beyond_records, find_run, make_name
+from rundir import find_run, make_name
 from svg import confusion_matrix, curves, label_bars, text
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -77,7 +77,7 @@ def choice(runs):
 def gallery(run):
     """The six worst and six best validation images, or one line that says why there are none."""
     try:
-        pictures = read_pictures(run.folder)
+        pictures, seen = read_pictures(run.folder)
     except UserError as error:
         return f'<p class="note">{text(sentence(error))}</p>'
     heads = "".join(f"<span>{head}</span>" for head in ("image", "truth", "prediction", "errors"))
@@ -96,7 +96,7 @@ def gallery(run):
                 f'<span class="note">{text(picture["name"])}</span></figcaption></figure>'
             )
         halves += "</div>"
-    note = f'<p class="note">{SEEN}</p>' if beyond_records(run.folder) else ""
+    note = f'<p class="note">{SEEN}</p>' if seen else ""
     return f'{note}<div class="both">{halves}</div>'
 
 

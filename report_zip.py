@@ -23,8 +23,8 @@ from atomic import atomic
 from check_submission import judge, show
 from data import resolve
 from errors import ArgumentParser, UserError, matriculation, run_main
-from model import PARAM_LIMIT, count_parameters
 from package import make_submission, write_zip
+from parameters import PARAM_LIMIT, count_parameters
 from rundir import beyond_records, find_weights, make_name, read_json, read_metrics
 
 HERE = Path(__file__).parent
@@ -232,10 +232,9 @@ def main():
     parser.add_argument("--submission", type=Path, help="its Codabench zip; default submission-test.zip beside it")
     parser.add_argument("--out", default="build", type=Path, help="folder for the zip")
     args = parser.parse_args()
-    matric = args.matric
     weights = find_weights(args.name)
     folder = weights.parent
-    report = args.report or printed_report(folder, matric)
+    report = args.report or printed_report(folder, args.matric)
     pages = count_pages(report)
     if pages > MAX_PAGES:
         raise UserError(f"{report} has {pages} pages; at most {MAX_PAGES} are allowed")
@@ -251,7 +250,7 @@ def main():
     model, _ = checkpoint.load_model(weights)
     entries = {name: content for name, content in held.items() if name.startswith("masks/") and name.endswith(".png")}
     masks = len(entries)
-    text = readme(matric, report.name, folder, count_parameters(model), masks)
+    text = readme(args.matric, report.name, folder, count_parameters(model), masks)
     entries |= {
         report.name: report.read_bytes(),
         "Readme.txt": text.encode(),
@@ -260,7 +259,7 @@ def main():
         "run/metrics.jsonl": (folder / "metrics.jsonl").read_bytes(),
     }
     entries |= {f"code/{path.as_posix()}": (HERE / path).read_bytes() for path in code_files()}
-    target = args.out / f"{matric}.zip"
+    target = args.out / f"{args.matric}.zip"
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -19,9 +19,10 @@ from data import Batches, Pairs, load_pairs, resolve, split
 from device import local_device
 from errors import UserError
 from labels import NAMES
-from model import build, count_parameters
+from model import build
 from optimisation import make_optimiser, precision
 from options import class_weights, model_arguments, strength
+from parameters import count_parameters
 from rundir import begin_run, find_weights, open_run, same_pairs, truncate_metrics
 from schedule import parse_sizes
 from synth import MARKER

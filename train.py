@@ -26,9 +26,9 @@ from errors import UserError, run_main
 from evaluate import evaluate
 from losses import training_loss
 from metrics import batch_score, by_label, official_score
-from model import PARAM_LIMIT, count_parameters
 from optimisation import update_average
 from options import model_arguments, parse
+from parameters import PARAM_LIMIT, count_parameters
 from report import redraw, write_page
 from rundir import append_metrics, close_run, in_force, plain, write_best
 from schedule import learning_rate, size_at

@@ -20,7 +20,8 @@ from atomic import write_text
 from checks.bench_measure import ROOT, child, machine, median, ratio
 from device import computes_bf16
 from errors import ArgumentParser, UserError, run_main
-from model import build, count_parameters
+from model import build
+from parameters import count_parameters
 
 
 @dataclass

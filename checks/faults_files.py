@@ -12,7 +12,8 @@ import checkpoint
 from checks.attempt import run
 from checks.faults import TINY
 from checks.test_submission import FAULTS, saved
-from model import PARAM_LIMIT, build
+from model import build
+from parameters import PARAM_LIMIT
 
 
 def attack(ledger, place, short):

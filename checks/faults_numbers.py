@@ -153,7 +153,7 @@ def refuse_flags(ledger, place, short):
         ("decode.py", *weights, *pairs, "--folds", "0"), ("decode.py", *weights, *pairs, "--val-split", "inf"),
         ("check_submission.py", "--data", place.data, "--zip", "z" * 5000),
         ("check_submission.py", "--zip", place.root, "--data", place.data),
-        ("model.py", "--model-args", "{"), ("model.py", "--model-args", '{"wings": 1}'),
+        ("parameters.py", "--model-args", "{"), ("parameters.py", "--model-args", '{"wings": 1}'),
         ("synth.py", "--out", place.root / "s", "--size", "-1"), ("synth.py", "--out", "s" * 300),
         ("prepare.py", "--raw", "r" * 5000), ("audit.py", "--data", "d" * 5000), ("launch.py", "--nproc", "-1"),
         ("leaderboard.py", "--runs", place.root / "none"), ("report.py", "--runs", place.root / "none"),

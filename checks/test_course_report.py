@@ -14,7 +14,8 @@ from checks.test_report import BROWSER, write_run
 from course_report import write_draft
 from diagram import diagram, parts
 from errors import UserError
-from model import build, count_parameters
+from model import build
+from parameters import count_parameters
 from records import read_run, read_runs
 from report_zip import MAX_PAGES, count_pages, printed_report
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from checks import plain_microunet, plain_segformer
-from model import PARAM_LIMIT, MicroSegFormer, MicroUNet, count_parameters
+from model import MicroSegFormer, MicroUNet
+from parameters import PARAM_LIMIT, count_parameters
 
 
 @pytest.mark.parametrize(("lmsa", "count"), [(True, 1_747_923), (False, 1_721_939)])

@@ -26,7 +26,8 @@ import package
 from check_submission import judge
 from errors import UserError, run_main
 from labels import PALETTE
-from model import PARAM_LIMIT, build
+from model import build
+from parameters import PARAM_LIMIT
 from predict import mask_of
 from views import parse_views
 

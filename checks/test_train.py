@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -190,6 +191,15 @@ def test_processes_without_a_gpu_each_are_refused():
         with pytest.raises(UserError, match="NPROC=1"):
             check_processes(torch.cuda.device_count() + 2, device)
     check_processes(2, "cpu")
+
+
+def test_a_first_process_that_does_not_come_is_not_awaited_for_ever(monkeypatch):
+    monkeypatch.setattr(distributed, "MEET", 0.3)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as first:
+        monkeypatch.setenv("MASTER_PORT", str(first.getsockname()[1]))
+        assert distributed.first_is_there()
+    assert not distributed.first_is_there()
 
 
 def test_a_mistake_of_several_processes_is_told_once(place):
