@@ -194,4 +194,4 @@ bench: $(READY) ## throughput, memory and scale, each beside its limit; under 10
 	$(PY) -m checks.bench $(ARGS)
 
 clean: ## remove the environment, caches and drawn faces; never runs/ or data
-	rm -rf $(or $(VENV),.venv) build/cache build/speedrun build/drawn-faces build/bench-faces build/demo-masks .pytest_cache .ruff_cache __pycache__ checks/__pycache__
+	rm -rf $(patsubst %/.ready,%,$(wildcard $(or $(VENV),.venv)/.ready)) build/cache build/speedrun build/drawn-faces build/bench-faces build/demo-masks .pytest_cache .ruff_cache __pycache__ checks/__pycache__

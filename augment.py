@@ -100,8 +100,9 @@ def warp(images, masks, drawn, size, exchange_sides=True):
 
     uint8 images (B, 3, S, S), uint8 masks (B, M, M), S and M >= size -> float images (B, 3, size, size), values
     0..1, and uint8 masks (B, size, size). Images are bilinear from a source of at most twice the size, where an
-    identity is the exact area average that prediction uses; masks are nearest from their full resolution, left and
-    right exchanged where mirrored. What lies outside is the reflected image.
+    identity is the very area average that prediction uses if the source is the image or exactly twice the size; masks
+    are nearest from their full resolution, left and right exchanged where mirrored. What lies outside is the reflected
+    image.
     """
     device, count = images.device, len(images)
     across, down, shift = drawn["theta"].to(device)[..., None, None].unbind(2)  # (B, 2, 1, 1): x and y

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 import checkpoint
-from data import load_pairs, resolve, split
+from data import load_pairs, resolve
 from device import local_device
 from errors import ArgumentParser, UserError, run_main
-from evaluate import add_arguments, warn_if_seen
+from evaluate import add_arguments, unseen
 from labels import NAMES, NUM_CLASSES
 from metrics import official_score
 from model import upsample
@@ -99,10 +99,9 @@ def main():
     path, device = find_weights(args.weights), local_device(args.device)
     model, info = checkpoint.load_model(path, device)
     pairs = load_pairs(resolve(args.data), args.cache)
-    _, held = split(len(pairs.names), args.val_split, args.split_seed)
+    held = unseen(path, info, args, len(pairs.names))
     if not 2 <= args.folds <= len(held):
         raise UserError(f"--folds {args.folds}: from 2 to the {len(held)} held-out pairs")
-    warn_if_seen(path, info)
     log_p, labels = held_out(model, pairs, held, info["size"], device)
     gain, gains = cross_validated(log_p, labels, args.folds)
     print(f"cross-validated gain {gain:+.4f} ({', '.join(f'{g:+.4f}' for g in gains)}) on {len(held)} pairs")

@@ -43,6 +43,7 @@ def parts(model):
 
 
 def segformer_parts(model):
+    """`parts` of a MicroSegFormer up to its classifier."""
     found, stride = [], 1
     for i, (embed, blocks) in enumerate(zip(model.embeddings, model.stages, strict=True)):
         stride *= embed.stride[0]
@@ -60,6 +61,7 @@ def segformer_parts(model):
 
 
 def unet_parts(model):
+    """`parts` of a MicroUNet up to its classifier."""
     found, stride = [], 1
     for i, stage in enumerate(model.encoder):
         conv = stage[0][0]
@@ -104,6 +106,7 @@ def arrow(*points, dashed=False):
 
 
 def lines_of(part):
+    """The lines of text in a part's box."""
     return [f"{part.name}: {part.channels} ch, 1/{part.stride}", *part.what.split("; ")]
 
 

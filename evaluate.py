@@ -3,7 +3,7 @@
 python evaluate.py --weights runs/a/best.pt
 python evaluate.py --weights a --views flip,scales --data data
 
-The held-out pairs are those of the reference's split, which a network trained with --val-split 0 has seen.
+The held-out pairs are those that the run beside the checkpoint (args.json) held out, else the reference's tenth.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from errors import ArgumentParser, UserError, run_main, tell
 from labels import NUM_CLASSES
 from losses import segmentation_loss
 from metrics import confusion, table
-from rundir import find_weights
+from rundir import find_weights, read_json
 from views import area, check_size, label_map, log_probabilities, parse_views
 
 
@@ -46,7 +46,8 @@ def evaluate(
         images, masks = pairs.batch(indices[chosen], fix_sides=False)
         log_p = log_probabilities([model], torch.from_numpy(images).to(device), size, views)
         # Halved down to the next finer grid, then averaged to the logits' own, which need not divide the mask.
-        stride = 1 << max(1, masks.shape[-1] // log_p.shape[-1]).bit_length() - 1
+        ratio = max(1, masks.shape[-1] // log_p.shape[-1])
+        stride = 2 ** (ratio.bit_length() - 1)  # the power of two not above the ratio
         target = soft_labels(torch.from_numpy(masks).to(device), stride)
         target = area(target, log_p.shape[2:])
         for row, one, shares, mask in zip(chosen, log_p, target, masks, strict=True):
@@ -56,10 +57,24 @@ def evaluate(
     return confusions, losses
 
 
-def warn_if_seen(path, content):
-    """Tell where a checkpoint's training may have seen the held-out pairs."""
+def unseen(path, content, args, count):
+    """Indices of the pairs, of `count`, that the training of a checkpoint held out, as its args.json or flags say.
+
+    A warning where the training may have seen them; UserError where there are none.
+    """
+    record = path.with_name("args.json")
+    trained = read_json(record).get("args", {}) if record.is_file() else {}
+    own = trained.get("val_split") or 0.1, trained.get("split_seed", 42)
+    flags = args.val_split, args.split_seed
+    share, seed = (default if flag is None else flag for flag, default in zip(flags, own, strict=True))
+    _, held = split(count, share, seed)
+    if not len(held):
+        raise UserError(f"--val-split {share} leaves nothing to evaluate")
     if not checkpoint.validated(content):
         tell(f"{path} was trained without validation: it may have seen these pairs", "warning")
+    elif (share, seed) != own:
+        tell(f"{path} held out other pairs (--val-split {own[0]} --split-seed {own[1]}): it has seen these", "warning")
+    return held
 
 
 def add_arguments(parser):
@@ -67,8 +82,8 @@ def add_arguments(parser):
     parser.add_argument("--weights", help="checkpoint, or run's name or folder; default the release, else the best run")
     parser.add_argument("--data", help="folder with train/images and train/masks; default ./data, else drawn faces")
     parser.add_argument("--cache", default="build/cache", help="folder of the decoded copies")
-    parser.add_argument("--val-split", type=float, default=0.1, help="share held out by the training")
-    parser.add_argument("--split-seed", type=int, default=42, help="seed of the split")
+    parser.add_argument("--val-split", type=float, help="share held out; without it the training's, else 0.1")
+    parser.add_argument("--split-seed", type=int, help="seed of the split; without it the training's, else 42")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
 
 
@@ -83,10 +98,7 @@ def main():
     path = find_weights(args.weights)
     model, info = checkpoint.load_model(path, device)
     pairs = load_pairs(resolve(args.data), args.cache)
-    _, held = split(len(pairs.names), args.val_split, args.split_seed)
-    if not len(held):
-        raise UserError(f"--val-split {args.val_split} leaves nothing to evaluate")
-    warn_if_seen(path, info)
+    held = unseen(path, info, args, len(pairs.names))
     print(f"{path} on {len(held)} held-out images, views {args.views or 'none'}", file=sys.stderr)
     print(table(evaluate(model, pairs, held, args.size or info["size"], device, views=views)[0]))
 

@@ -11,7 +11,9 @@ from PIL import Image, ImageOps
 from errors import UserError
 from labels import COLOURS, NUM_CLASSES, PALETTE
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
+# Pillow alone cannot read these; they are named when they are met, not passed over.
+FOREIGN_SUFFIXES = (".heic", ".heif")
 # A small file can claim huge dimensions (a decompression bomb): refused rather than warned about.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 # Of damaged metadata Pillow warns in two lines of its own sources; the pixels are read all the same.
@@ -46,15 +48,25 @@ def read_image(path):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return np.array(image.convert("RGB"))
     except UNREADABLE as error:
-        raise UserError(f"cannot read image {path}: {error}") from None
+        remedy = "; save it as JPEG first" if Path(path).suffix.lower() in FOREIGN_SUFFIXES else ""
+        raise UserError(f"cannot read image {path}: {error}{remedy}") from None
 
 
 def _deep_grey(values):
-    """Integer greys of more than 8 bits and floats (0..1, or any range) as uint8 RGB."""
-    values = np.nan_to_num(values.astype(np.float64))
+    """Greys of more than 8 bits, integers or floats, as uint8 RGB.
+
+    Their largest value tells the range: up to 255 as it is (floats up to 1 are 0..1), up to 65535 of 16 bits, if they
+    are integers, and else up to itself.
+    """
+    floats, values = values.dtype.kind == "f", np.nan_to_num(values.astype(np.float64))
     top = values.max(initial=0)
-    scale = 1 if 1 < top <= 255 else 255 if top <= 1 and values.dtype.kind == "f" else 1 / 257
-    grey = (values * scale).round().clip(0, 255).astype(np.uint8)
+    if top <= 255:
+        white = 1 if floats and top <= 1 else 255
+    elif floats or top > 65535:
+        white = top
+    else:
+        white = 65535
+    grey = (values * (255 / white)).round().clip(0, 255).astype(np.uint8)
     return np.repeat(grey[..., None], 3, 2)
 
 
@@ -111,7 +123,8 @@ def image_files(path):
     if not path.is_dir():
         raise UserError(f"no file or folder {path}")
     # Links that lead nowhere and folders of such a name are named when they are read, not passed over.
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    known = IMAGE_SUFFIXES + FOREIGN_SUFFIXES
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in known and not p.name.startswith("."))
     if not files:
         raise UserError(f"no images in {path} (looked for {' '.join(IMAGE_SUFFIXES)})")
     return files

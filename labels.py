@@ -16,6 +16,7 @@ COLOURS = (
     (255, 51, 153), (0, 204, 204), (0, 51, 0), (255, 153, 51), (0, 204, 0),
 )  # fmt: skip
 PALETTE = [value for colour in COLOURS for value in colour]
+HEX_COLOURS = [f"#{bytes(colour).hex()}" for colour in COLOURS]
 
 # Labels that trade places in a mirrored image, as (person's left, person's right).
 SIDES = ((4, 5), (6, 7), (8, 9))

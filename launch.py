@@ -41,6 +41,8 @@ def main():
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--nproc", type=int, default=0)
     own, flags = parser.parse_known_args()
+    if {"-h", "--help"} & set(flags):
+        print("--nproc N  processes; without it one a GPU, one on a CPU. All other flags are train.py's:\n")
     args = in_force(*parse(flags))
     if own.nproc < 0 or own.nproc > 1024:
         raise UserError(f"--nproc {own.nproc}: give the number of processes, or 0 for one a GPU")

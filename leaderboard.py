@@ -31,7 +31,7 @@ def summary(folder):
         "name": folder.name, "official": best["official"], "batch32": best["batch32"], "epoch": best["epoch"],
         "epochs": lines[-1]["epoch"], "parameters": record.get("parameters"), "lr": args["lr"], "dice": args["dice"],
         "lmsa": args["lmsa"] if args["model"] == "microsegformer" else None, "model": args["model"],
-        "minutes": lines[-1]["minutes"],
+        "minutes": lines[-1]["minutes"], "drawn": faces_drawn(record),
         "recipe": f"{args['recipe'] or ''} on drawn faces".strip() if faces_drawn(record) else args["recipe"],
         "labels": best["labels"],
         "sizes": args["sizes"], "line": make_line(args),
@@ -82,12 +82,17 @@ def survey(runs, read=summary):
     return found, unreadable
 
 
+def standing(row):
+    """To sort summaries by: best score first, and after them those on drawn faces, whose scores are no measure."""
+    return row["drawn"], -row["official"]
+
+
 def summaries(runs):
-    """Summaries of the scored runs below a folder, best first; those that cannot be read are named on stderr."""
+    """Summaries of the scored runs below a folder by `standing`; those that cannot be read are named on stderr."""
     found, unreadable = survey(runs)
     for name, reason in unreadable:
         print(f"passed over {name}: {reason}", file=sys.stderr)
-    return sorted(filter(None, found), key=lambda row: -row["official"])
+    return sorted(filter(None, found), key=standing)
 
 
 def leaderboard(rows):
@@ -102,7 +107,7 @@ def leaderboard(rows):
         lines.append(
             f"{rank:<5}{row['name']:<28}{row['official']:>9.4f}{row['batch32']:>9.4f}"
             f"{row['epoch']:>5}/{row['epochs']:<3}{count:>12}{row['lr']:>9.1e}{row['dice']:>6g}{lmsa:>6}"
-            f"{row['minutes']:>9.1f}"
+            f"{row['minutes']:>9.1f}{'  drawn faces' if row['drawn'] else ''}"
         )
     return "\n".join(lines)
 
@@ -111,8 +116,9 @@ def markdown(rows):
     """The runs as a table in Markdown, those of one recipe together, best first."""
     lines = ["| run | official | batch-of-32 | best epoch | sizes | command |", "|---|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda row: (row["recipe"] or "", -row["official"])):
+        name = f"{row['name']}, drawn faces" if row["drawn"] else row["name"]
         lines.append(
-            f"| {row['name']} | {row['official']:.4f} | {row['batch32']:.4f} | {row['epoch']} of {row['epochs']} "
+            f"| {name} | {row['official']:.4f} | {row['batch32']:.4f} | {row['epoch']} of {row['epochs']} "
             f"| {row['sizes']} | `{row['line']}` |"
         )
     return "\n".join(lines)

@@ -165,7 +165,7 @@ def _cross_entropy(log_p, p, target, hard, focal, class_weights, smoothing):
     if hard:
         terms = log_p.gather(1, target[:, None])
         if focal:
-            terms = terms * (1 - p.gather(1, target[:, None])) ** focal
+            terms = terms * _modulation(p.gather(1, target[:, None]), focal)
         if class_weights is not None:
             terms = terms * class_weights[target][:, None]
     else:
@@ -176,7 +176,12 @@ def _cross_entropy(log_p, p, target, hard, focal, class_weights, smoothing):
     return loss
 
 
+def _modulation(p, focal):
+    """The focal factor (1 - p)^focal, bounded away from 0, where an exponent below 1 has no finite slope."""
+    return (1 - p).clamp_min(1e-6) ** focal
+
+
 def _weigh(log_p, p, focal, class_weights):
     """Every label's log-probability at every pixel, with its focal and class weight."""
-    terms = log_p * (1 - p) ** focal if focal else log_p
+    terms = log_p * _modulation(p, focal) if focal else log_p
     return terms if class_weights is None else terms * class_weights[:, None, None]

@@ -268,6 +268,8 @@ class MicroUNet(nn.Module):
         dropout=0.0,
     ):
         super().__init__()
+        if len(decoder) != len(widths) - 1 or not set(lmsa) <= set(range(len(decoder))):
+            raise ValueError("the decoder has a width for each level but the last, and lmsa names some of these levels")
         self.coordinates = coordinates
         previous = 5 if coordinates else 3
         self.encoder = nn.ModuleList()

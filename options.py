@@ -228,11 +228,16 @@ def class_weights(args):
 
 def model_arguments(args):
     """Constructor arguments of the network."""
-    try:
-        extra = json.loads(args.model_args)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--model-args {args.model_args}: not JSON ({error})") from None
-    if not isinstance(extra, dict):
-        raise UserError(f'--model-args {args.model_args}: give a JSON object, as {{"coordinates": false}}')
     own = {"lmsa": args.lmsa} if args.model == "microsegformer" else {}
-    return {**own, "dropout": args.dropout, **extra}
+    return {**own, "dropout": args.dropout, **json_arguments(args.model_args)}
+
+
+def json_arguments(text):
+    """The dict that --model-args holds as JSON; UserError where it is none."""
+    try:
+        extra = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--model-args {text}: not JSON ({error})") from None
+    if not isinstance(extra, dict):
+        raise UserError(f'--model-args {text}: give a JSON object, as {{"coordinates": false}}')
+    return extra

@@ -54,6 +54,7 @@ def bound(node):
 
 
 def used(nodes):
+    """All names that syntax trees hold."""
     return {name.id for node in nodes for name in ast.walk(node) if isinstance(name, ast.Name)}
 
 
@@ -63,6 +64,25 @@ def join_sources(folder=HERE):
     ValueError where that is not possible: a name of two modules, a needed file outside MODULES, an import of a module
     of ours other than `from module import name`.
     """
+    statements, imports = _read_modules(folder)
+    kept, needed = _reached(statements)
+    defined = [name for _, node, _ in kept for name in sorted(bound(node))]
+    if twice := {name for name in defined if defined.count(name) > 1}:
+        raise ValueError(f"defined in two of the joined modules: {', '.join(sorted(twice))}")
+    lines = _import_lines(imports, needed, defined, folder)
+    standard = [line for line in lines if line.split()[1].split(".")[0] in sys.stdlib_module_names]
+    text = [HEADER, *standard, "", *(line for line in lines if line not in standard)]
+    last = None
+    for module, node, code in kept:
+        if module != last:
+            gap = "\n\n" if isinstance(node, ast.FunctionDef | ast.ClassDef) else ""
+            code, last = f"\n\n# {module}.py{gap}\n{code.lstrip()}", module
+        text.append(code)
+    return "\n".join([*text, "", "", 'if __name__ == "__main__":', "    run_main(main)", ""])
+
+
+def _read_modules(folder):
+    """The statements of MODULES as (module, node, text), and their imports as (module, source or None, alias)."""
     statements, imports = [], []
     for module in MODULES:
         source = Path(folder, f"{module}.py").read_text(encoding="utf-8")
@@ -76,7 +96,11 @@ def join_sources(folder=HERE):
                 isinstance(node, ast.If) and "__name__" in used([node.test])
             ):
                 statements.append((module, node, "\n".join(lines[start:end])))
+    return statements, imports
 
+
+def _reached(statements):
+    """The statements that solution.main() needs, and all names that it and they use."""
     kept, needed = [], {"main", "run_main"}
     while True:
         # Only the entry point's main(): those of the other scripts are commands of their own.
@@ -86,13 +110,12 @@ def join_sources(folder=HERE):
             if not bound(node) or bound(node) & needed and (module == MODULES[-1] or bound(node) != {"main"})
         ]
         if len(now) == len(kept):
-            break
+            return kept, needed
         kept, needed = now, needed | used(node for _, node, _ in now)
 
-    defined = [name for _, node, _ in kept for name in sorted(bound(node))]
-    if twice := {name for name in defined if defined.count(name) > 1}:
-        raise ValueError(f"defined in two of the joined modules: {', '.join(sorted(twice))}")
 
+def _import_lines(imports, needed, defined, folder):
+    """Import statements, sorted, of the needed names that the joined modules take from elsewhere."""
     plain, grouped = set(), defaultdict(set)
     for module, source, alias in imports:
         name, origin = alias.asname or alias.name.split(".")[0], source or alias.name
@@ -108,16 +131,7 @@ def join_sources(folder=HERE):
         else:
             plain.add(ast.unparse(alias))
     lines = [f"import {name}" for name in sorted(plain)]
-    lines += [f"from {source} import {', '.join(sorted(names))}" for source, names in sorted(grouped.items())]
-    standard = [line for line in lines if line.split()[1].split(".")[0] in sys.stdlib_module_names]
-    text = [HEADER, *standard, "", *(line for line in lines if line not in standard)]
-    last = None
-    for module, node, code in kept:
-        if module != last:
-            gap = "\n\n" if isinstance(node, ast.FunctionDef | ast.ClassDef) else ""
-            code, last = f"\n\n# {module}.py{gap}\n{code.lstrip()}", module
-        text.append(code)
-    return "\n".join([*text, "", "", 'if __name__ == "__main__":', "    run_main(main)", ""])
+    return lines + [f"from {source} import {', '.join(sorted(names))}" for source, names in sorted(grouped.items())]
 
 
 def write_zip(path, entries):

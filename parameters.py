@@ -5,11 +5,11 @@ python parameters.py --model microsegformer --no-lmsa
 """
 
 import argparse
-import json
 import sys
 
 from errors import ArgumentParser, run_main
 from model import MODELS, build, must_have_lmsa
+from options import json_arguments
 
 # A submission must have fewer parameters than this, frozen ones included.
 PARAM_LIMIT = 1_821_085
@@ -31,13 +31,13 @@ def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", choices=sorted(MODELS), default="microsegformer")
     parser.add_argument("--lmsa", action=argparse.BooleanOptionalAction, help="LMSA in MicroSegFormer; default with it")
-    parser.add_argument("--model-args", default="{}", type=json.loads, help="further constructor arguments as JSON")
+    parser.add_argument("--model-args", default="{}", help="further constructor arguments as JSON")
     args = parser.parse_args()
-    own = {}
+    arguments = json_arguments(args.model_args)
     if args.lmsa is not None:
         must_have_lmsa(args.model)
-        own["lmsa"] = args.lmsa
-    model = build(args.model, **own, **args.model_args)
+        arguments["lmsa"] = args.lmsa
+    model = build(args.model, **arguments)
     print(parameter_table(model))
     if count_parameters(model) >= PARAM_LIMIT:
         print(f"FAIL: the challenge wants fewer than {PARAM_LIMIT:,}", file=sys.stderr)

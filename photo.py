@@ -122,10 +122,10 @@ def parse_photo(models, pixels, size, views, device, whole=False, box=None):
     scores, (window,) = fit(measure(log_p) * units)
     left, top, side = window.tolist()
     tight = overlap((left, top, side, side), everything) >= TIGHT
-    portrait = tight and scores.item() >= LEAST
-    faces = [] if whole or portrait else find_faces(models, pixels, min(size, SEARCH_SIDE), device)
+    clear = tight and scores.item() >= LEAST
+    faces = [] if whole or clear else find_faces(models, pixels, min(size, SEARCH_SIDE), device)
     # A second look may find that very portrait in a picture of a face hard to see.
-    portrait = portrait or bool(tight and faces and overlap(faces[0][1], everything) >= TIGHT)
+    portrait = clear or (tight and faces and overlap(faces[0][1], everything) >= TIGHT)
     if portrait or not faces:
         found = [(scores.item() if portrait else None, everything)]
         labels, owner = decide(log_p, height, width), np.zeros((height, width), np.int8)

@@ -37,7 +37,9 @@ def add_arguments(parser):
     parser.add_argument("--size", type=int, default=0, help="image side for the network; 0 is the checkpoint's own")
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--whole", action="store_true", help="take each image for one portrait; no search for faces")
-    place.add_argument("--box", type=box, metavar="X,Y,W,H", help="portrait to parse; no search for faces")
+    place.add_argument(
+        "--box", type=box, metavar="X,Y,W,H", help="portrait to parse; no search for faces; --box=-9,... where negative"
+    )
     parser.add_argument("--overlay", action="store_true", help="also write NAME-overlay.png, the mask over the image")
     parser.add_argument(
         "--cutout",
@@ -115,7 +117,7 @@ def predict_all(models, size, args, device):
         write_results(args, path, pixels, parsed)
         if parsed.missed:
             show_line("", sys.stderr)
-            tell(f"no face found in {path}, taken as a whole; --box x,y,w,h says where a portrait is", "warning")
+            tell(f"no face found in {path}, taken as a whole; --box=x,y,w,h says where a portrait is", "warning")
         show_count("image", done, len(files), time.monotonic() - begun)
     print(f"{len(files) - failed} of {len(files)} masks in {args.output}, {duration(time.monotonic() - begun)}")
     return 2 if failed else 0

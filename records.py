@@ -8,7 +8,7 @@ import numpy as np
 
 from errors import UserError
 from labels import NUM_CLASSES
-from leaderboard import PLACES, settings_of, summary, survey
+from leaderboard import PLACES, settings_of, standing, summary, survey
 from rundir import in_training, read_json, read_metrics
 from schedule import parse_sizes
 
@@ -27,14 +27,16 @@ class Run:
 
     @property
     def name(self):
+        """The folder's name, which is the run's."""
         return self.folder.name
 
     @property
     def args(self):
+        """Arguments of the training, as a dict."""
         return self.record["args"]
 
 
-def finite(*values):
+def must_be_numbers(*values):
     """TypeError or ValueError where one of the values is no finite number, which charts would fall over."""
     for value in values:
         if isinstance(value, bool) or not math.isfinite(value):
@@ -45,11 +47,11 @@ def read_run(folder):
     """The run of a folder. UserError, or an error of lookup, type or value, where its files are damaged."""
     record, lines, row = read_json(folder / "args.json"), read_metrics(folder), summary(folder)
     phases = parse_sizes(record["args"]["sizes"], record["args"]["epochs"])
-    finite(*(line[key] for line in lines for key in ("epoch", "loss", "lr")))
-    finite(*(line[key] for line in lines for key in ("val_loss", "official", "train_official") if key in line))
+    must_be_numbers(*(line[key] for line in lines for key in ("epoch", "loss", "lr")))
+    must_be_numbers(*(line[key] for line in lines for key in ("val_loss", "official", "train_official") if key in line))
     if row:
-        finite(*(row[key] for key in ("official", "batch32", "epoch", "epochs", "lr", "dice", "minutes")))
-        finite(row["parameters"] or 0)
+        must_be_numbers(*(row[key] for key in ("official", "batch32", "epoch", "epochs", "lr", "dice", "minutes")))
+        must_be_numbers(row["parameters"] or 0)
     if not isinstance(record["commit"], str) or not isinstance(record["versions"], dict):
         raise UserError(f"{folder}/args.json tells no commit or versions")
     best = read_best(folder) if (folder / "best.json").is_file() else None
@@ -62,16 +64,16 @@ def read_best(folder):
     confusion, labels, images = np.array(best["confusion"], float), best["labels"], best["images_with_label"]
     if confusion.shape != (NUM_CLASSES, NUM_CLASSES) or not len(labels) == len(images) == NUM_CLASSES:
         raise UserError(f"{folder}/best.json is not about {NUM_CLASSES} labels")
-    finite(best["official"], best["batch32"], *images, *confusion.flat)
+    must_be_numbers(best["official"], best["batch32"], *images, *confusion.flat)
     rows = [labels, *best["image_scores"].values()]
-    finite(*(f for row in rows for f in row if f is not None))
+    must_be_numbers(*(f for row in rows for f in row if f is not None))
     return best
 
 
 def read_runs(runs):
-    """The runs below a folder: (scored ones, best first; unscored ones; [(name, reason), ...] of unreadable ones)."""
+    """The runs below a folder: (scored ones by `standing`; unscored ones; [(name, reason), ...] of unreadable ones)."""
     found, unreadable = survey(runs, read_run)
-    scored = sorted((run for run in found if run.row), key=lambda run: -run.row["official"])
+    scored = sorted((run for run in found if run.row), key=lambda run: standing(run.row))
     return scored, [run for run in found if not run.row], unreadable
 
 

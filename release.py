@@ -43,6 +43,8 @@ def main():
     for name in ("args.json", "metrics.jsonl", "best.json"):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, RELEASE / name)
+        else:  # the former release's would tell of other weights
+            (RELEASE / name).unlink(missing_ok=True)
     checkpoint.save(RELEASE / "best.pt", content)
     write_text(RELEASE / "LICENCE.txt", LICENCE)
     size = (RELEASE / "best.pt").stat().st_size

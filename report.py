@@ -15,7 +15,7 @@ from urllib.parse import quote
 from atomic import write_text
 from course_report import write_draft
 from errors import ArgumentParser, UserError, matriculation, run_main
-from labels import COLOURS, NAMES
+from labels import HEX_COLOURS, NAMES
 from pictures import SEEN, draw_pictures, read_pictures
 from records import changed, read_run, read_runs, sentence, shown
 from rundir import find_run, make_name
@@ -143,9 +143,9 @@ def section(run, opened, pictured):
 
 def legend():
     """The labels' colours with their names beside them."""
-    colours = ["#{:02x}{:02x}{:02x}".format(*colour) for colour in COLOURS]
     names = (
-        f'<span><i style="background:{colour}"></i>{name}</span>' for colour, name in zip(colours, NAMES, strict=True)
+        f'<span><i style="background:{colour}"></i>{name}</span>'
+        for colour, name in zip(HEX_COLOURS, NAMES, strict=True)
     )
     return f'<p class="names">{" ".join(names)}</p><p class="note">Left and right are the person\'s own.</p>'
 

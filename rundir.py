@@ -295,6 +295,7 @@ def commit():
 
 
 def versions():
+    """What a record tells of packages and machine, as a dict."""
     return {
         "python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__,
         "pillow": PIL.__version__, "machine": platform.machine(), "cpus": os.cpu_count(),
@@ -303,4 +304,5 @@ def versions():
 
 
 def now():
+    """The time as ISO 8601, UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

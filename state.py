@@ -56,6 +56,7 @@ class Training:
 
     @property
     def epochs(self):
+        """Epochs of all sizes together."""
         return sum(length for _, length in self.phases)
 
     @cached_property

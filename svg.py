@@ -8,7 +8,7 @@ from html import escape
 
 import numpy as np
 
-from labels import COLOURS, NAMES, NUM_CLASSES
+from labels import HEX_COLOURS, NAMES, NUM_CLASSES
 
 BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#666"
 WIDTH, LEFT, RIGHT = 400, 46, 8  # of a chart and its margins, in user units; charts are shown about 1:1
@@ -144,8 +144,8 @@ def curves(lines, phases, name):
 
 def swatch(x, y, index, side=10):
     """A label's colour as a square; the outline keeps pale and dark ones visible on any ground."""
-    colour = "#{:02x}{:02x}{:02x}".format(*COLOURS[index])
-    return element("rect", x=number(x), y=number(y), width=side, height=side, fill=colour, stroke="#777")
+    fill = HEX_COLOURS[index]
+    return element("rect", x=number(x), y=number(y), width=side, height=side, fill=fill, stroke="#777")
 
 
 def label_bars(f, images, name):
@@ -164,8 +164,7 @@ def label_bars(f, images, name):
             parts.append(label(start + 5, y + 13, "in no validation image", fill=GREY))
             continue
         bar = {"x": start, "y": y + 3, "width": number(full * value), "height": 13, "stroke": "#777"}
-        colour = "#{:02x}{:02x}{:02x}".format(*COLOURS[i])
-        parts.append(element("rect", class_="bar", fill=colour, **bar))
+        parts.append(element("rect", class_="bar", fill=HEX_COLOURS[i], **bar))
         parts.append(label(start + full * value + 5, y + 13, f"{value:.3f}", class_="f", data_f=value))
     return figure(WIDTH, 480, parts, f"F by label of {name}")
 

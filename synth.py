@@ -9,9 +9,7 @@ ended, and no folder is touched that synth.py did not make.
 """
 
 import argparse
-import signal
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,7 @@ from atomic import atomic, write_text
 from cartoon import ID, draw_person, parts, rgba
 from errors import ArgumentParser, UserError, run_main
 from labels import PALETTE
+from parallel import in_parallel
 
 MARKER = "SYNTHETIC.txt"  # stands in every folder drawn here
 
@@ -131,11 +130,7 @@ def make_dataset(root, train=200, dev=8, test=8, size=512, seed=0, workers=2):
                 jobs.append(((seed, place, i), size, root / split / "images" / f"{name}.jpg", mask))
     except OSError as error:
         raise UserError(f"cannot use {error.filename} as a folder ({error.strerror}); choose another --out") from None
-    if workers == 1:
-        return sum(map(write_face, jobs))
-    # Ctrl-C reaches the workers, too; only the parent should speak of it.
-    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        return sum(pool.map(write_face, jobs, chunksize=4))
+    return sum(map(write_face, jobs) if workers == 1 else in_parallel(write_face, jobs, workers, "drawing"))
 
 
 def main():

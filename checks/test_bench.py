@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,6 +21,12 @@ def test_a_quick_part_is_recorded_and_shown(tmp_path):
     score, augmentation = result["rows"]
     assert "DIFFERENT" not in score["measured"] and score["mark"] == "20x"
     assert done.stdout.startswith(result["machine"]) and table([augmentation]).splitlines()[2] in done.stdout
+
+
+def test_a_part_alone_does_not_replace_the_record():
+    before = Path("runs/bench.json").read_text()
+    assert bench("--quick", "--only", "score").returncode == 0
+    assert Path("runs/bench.json").read_text() == before
 
 
 def test_a_part_that_is_not_there_is_told_in_a_line():

@@ -35,6 +35,16 @@ def test_runs_stand_by_their_best_score(tmp_path):
     assert rows[0].split()[5:] == ["1,747,923", "1.0e-03", "1.5", "no", "4.0"]
 
 
+def test_scores_on_drawn_faces_are_marked_and_stand_last(tmp_path):
+    write_run(tmp_path, "drawn", [0.9])
+    write_run(tmp_path, "real", [0.5])
+    record = json.loads((tmp_path / "drawn/args.json").read_text()) | {"pairs": {"drawn": True}}
+    (tmp_path / "drawn/args.json").write_text(json.dumps(record))
+    first, last = leaderboard(summaries(tmp_path)).splitlines()[1:]
+    assert "real" in first and "drawn faces" not in first and last.endswith("drawn faces")
+    assert "| drawn, drawn faces |" in markdown(summaries(tmp_path))
+
+
 def test_a_torn_last_line_is_passed_over(tmp_path):
     write_run(tmp_path, "a", [0.5])
     with open(tmp_path / "a/metrics.jsonl", "a") as file:

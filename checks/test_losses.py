@@ -64,6 +64,13 @@ def test_focal_spares_what_is_sure(batch):
     assert focal < 0.01 * plain
 
 
+def test_focal_of_a_small_exponent_has_a_slope_where_all_is_sure(batch):
+    _, masks = batch
+    sure = (F.one_hot(masks, 19).permute(0, 3, 1, 2).float() * 90).requires_grad_()
+    segmentation_loss(sure, masks, focal=0.5).backward()
+    assert sure.grad.isfinite().all()
+
+
 def test_shares_of_a_batch_average_to_the_whole(batch):
     logits, masks = batch
     settings = {"class_weights": torch.rand(19), "smoothing": 0.1}

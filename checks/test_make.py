@@ -94,6 +94,12 @@ def test_environment_does_not_leak_into_settings():
     assert "--name" not in make("-n", "train", "VENV=", NAME="laptop", DEVICE="sda").stdout
 
 
+def test_clean_removes_only_an_environment_that_make_made(tmp_path):
+    assert f"rm -rf {tmp_path}" not in make("-n", "clean", f"VENV={tmp_path}").stdout
+    (tmp_path / ".ready").touch()
+    assert f"rm -rf {tmp_path}" in make("-n", "clean", f"VENV={tmp_path}").stdout
+
+
 def test_every_training_variable_is_a_flag():
     names = re.search(r"^TRAIN_VARS :=((?:.*\\\n)*.*)", MAKEFILE, re.M)[1].replace("\\", "").split()
     flags = {option for action in options.build_parser()._actions for option in action.option_strings}

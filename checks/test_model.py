@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from checks import plain_microunet, plain_segformer
-from model import MicroSegFormer, MicroUNet
+from errors import UserError
+from model import MicroSegFormer, MicroUNet, build
 from parameters import PARAM_LIMIT, count_parameters
 
 
@@ -49,6 +50,12 @@ def test_single_precision_agrees_with_the_literal_evaluation(kind, plain):
     model, image = kind().eval(), torch.rand(1, 3, 96, 128)
     with torch.no_grad():
         assert (model(image) - plain.plain_forward(model, image)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("arguments", [{"decoder": [32, 48, 64]}, {"lmsa": [9]}, {"lmsa": [-1]}, {"lmsa": 1}])
+def test_a_decoder_that_does_not_fit_is_refused(arguments):
+    with pytest.raises(UserError, match="cannot be made"):
+        build("microunet", **arguments)
 
 
 def test_dropout_acts_in_training_only():

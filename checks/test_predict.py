@@ -113,6 +113,15 @@ def test_every_mode_is_read_as_rgb(tmp_path, mode):
     assert abs(pixels[..., 0].astype(int) - grey).max() <= tolerance and pixels[:, -1].min() > 200
 
 
+@pytest.mark.parametrize(
+    ("values", "brightest"),
+    [(np.uint16([0, 1]), 1), (np.uint16([0, 300]), 1), (np.float32([0, 1]), 255), (np.float32([0, 300]), 255)],
+)
+def test_the_range_of_deep_greys_is_told_by_their_largest(tmp_path, values, brightest):
+    Image.fromarray(values[None]).save(tmp_path / "a.tif")
+    assert read_image(tmp_path / "a.tif")[0, :, 0].tolist() == [0, brightest]
+
+
 def test_exif_orientation_is_followed(tmp_path):
     image = Image.new("RGB", (20, 10), "white")
     exif = Image.Exif()
@@ -147,9 +156,11 @@ def test_a_bad_image_is_named_and_the_others_are_done(weights, tmp_path):
     (tmp_path / "in").mkdir()
     Image.new("RGB", (40, 40)).save(tmp_path / "in" / "good.png")
     (tmp_path / "in" / "bad.jpg").write_bytes(b"no image")
+    (tmp_path / "in" / "phone.heic").write_bytes(b"no image to Pillow")
     asked = ("--input", tmp_path / "in", "--output", tmp_path / "out", "--whole")
     done = run("predict.py", *asked, "--weights", weights / "a.pt")
-    assert done.returncode == 2 and "bad.jpg" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and "bad.jpg" in done.stderr and done.stderr.count("\n") == 2
+    assert "save it as JPEG" in done.stderr.splitlines()[1]
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["good.png"]
 
 

@@ -1,6 +1,7 @@
 """From a run to the release: offsets folded into the classifier, half precision, records beside the weights."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -9,9 +10,9 @@ import torch
 import checkpoint
 import decode
 import release
-from data import Pairs
+from data import Pairs, split
 from errors import UserError
-from evaluate import evaluate
+from evaluate import evaluate, unseen
 from metrics import confusion, official_score
 from model import build
 from views import label_map, log_probabilities
@@ -75,8 +76,10 @@ def test_the_release_holds_the_run_in_half_precision(tmp_path, monkeypatch, caps
     for name in ("args.json", "metrics.jsonl"):
         (run / name).write_text(json.dumps({"args": {}}))
     monkeypatch.setattr("sys.argv", ["release.py", "--name", "a", "--runs", str(tmp_path / "runs")])
-    release.main()
     made = tmp_path / "release"
+    made.mkdir()
+    (made / "best.json").write_text("of the former release")
+    release.main()
     assert {path.name for path in made.iterdir()} == {"best.pt", "args.json", "metrics.jsonl", "LICENCE.txt"}
     assert (made / "best.pt").stat().st_size < 4e6
     halved, _ = checkpoint.load_model(made / "best.pt")
@@ -85,6 +88,30 @@ def test_the_release_holds_the_run_in_half_precision(tmp_path, monkeypatch, caps
     monkeypatch.setattr("sys.argv", ["release.py", "--name", str(made)])
     with pytest.raises(UserError, match="is the release already"):
         release.main()
+
+
+@pytest.mark.parametrize(
+    ("flags", "validated", "seed", "told"),
+    [
+        ({}, True, 7, ""),
+        ({"split_seed": 42}, True, 42, "has seen these"),
+        ({"val_split": 0.2}, True, None, "has seen these"),
+        ({}, False, 7, "without validation"),
+    ],
+)
+def test_a_run_is_scored_on_the_pairs_it_held_out(tmp_path, capsys, flags, validated, seed, told):
+    (tmp_path / "args.json").write_text(json.dumps({"args": {"val_split": 0.1, "split_seed": 7}}))
+    args = types.SimpleNamespace(**({"val_split": None, "split_seed": None} | flags))
+    held = unseen(tmp_path / "best.pt", {"validated": validated}, args, 100)
+    assert seed is None and len(held) == 20 or held.tolist() == split(100, 0.1, seed)[1].tolist()
+    said = capsys.readouterr().err
+    assert told in said and bool(said) == bool(told)
+
+
+def test_weights_without_a_record_are_scored_on_the_reference_s_split(tmp_path):
+    args = types.SimpleNamespace(val_split=None, split_seed=None)
+    held = unseen(tmp_path / "a.pt", {"validated": True}, args, 100)
+    assert held.tolist() == split(100)[1].tolist()
 
 
 @pytest.mark.parametrize("scale", [0.5, 2])  # logits coarser and finer than the masks
