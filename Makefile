@@ -67,15 +67,15 @@ GIVEN := $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $(v))
 GIVEN := $(filter-out PYTHON VENV MAKEFLAGS MAKEOVERRIDES -*-command-variables-*-,$(GIVEN))
 UNKNOWN := $(firstword $(filter-out $(VARS),$(GIVEN)))
 UNUSED := $(firstword $(filter-out $(foreach g,$(GOALS),$(TAKES_$(g))),$(GIVEN)))
-# Of a target that there is not make itself tells.
-NO_SUCH := $(filter-out $(TARGETS),$(GOALS))
+NO_SUCH := $(firstword $(filter-out $(TARGETS) $(VENV)/.ready,$(GOALS)))
 $(if $(UNKNOWN),$(error unknown variable $(UNKNOWN); `make help` lists them))
-$(if $(NO_SUCH),,$(if $(UNUSED),$(error $(UNUSED) does nothing in `make $(GOALS)`, which takes: $(or \
-	$(strip $(foreach g,$(GOALS),$(TAKES_$(g)))),no settings))))
+$(if $(NO_SUCH),$(error no target $(NO_SUCH); settings are NAME=value, without spaces; `make help` lists both))
+$(if $(UNUSED),$(error $(UNUSED) does nothing in `make $(GOALS)`, which takes: $(or \
+	$(strip $(foreach g,$(GOALS),$(TAKES_$(g)))),no settings)))
 
 # A setting is what is typed: an exported NAME or DEVICE of the shell is somebody else's.
 $(foreach v,$(VARS),$(if $(filter environment,$(origin $(v))),$(eval $(v) :=)))
-$(if $(and $(NAME),$(WEIGHTS),$(filter predict evaluate,$(GOALS))),$(error NAME and WEIGHTS both name weights: give one))
+$(if $(and $(NAME),$(WEIGHTS),$(filter predict evaluate submit,$(GOALS))),$(error NAME and WEIGHTS both name weights: give one))
 MISSING := $(if $(ARGS),,$(foreach g,$(GOALS),$(foreach v,$(NEEDS_$(g)),$(if $(value $(v)),,$(v)=))))
 $(if $(strip $(MISSING)),$(error `make $(GOALS)` needs $(strip $(MISSING)); `make help` lists the settings))
 

@@ -114,7 +114,7 @@ def report(faults, pixels, files, data, every=False):
         lines += ["", *(f"{check}: {name}" for check, names in faults.items() for name in names)]
     lines += ["", f"{data}: {files} files, {len(pixels)} masks counted, {wrong(faults)} faults"]
     if faults[REVERSED]:
-        lines[-1] += f"; {len(faults[REVERSED])} reversed masks, which training repairs in memory, are none"
+        lines[-1] += f"; masks with sides reversed, here {len(faults[REVERSED])}, are no faults: training repairs them"
     return "\n".join(lines)
 
 

@@ -108,6 +108,9 @@ def resolve(data=None):
 
 def find_pairs(data):
     """Image and mask paths [(image, mask), ...] of DATA/train, sorted by name; UserError where one lacks its other."""
+    for kind in ("images", "masks"):
+        if not Path(data, "train", kind).is_dir():
+            raise UserError(f"no folder {data}/train/{kind}; `make data RAW=/path/to/download DATA={data}` makes one")
     images = image_files(Path(data, "train", "images"))
     masks = {p.stem: p for p in image_files(Path(data, "train", "masks"))}
     lonely = [p.name for p in images if p.stem not in masks] + sorted(masks.keys() - {p.stem for p in images})

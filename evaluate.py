@@ -20,7 +20,7 @@ from errors import ArgumentParser, UserError, run_main, tell
 from labels import NUM_CLASSES
 from losses import segmentation_loss
 from metrics import confusion, table
-from rundir import find_weights, read_json
+from rundir import find_weights, training_args
 from views import area, check_size, label_map, log_probabilities, parse_views
 
 
@@ -62,8 +62,7 @@ def unseen(path, content, args, count):
 
     A warning where the training may have seen them; UserError where there are none.
     """
-    record = path.with_name("args.json")
-    trained = read_json(record).get("args", {}) if record.is_file() else {}
+    trained = training_args(path)
     own = trained.get("val_split") or 0.1, trained.get("split_seed", 42)
     flags = args.val_split, args.split_seed
     share, seed = (default if flag is None else flag for flag, default in zip(flags, own, strict=True))
@@ -80,7 +79,7 @@ def unseen(path, content, args, count):
 def add_arguments(parser):
     """The flags that name a network and the pairs held out of its training."""
     parser.add_argument("--weights", help="checkpoint, or run's name or folder; default the release, else the best run")
-    parser.add_argument("--data", help="folder with train/images and train/masks; default ./data, else drawn faces")
+    parser.add_argument("--data", help="folder with train/; default its training's, ./data, drawn faces")
     parser.add_argument("--cache", default="build/cache", help="folder of the decoded copies")
     parser.add_argument("--val-split", type=float, help="share held out; without it the training's, else 0.1")
     parser.add_argument("--split-seed", type=int, help="seed of the split; without it the training's, else 42")
@@ -97,7 +96,7 @@ def main():
     check_size(args.size or 32)
     path = find_weights(args.weights)
     model, info = checkpoint.load_model(path, device)
-    pairs = load_pairs(resolve(args.data), args.cache)
+    pairs = load_pairs(resolve(args.data or training_args(path).get("data")), args.cache)
     held = unseen(path, info, args, len(pairs.names))
     print(f"{path} on {len(held)} held-out images, views {args.views or 'none'}", file=sys.stderr)
     print(table(evaluate(model, pairs, held, args.size or info["size"], device, views=views)[0]))

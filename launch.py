@@ -30,6 +30,8 @@ def default_processes(args):
 def check_processes(count, name):
     """UserError where so many processes, more than one, cannot each have a device of this name."""
     kind, gpus = chosen(name), torch.cuda.device_count()
+    if kind == "cpu" and count > max(2, os.cpu_count()):
+        raise UserError(f"{count} processes are more than this machine's {os.cpu_count()} cores: give a smaller NPROC")
     if kind != "cpu" and not (kind == "cuda" and count <= gpus):
         raise UserError(
             f"{count} processes need a GPU each, and --device {kind} with {gpus} of CUDA's does not give that: "

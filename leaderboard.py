@@ -34,7 +34,7 @@ def summary(folder):
         "minutes": lines[-1]["minutes"], "drawn": faces_drawn(record),
         "recipe": f"{args['recipe'] or ''} on drawn faces".strip() if faces_drawn(record) else args["recipe"],
         "labels": best["labels"],
-        "sizes": args["sizes"], "line": make_line(args),
+        "sizes": args["sizes"], "line": make_line(args), "changed": changed_settings(args),
     }  # fmt: skip
 
 
@@ -50,14 +50,23 @@ def settings_of(recipe=None):
     return vars(parse(["--recipe", recipe] if recipe else [])[0])
 
 
+def recipe_of(args):
+    """The recipe of a run's arguments, None where it has none or one that is gone."""
+    return args["recipe"] if is_recipe(args["recipe"]) else None
+
+
+def changed_settings(args):
+    """{argument: value} of a run that its recipe, as it is now, does not give; without a recipe the defaults."""
+    defaults = settings_of()
+    own = {key: args.get(key, defaults[key]) for key in defaults}  # a run older than a flag ran with its default
+    usual = settings_of(recipe_of(args))
+    return {k: v for k, v in own.items() if v != usual[k] and v is not None and k not in PLACES}
+
+
 def make_line(args):
     """The make line that repeats a run of these arguments: its recipe, and what differs from it as it is now."""
-    recipe = args["recipe"] if is_recipe(args["recipe"]) else None
-    defaults, flags = settings_of(), []
-    for key, value in settings_of(recipe).items():
-        own = args.get(key, defaults[key])  # a run older than a flag ran with the flag's default
-        if own == value or own is None or key in PLACES:
-            continue
+    recipe, flags = recipe_of(args), []
+    for key, own in changed_settings(args).items():
         flag = "--" + {"start_from": "from"}.get(key, key).replace("_", "-")
         flags += [flag if own else flag.replace("--", "--no-", 1)] if isinstance(own, bool) else [flag, str(own)]
     quoted = shlex.join(flags).replace('"', '\\"')
@@ -128,7 +137,8 @@ def recipe_table(recipes, rows):
     """The table of `make recipes` as text: the reference's figure and our best batch-of-32 and official scores."""
     lines = [f"{'recipe':<34}{'reference':>10}{'batch32':>9}{'official':>9}  what it is"]
     for name, recipe in recipes.items():
-        own = [row for row in rows if row["recipe"] == name]
+        # Of the recipe as it is now; only a run that another must come before starts from its weights.
+        own = [row for row in rows if row["recipe"] == name and set(row["changed"]) <= {"seed", "start_from"}]
         reference = f"{recipe['reference']:.4f}" if "reference" in recipe else "-"
         ours = [f"{own[0][key]:.4f}" if own else "-" for key in ("batch32", "official")]
         lines.append(f"{name:<34}{reference:>10}{ours[0]:>9}{ours[1]:>9}  {recipe.get('about', '')}")

@@ -24,7 +24,8 @@ from data import resolve
 from errors import ArgumentParser, UserError, run_main
 from images import image_files
 from parameters import PARAM_LIMIT, count_parameters
-from rundir import find_run, find_weights
+from rundir import find_run, find_weights, training_args
+from synth import MARKER
 from views import parse_views
 
 HERE = Path(__file__).parent
@@ -184,7 +185,8 @@ def make_submission(weights, images, phase, target, views=None, run=5):
         with atomic(target) as temporary:
             shutil.copyfile(made, temporary)
     size = target.stat().st_size / 1e6
-    print(f"{target}: {len(files)} masks, {parameters:,} parameters, views {views or 'none'}, {size:.1f} MB")
+    of = " of drawn faces" if (images.parent.parent / MARKER).is_file() else ""
+    print(f"{target}: {len(files)} masks{of}, {parameters:,} parameters, views {views or 'none'}, {size:.1f} MB")
     return 0
 
 
@@ -192,7 +194,7 @@ def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--name", help="run to hand in; default the release, else the best run")
     parser.add_argument("--weights", help="checkpoint, instead of the run's best.pt")
-    parser.add_argument("--data", help="folder with test/images and dev/images; default ./data, else drawn faces")
+    parser.add_argument("--data", help="folder with test/ and dev/; default its training's, ./data, drawn faces")
     parser.add_argument("--phase", choices=("test", "dev"), default="test", help="dev: masks alone")
     parser.add_argument("--zip", help="zip to write; default submission-PHASE.zip in the run's folder, else in build")
     parser.add_argument("--views", help="views to average, as flip,scales; default those the checkpoint names")
@@ -202,7 +204,7 @@ def main():
     folder = find_run(args.name) if args.name else weights.parent
     folder = folder if (folder / "args.json").is_file() else Path("build")
     target = Path(args.zip) if args.zip else folder / f"submission-{args.phase}.zip"
-    images = resolve(args.data) / args.phase / "images"
+    images = resolve(args.data or training_args(weights).get("data")) / args.phase / "images"
     return make_submission(weights, images, args.phase, target, args.views, args.run)
 
 

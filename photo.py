@@ -112,8 +112,10 @@ def parse_photo(models, pixels, size, views, device, whole=False, box=None):
     height, width = pixels.shape[:2]
     everything = (0, 0, width, height)
     if box:
-        if not overlap(box, everything) or max(box[2:]) > 2 * max(height, width):
-            raise UserError(f"the box {box} lies beside the picture of {width} x {height} pixels or is far larger")
+        if not overlap(box, everything):
+            raise UserError(f"the box {box} lies beside the picture of {width} x {height} pixels")
+        if max(box[2:]) > 2 * max(height, width):
+            raise UserError(f"the box {box} is far larger than the picture of {width} x {height} pixels")
         labels = decide(parse_window(models, pixels, box, size, views, device), box[3], box[2])
         return Parsed(*paste(height, width, [(labels, box)]), [(None, box)])
     log_p = parse_window(models, pixels, everything, size, views, device)

@@ -81,7 +81,7 @@ def write_results(args, path, pixels, parsed):
         with atomic(f"{name}-cutout.png") as temporary:
             Image.fromarray(cut_out(pixels, parsed.mask, args.cutout)).save(temporary, format="PNG")
     if args.json:
-        write_text(f"{name}.json", json.dumps({"image": path.name, **describe(parsed)}) + "\n")
+        write_text(f"{name}.json", json.dumps({"image": path.name, **describe(parsed)}, ensure_ascii=False) + "\n")
 
 
 def predict_all(models, size, args, device):
@@ -97,7 +97,7 @@ def predict_all(models, size, args, device):
         if name in made:
             raise UserError(f"{path} and {made[name]} would both become {name}; rename one")
         if os.path.realpath(path) == os.path.realpath(args.output / name):
-            raise UserError(f"the mask of {path} would replace it; choose another --output")
+            raise UserError(f"the mask of {path} would replace it; choose another OUT (--output)")
         made[name] = path
     views = parse_views(args.views)
     try:
@@ -112,7 +112,7 @@ def predict_all(models, size, args, device):
         except UserError as error:
             failed += 1
             show_line("", sys.stderr)
-            tell(error)
+            tell(error if str(path) in str(error) else f"{path}: {error}")
             continue
         write_results(args, path, pixels, parsed)
         if parsed.missed:

@@ -214,7 +214,7 @@ def main():
     parser.add_argument("--overwrite", action="store_true", help="replace a draft that has been edited")
     args = parser.parse_args()
     if not args.name and (args.author or args.matric or args.overwrite):
-        raise UserError("--author, --matric and --overwrite are of a run's report: name the run with --name")
+        raise UserError("AUTHOR, MATRIC and OVERWRITE are of one run's report: name it with NAME= (--name)")
     folder = find_run(args.name, args.runs) if args.name else None
     draw_best(args.runs)
     print(f"{write_page(args.runs)}: open it in a browser; it may hold pictures of the dataset, so do not publish it")

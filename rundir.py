@@ -196,9 +196,15 @@ def beyond_records(folder):
     return weights.is_file() and best_score(Path(folder)) > 0 and not checkpoint.validated(checkpoint.load(weights))
 
 
+def training_args(weights):
+    """Arguments of the training that left a checkpoint, from the args.json beside it; {} where there is none."""
+    record = Path(weights).with_name("args.json")
+    return read_json(record).get("args", {}) if record.is_file() else {}
+
+
 def make_name(folder):
     """A run as make's NAME= takes it, quoted: make knows runs/ alone, so a run elsewhere goes by its path."""
-    return shlex.quote(folder.name if folder.parent == Path("runs") else str(folder))
+    return shlex.quote(folder.name if folder.resolve().parent == Path("runs").resolve() else str(folder))
 
 
 def find_weights(text=None, runs="runs"):

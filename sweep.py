@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from errors import ArgumentParser, UserError, run_main
+from leaderboard import leaderboard, standing, summary
 from options import parse
 
 HERE = Path(__file__).parent
@@ -45,10 +46,12 @@ def main():
     runs = list(expand(argv))
     for _, flags in runs:
         parse(flags)  # every run's flags are checked before the first one starts
+    folders = []
     for suffix, flags in runs:
         args, _ = parse(flags)
         name = f"{args.name or args.recipe or 'sweep'}-{suffix}"
         folder = Path(args.runs, name)
+        folders.append(folder)
         if (folder / "args.json").is_file() and not args.overwrite:
             flags = [*flags, "--resume", name]  # with its flags, so that other settings are refused
         else:
@@ -63,6 +66,7 @@ def main():
             raise
         if status:
             return status
+    print("\n" + leaderboard(sorted(filter(None, map(summary, folders)), key=standing)))
     return 0
 
 

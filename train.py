@@ -30,7 +30,7 @@ from optimisation import update_average
 from options import model_arguments, parse
 from parameters import PARAM_LIMIT, count_parameters
 from report import redraw, write_page
-from rundir import append_metrics, close_run, in_force, plain, write_best
+from rundir import append_metrics, close_run, in_force, make_name, plain, write_best
 from schedule import learning_rate, size_at
 from state import save_last, set_up
 from terminal import show_line
@@ -258,6 +258,13 @@ def run_of(args):
             f"{t.steps} steps, {t.device} x {t.processes}",
             flush=True,
         )
+    if t.args.resume and (t.progress["epoch"] == t.epochs or finished(t)):
+        if t.rank == 0:
+            close_run()
+            show_run(t)
+            name = make_name(t.folder)
+            print(f"finished: nothing is left to resume; `make train FROM={name}` starts a new run from its weights")
+        return 0
     number = train(t)
     if t.rank == 0:
         close_run()

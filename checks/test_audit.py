@@ -130,7 +130,8 @@ def test_reversed_mask_and_its_remark(data):
     done = run("--data", data)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (
         0,
-        f"{data}: 5 files, 2 masks counted, 0 faults; 1 reversed masks, which training repairs in memory, are none",
+        f"{data}: 5 files, 2 masks counted, 0 faults; "
+        "masks with sides reversed, here 1, are no faults: training repairs them",
     )
 
 

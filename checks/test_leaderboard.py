@@ -53,10 +53,11 @@ def test_a_torn_last_line_is_passed_over(tmp_path):
 
 
 def test_recipes_show_our_best_run_beside_the_reference(tmp_path):
-    write_run(tmp_path, "a", [0.7], recipe="x")
-    write_run(tmp_path, "b", [0.75], recipe="x")
-    table = recipe_table({"x": {"reference": 0.6, "about": "one"}, "y": {}}, summaries(tmp_path))
-    assert table.splitlines()[1].split() == ["x", "0.6000", "0.6500", "0.7500", "one"]
+    args = {key: value for key, value in vars(parse(["--recipe", "cpu"])[0]).items() if key not in ("name", "runs")}
+    for name, score, changes in (("a", 0.7, {}), ("b", 0.75, {"seed": 7}), ("changed", 0.9, {"lr": 0.5})):
+        write_run(tmp_path, name, [score], **args | changes)
+    table = recipe_table({"cpu": {"reference": 0.6, "about": "one"}, "y": {}}, summaries(tmp_path))
+    assert table.splitlines()[1].split() == ["cpu", "0.6000", "0.6500", "0.7500", "one"]
     assert table.splitlines()[2].split() == ["y", "-", "-", "-"]
 
 
