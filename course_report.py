@@ -160,7 +160,8 @@ def training(run, args):
         whole = " The weights handed in come from the same training on all pairs, which leaves none to measure them on."
     begun = f" The weights start from those of {text(args.start_from)}." if args.start_from else ""
     return f"""<p>{sizes_text(run.phases)}, in batches of {args.batch}; {optimiser}; learning rate {args.lr:g} after
-{args.warmup:g} epochs of linear warm-up, then {kinds[args.schedule]}; {", ".join(extras)}.{begun}
+{args.warmup:g} epoch{"s" * (args.warmup != 1)} of linear warm-up, then {kinds[args.schedule]};
+{", ".join(extras)}.{begun}
 {run.lines[-1]["epoch"]} epochs took {run.lines[-1]["minutes"]:.0f} minutes on {text(where)}. Epoch {run.row["epoch"]},
 the best on the validation images, is kept.{whole}</p>"""
 

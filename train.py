@@ -255,7 +255,7 @@ def run_of(args):
         print(
             f"{t.folder}: {t.args.model} {count:,} parameters{'' if count < PARAM_LIMIT else ' (TOO MANY to submit)'}, "
             f"{len(t.batches.indices)} training and {len(t.val_indices)} validation pairs, {t.epochs} epochs of "
-            f"{t.steps} steps, {t.device} x {t.processes}",
+            f"{t.steps} steps of {t.batch} images, {t.device} x {t.processes}",
             flush=True,
         )
     if t.args.resume and (t.progress["epoch"] == t.epochs or finished(t)):
