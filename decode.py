@@ -17,7 +17,7 @@ import torch
 import checkpoint
 from data import load_pairs, resolve
 from device import local_device
-from errors import ArgumentParser, UserError, run_main
+from errors import ArgumentParser, UserError, run_main, tell
 from evaluate import add_arguments, unseen
 from labels import NAMES, NUM_CLASSES
 from metrics import official_score
@@ -99,9 +99,11 @@ def main():
     path, device = find_weights(args.weights), local_device(args.device)
     model, info = checkpoint.load_model(path, device)
     pairs = load_pairs(resolve(args.data or training_args(path).get("data")), args.cache)
-    held = unseen(path, info, args, len(pairs.names))
+    held, remark = unseen(path, info, args, len(pairs.names))
     if not 2 <= args.folds <= len(held):
         raise UserError(f"--folds {args.folds}: from 2 to the {len(held)} held-out pairs")
+    if remark:
+        tell(remark, "warning")
     log_p, labels = held_out(model, pairs, held, info["size"], device)
     gain, gains = cross_validated(log_p, labels, args.folds)
     print(f"cross-validated gain {gain:+.4f} ({', '.join(f'{g:+.4f}' for g in gains)}) on {len(held)} pairs")

@@ -60,7 +60,7 @@ def evaluate(
 def unseen(path, content, args, count):
     """Indices of the pairs, of `count`, that the training of a checkpoint held out, as its args.json or flags say.
 
-    A warning where the training may have seen them; UserError where there are none.
+    And a remark where the training may have seen them, else "". UserError where there are none.
     """
     trained = training_args(path)
     own = trained.get("val_split") or 0.1, trained.get("split_seed", 42)
@@ -70,10 +70,10 @@ def unseen(path, content, args, count):
     if not len(held):
         raise UserError(f"--val-split {share} leaves nothing to evaluate")
     if not checkpoint.validated(content):
-        tell(f"{path} was trained without validation: it may have seen these pairs", "warning")
-    elif (share, seed) != own:
-        tell(f"{path} held out other pairs (--val-split {own[0]} --split-seed {own[1]}): it has seen these", "warning")
-    return held
+        return held, f"{path} was trained without validation: it may have seen these pairs"
+    if (share, seed) != own:
+        return held, f"{path} held out other pairs (--val-split {own[0]} --split-seed {own[1]}): it has seen these"
+    return held, ""
 
 
 def add_arguments(parser):
@@ -97,7 +97,9 @@ def main():
     path = find_weights(args.weights)
     model, info = checkpoint.load_model(path, device)
     pairs = load_pairs(resolve(args.data or training_args(path).get("data")), args.cache)
-    held = unseen(path, info, args, len(pairs.names))
+    held, remark = unseen(path, info, args, len(pairs.names))
+    if remark:
+        tell(remark, "warning")
     print(f"{path} on {len(held)} held-out images, views {args.views or 'none'}", file=sys.stderr)
     print(table(evaluate(model, pairs, held, args.size or info["size"], device, views=views)[0]))
 
