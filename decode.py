@@ -22,7 +22,7 @@ from evaluate import add_arguments, unseen
 from labels import NAMES, NUM_CLASSES
 from metrics import official_score
 from model import upsample
-from rundir import find_weights, training_args
+from rundir import data_of, find_weights
 from views import log_probabilities
 
 STEPS = (-0.4, 0.4, -0.2, 0.2, -0.1, 0.1)
@@ -98,7 +98,7 @@ def main():
     args = parser.parse_args()
     path, device = find_weights(args.weights), local_device(args.device)
     model, info = checkpoint.load_model(path, device)
-    pairs = load_pairs(resolve(args.data or training_args(path).get("data")), args.cache)
+    pairs = load_pairs(resolve(data_of(path, args.data)), args.cache)
     held, remark = unseen(path, info, args, len(pairs.names))
     if not 2 <= args.folds <= len(held):
         raise UserError(f"--folds {args.folds}: from 2 to the {len(held)} held-out pairs")

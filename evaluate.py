@@ -20,7 +20,7 @@ from errors import ArgumentParser, UserError, run_main, tell
 from labels import NUM_CLASSES
 from losses import segmentation_loss
 from metrics import confusion, table
-from rundir import find_weights, training_args
+from rundir import data_of, find_weights, training_args
 from views import area, check_size, label_map, log_probabilities, parse_views
 
 
@@ -96,7 +96,7 @@ def main():
     check_size(args.size or 32)
     path = find_weights(args.weights)
     model, info = checkpoint.load_model(path, device)
-    pairs = load_pairs(resolve(args.data or training_args(path).get("data")), args.cache)
+    pairs = load_pairs(resolve(data_of(path, args.data)), args.cache)
     held, remark = unseen(path, info, args, len(pairs.names))
     if remark:
         tell(remark, "warning")

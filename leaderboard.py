@@ -26,13 +26,13 @@ def summary(folder):
     scored = [line for line in lines if "official" in line]
     if not scored:
         return None
-    best = max(scored, key=lambda line: line["official"])
+    best, drawn = max(scored, key=lambda line: line["official"]), faces_drawn(record)
     return {
         "name": folder.name, "official": best["official"], "batch32": best["batch32"], "epoch": best["epoch"],
         "epochs": lines[-1]["epoch"], "parameters": record.get("parameters"), "lr": args["lr"], "dice": args["dice"],
         "lmsa": args["lmsa"] if args["model"] == "microsegformer" else None, "model": args["model"],
-        "minutes": lines[-1]["minutes"], "drawn": faces_drawn(record),
-        "recipe": f"{args['recipe'] or ''} on drawn faces".strip() if faces_drawn(record) else args["recipe"],
+        "minutes": lines[-1]["minutes"], "drawn": drawn,
+        "recipe": f"{args['recipe'] or ''} on drawn faces".strip() if drawn else args["recipe"],
         "labels": best["labels"],
         "sizes": args["sizes"], "line": make_line(args), "changed": changed_settings(args),
     }  # fmt: skip

@@ -24,7 +24,7 @@ from data import resolve
 from errors import ArgumentParser, UserError, run_main
 from images import image_files
 from parameters import PARAM_LIMIT, count_parameters
-from rundir import find_run, find_weights, training_args
+from rundir import data_of, find_run, find_weights
 from synth import MARKER
 from views import parse_views
 
@@ -204,7 +204,7 @@ def main():
     folder = find_run(args.name) if args.name else weights.parent
     folder = folder if (folder / "args.json").is_file() else Path("build")
     target = Path(args.zip) if args.zip else folder / f"submission-{args.phase}.zip"
-    images = resolve(args.data or training_args(weights).get("data")) / args.phase / "images"
+    images = resolve(data_of(weights, args.data)) / args.phase / "images"
     return make_submission(weights, images, args.phase, target, args.views, args.run)
 
 

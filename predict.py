@@ -69,6 +69,15 @@ def mask_of(models, path, size, views, device):
     return pixels, label_map(log_p, *pixels.shape[:2])[0].cpu().numpy()
 
 
+def parse_file(models, path, size, views, device, args):
+    """Pixels (H, W, 3) of an image file and their Parsed labels; UserError that names the file."""
+    pixels = read_image(path)
+    try:
+        return pixels, parse_photo(models, pixels, size, views, device, args.whole, args.box)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
 def write_results(args, path, pixels, parsed):
     """The mask of the image file `path` in the folder args.output, and what else is asked for beside it."""
     name = args.output / path.stem
@@ -107,12 +116,11 @@ def predict_all(models, size, args, device):
     failed, begun = 0, time.monotonic()
     for done, path in enumerate(files, 1):
         try:
-            pixels = read_image(path)
-            parsed = parse_photo(models, pixels, size, views, device, args.whole, args.box)
+            pixels, parsed = parse_file(models, path, size, views, device, args)
         except UserError as error:
             failed += 1
             show_line("", sys.stderr)
-            tell(error if str(path) in str(error) else f"{path}: {error}")
+            tell(error)
             continue
         write_results(args, path, pixels, parsed)
         if parsed.missed:

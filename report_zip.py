@@ -25,7 +25,7 @@ from data import resolve
 from errors import ArgumentParser, UserError, matriculation, run_main
 from package import make_submission, write_zip
 from parameters import PARAM_LIMIT, count_parameters
-from rundir import beyond_records, find_weights, make_name, read_json, read_metrics, training_args
+from rundir import beyond_records, data_of, find_weights, make_name, read_json, read_metrics
 
 HERE = Path(__file__).parent
 MAX_PAGES = 5
@@ -241,7 +241,7 @@ def main():
     for name in ("args.json", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}: choose a trained run with --name")
-    images = resolve(args.data or training_args(weights).get("data")) / "test" / "images"
+    images = resolve(data_of(weights, args.data)) / "test" / "images"
     submission = args.submission or folder / "submission-test.zip"
     if not args.submission and not submission.is_file() and make_submission(weights, images, "test", submission):
         return 1

@@ -202,9 +202,14 @@ def training_args(weights):
     return read_json(record).get("args", {}) if record.is_file() else {}
 
 
+def data_of(weights, folder=None):
+    """The data folder for `data.resolve`: `folder` where given, else what the training of the checkpoint was given."""
+    return folder or training_args(weights).get("data")
+
+
 def make_name(folder):
     """A run as make's NAME= takes it, quoted: make knows runs/ alone, so a run elsewhere goes by its path."""
-    return shlex.quote(folder.name if folder.resolve().parent == Path("runs").resolve() else str(folder))
+    return shlex.quote(folder.name if folder.parent.resolve() == Path("runs").resolve() else str(folder))
 
 
 def find_weights(text=None, runs="runs"):
