@@ -1,8 +1,7 @@
 """Augmentation of a batch on the training device: one affine resampling, colour, blur, noise, MixUp, CutMix.
 
-Numbers are drawn on the CPU for the whole global batch from (seed, epoch, step), so a run does not depend on a
-restart, on how many processes share the batch or, but for its noise, on the device; the tensor work runs where the
-batch lies.
+Random numbers are drawn on the CPU for the whole global batch from (seed, epoch, step), so that a run does not depend
+on restarts, on the number of processes or (apart from noise) on the device. The tensor work runs on the batch's device.
 
 python train.py --augment advanced
 python train.py --augment basic --rotate 25 --cutmix 0.3
@@ -14,13 +13,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from labels import FLIP, NUM_CLASSES
-from views import resize
+from images import resize, soft_labels
+from labels import FLIP
 
 
 @dataclass(frozen=True)
 class Strength:
-    """How strongly each kind of change is drawn; 0 turns it off."""
+    """How strong each change is; 0 disables it."""
 
     flip: float = 0.0  # probability
     rotate: float = 0.0  # degrees, uniform in +-
@@ -35,29 +34,23 @@ class Strength:
     cutmix: float = 0.0  # probability (arXiv 1905.04899)
     mixup_alpha: float = 0.2  # both parameters of MixUp's Beta distribution
     cutmix_alpha: float = 1.0
-    exchange_sides: bool = True  # a mirrored image exchanges left and right labels; False only to show the cost
 
 
-_BASIC = {
-    "flip": 0.5, "rotate": 15, "scale": 0.1, "shift": 0.05, "brightness": 0.2, "contrast": 0.2, "saturation": 0.1,
-}  # fmt: skip
-_STRONG = {
-    "flip": 0.5, "rotate": 15, "scale": 0.2, "shift": 0.1, "brightness": 0.3, "contrast": 0.3, "saturation": 0.3,
-    "blur": 0.1, "noise": 0.1,
-}  # fmt: skip
+_BASIC = dict(flip=0.5, rotate=15, scale=0.1, shift=0.05, brightness=0.2, contrast=0.2, saturation=0.1)
+_STRONG = dict(flip=0.5, rotate=15, scale=0.2, shift=0.1, brightness=0.3, contrast=0.3, saturation=0.3)
 PRESETS = {
     "none": {},
     "basic": _BASIC,
-    "strong": _STRONG,
-    "advanced": {**_BASIC, "blur": 0.1, "noise": 0.1, "mixup": 0.3, "cutmix": 0.3},
+    "strong": _STRONG | dict(blur=0.1, noise=0.1),
+    "advanced": _BASIC | dict(blur=0.1, noise=0.1, mixup=0.3, cutmix=0.3),
 }
 
 
 def draw(count, strength, seed):
-    """Random numbers for a global batch of `count` images: a dict of float32 tensors whose first axis is the image.
+    """Random parameters for a global batch of `count` images: a dict of float32 tensors, first axis the image.
 
-    `seed` is any sequence of integers >= 0, here (seed, epoch, step). `theta` (count, 2, 3) maps output to input
-    coordinates in -1..1, as F.affine_grid wants it; `box` (count, 4) is CutMix's x0, y0, x1, y1 as fractions.
+    `seed`: a sequence of integers >= 0, here (seed, epoch, step). `theta` (count, 2, 3) maps output to input
+    coordinates in -1..1, as F.affine_grid expects; `box` (count, 4) is CutMix's x0, y0, x1, y1 as fractions.
     """
     rng = np.random.default_rng(seed)
 
@@ -80,7 +73,7 @@ def draw(count, strength, seed):
     centre = rng.random((count, 2))
     box = np.concatenate([centre - side[:, None], centre + side[:, None]], 1).clip(0, 1)
 
-    drawn = {
+    params = {
         "flip": flip,
         "theta": theta,
         "brightness": 1 + around(strength.brightness),
@@ -92,20 +85,24 @@ def draw(count, strength, seed):
         "lam": lam,
         "box": box,
     }
-    return {name: torch.from_numpy(np.asarray(value, np.float32)) for name, value in drawn.items()}
+    return {name: torch.from_numpy(np.asarray(value, np.float32)) for name, value in params.items()}
 
 
-def warp(images, masks, drawn, size, exchange_sides=True):
-    """Flip, rotate, scale and shift as one resampling.
+def slice_batch(params, start, stop):
+    """The parameters of the images from `start` to `stop` of the global batch."""
+    return {name: value[start:stop] for name, value in params.items()}
+
+
+def warp(images, masks, params, size, exchange_sides=True):
+    """Flip, rotate, scale and shift in one resampling.
 
     uint8 images (B, 3, S, S), uint8 masks (B, M, M), S and M >= size -> float images (B, 3, size, size), values
-    0..1, and uint8 masks (B, size, size). Images are bilinear from a source of at most twice the size, where an
-    identity is the very area average that prediction uses if the source is the image or exactly twice the size; masks
-    are nearest from their full resolution, left and right exchanged where mirrored. What lies outside is the reflected
-    image.
+    0..1, and uint8 masks (B, size, size). Images are bilinear from a source of at most twice the size; for the
+    identity this equals the area average of prediction if S is size or 2 * size. Masks are nearest from full
+    resolution, left and right exchanged if mirrored. Outside the image it is reflected.
     """
     device, count = images.device, len(images)
-    across, down, shift = drawn["theta"].to(device)[..., None, None].unbind(2)  # (B, 2, 1, 1): x and y
+    across, down, shift = params["theta"].to(device)[..., None, None].unbind(2)  # (B, 2, 1, 1): x and y
     centre = (2 * torch.arange(size, device=device) + 1) / size - 1
     points = across * centre + (down * centre[:, None] + shift)  # (B, 2, size, size)
     # Reflection at the edges -1 and 1: the distance from the nearest of ..., -5, -1, 3, ...
@@ -119,34 +116,34 @@ def warp(images, masks, drawn, size, exchange_sides=True):
     side = masks.shape[-1]
     x, y = place.mul_(side).floor_().clamp_(max=side - 1).unbind(1)
     labels = masks.flatten(1).gather(1, (y * side + x).long().flatten(1)).view(count, size, size)
-    flipped = drawn["flip"].nonzero().flatten().to(device)
+    flipped = params["flip"].nonzero().flatten().to(device)
     if exchange_sides and len(flipped):
         labels[flipped] = torch.tensor(FLIP, dtype=torch.uint8, device=device)[labels[flipped].long()]
     return warped, labels
 
 
-def colour(images, drawn):
-    """Saturation, contrast and brightness, then blur and noise where drawn; float images 0..1 in and out."""
+def colour(images, params):
+    """Change saturation, contrast and brightness, then blur and add noise; float images 0..1 in and out."""
     device, luma = images.device, torch.tensor([0.299, 0.587, 0.114], device=images.device)  # ITU-R BT.601
     saturation, contrast, brightness = (
-        drawn[name].to(device)[:, None, None] for name in ("saturation", "contrast", "brightness")
+        params[name].to(device)[:, None, None] for name in ("saturation", "contrast", "brightness")
     )
-    # All three are one affine map of each pixel's RGB.
-    grey = luma.expand(3, 3)  # of each channel: the pixel's grey
+    # All three together are one affine map of each pixel's RGB.
+    grey = luma.expand(3, 3)  # gives every channel the pixel's grey
     matrix = brightness * contrast * torch.lerp(grey, torch.eye(3, device=device), saturation)  # (B, 3, 3)
     mean = (images.mean((2, 3)) @ luma)[:, None, None]
     images = torch.baddbmm(brightness * (1 - contrast) * mean, matrix, images.flatten(2)).view_as(images)
-    if drawn["blur"].any():
-        images = blur(images, drawn["blur"].to(device))
-    for i in drawn["noise"].nonzero().flatten().tolist():
-        generator = torch.Generator(device).manual_seed(int(drawn["noise_seed"][i]))
+    if params["blur"].any():
+        images = blur(images, params["blur"].to(device))
+    for i in params["noise"].nonzero().flatten().tolist():
+        generator = torch.Generator(device).manual_seed(int(params["noise_seed"][i]))
         noise = torch.randn(images[i].shape, generator=generator, device=device)
-        images[i] += noise * drawn["noise"][i].to(device)
+        images[i] += noise * params["noise"][i].to(device)
     return images.clamp_(0, 1)
 
 
 def blur(images, sigma):
-    """Gaussian blur of images (B, C, H, W) by sigma (B,) pixels each, 0 for none; 7 taps a direction."""
+    """Gaussian blur of images (B, C, H, W) by sigma (B,) pixels each, 0 for none; 7 taps per direction."""
     count, channels, height, width = images.shape
     offsets = torch.arange(-3, 4, device=images.device)
     kernel = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-3)[:, None]) ** 2)
@@ -156,32 +153,16 @@ def blur(images, sigma):
     return F.conv2d(x, kernel[:, :, :, None], groups=count * channels).view_as(images)
 
 
-def soft_labels(masks, stride=1, others=None, lam=None):
-    """uint8 masks (B, H, W) to each label's share of every stride x stride cell: (B, 19, H/stride, W/stride).
+def mix(images, masks, params, stride):
+    """Apply CutMix and MixUp between neighbours (0 with 1, 2 with 3, ...; the batch is shuffled); make the target.
 
-    With `lam` (B,) 0..1, each of `others` (B, H, W) is blended in with 1 - lam.
-    """
-    count, height, width = masks.shape
-    shares = torch.zeros(count, NUM_CLASSES, height // stride, width // stride, device=masks.device)
-    whole = torch.full((count,), 1 / stride**2, device=masks.device)
-    for part, weight in [(masks, whole)] if lam is None else [(masks, whole * lam), (others, whole * (1 - lam))]:
-        weight = weight[:, None, None, None].expand_as(shares[:, :1])
-        for dy in range(stride):
-            for dx in range(stride):
-                shares.scatter_add_(1, part[:, None, dy::stride, dx::stride].long(), weight)
-    return shares
-
-
-def mix(images, masks, drawn, stride):
-    """CutMix and MixUp between neighbours (0 with 1, 2 with 3, ...; the batch comes shuffled), and the target.
-
-    Returns images (B, 3, H, W) and either hard labels (B, H, W) int64, where stride is 1 and nothing was blended, or
-    soft ones (B, 19, H/stride, W/stride) that add up to 1.
+    Returns images (B, 3, H, W), and labels (B, H, W) int64 if stride is 1 and nothing was blended, else soft labels
+    (B, 19, H/stride, W/stride) that add up to 1.
     """
     device, (count, height, width) = images.device, masks.shape
     partner = torch.arange(count, device=device) ^ 1
-    partner[-1] = min(int(partner[-1]), count - 1)  # the last of an odd batch is its own partner
-    box = drawn["box"].to(device)
+    partner[-1] = min(int(partner[-1]), count - 1)  # the last image of an odd batch is its own partner
+    box = params["box"].to(device)
     if bool((box[:, 2] > box[:, 0]).any()):
         x = (torch.arange(width, device=device) + 0.5) / width
         y = (torch.arange(height, device=device) + 0.5) / height
@@ -190,30 +171,20 @@ def mix(images, masks, drawn, stride):
         inside = inside_y[:, :, None] & inside_x[:, None, :]
         images = torch.where(inside[:, None], images[partner], images)
         masks = torch.where(inside, masks[partner], masks)
-    lam = drawn["lam"].to(device)
+    lam = params["lam"].to(device)
     if bool((lam < 1).any()):
         images = torch.lerp(images[partner], images, lam[:, None, None, None])
         return images, soft_labels(masks, stride, masks[partner], lam)
     return images, masks.long() if stride == 1 else soft_labels(masks, stride)
 
 
-def augment(images, masks, drawn, size, stride=1, exchange_sides=True):
-    """A training batch from stored uint8 pairs: float images (B, 3, size, size) 0..1 and targets as `mix` gives."""
-    # One image at a time stays in a processor's cache; a GPU takes them all at once.
+def augment(images, masks, params, size, stride=1, exchange_sides=True):
+    """A training batch from stored uint8 pairs: float images (B, 3, size, size) 0..1 and targets as `mix` returns."""
+    # One image at a time stays in a CPU's cache; a GPU processes them together.
     step = 1 if images.device.type == "cpu" else len(images)
     changed = []
     for start in range(0, len(images), step):
-        part, own = slice(start, start + step), slice_batch(drawn, start, start + step)
+        part, own = slice(start, start + step), slice_batch(params, start, start + step)
         warped, labels = warp(images[part], masks[part], own, size, exchange_sides)
         changed.append((colour(warped, own), labels))
-    return mix(*map(torch.cat, zip(*changed, strict=True)), drawn, stride)
-
-
-def slice_batch(drawn, start, stop):
-    """The share of one process in the numbers drawn for the global batch."""
-    return {name: value[start:stop] for name, value in drawn.items()}
-
-
-def needs_pairs(strength):
-    """Whether images are mixed with their neighbours, so that a share of a batch must be even."""
-    return strength.mixup > 0 or strength.cutmix > 0
+    return mix(*map(torch.cat, zip(*changed, strict=True)), params, stride)

@@ -1,109 +1,172 @@
-"""Checkpoints: written whole or not at all, read without running code.
+"""Checkpoints and run folders: save and load safely, find a run and its weights, choose the device.
 
-`best.pt` holds what inference needs (`state_dict`, `model`, `model_args`, `size`); `last.pt` adds what a resume needs.
+A checkpoint is a dict. `best.pt` contains what inference needs (`state_dict`, `model`, `model_args`, `size`);
+`last.pt` adds the optimiser state that resuming needs.
 """
 
+import ctypes
+import json
+import os
+import shlex
+import sys
 import textwrap
 import zipfile
 from pathlib import Path
 
+from common import UserError, atomic, read_json
+
 import torch
 
-from atomic import atomic
-from errors import UserError
 from model import MODELS, build
 
-NEEDED = {"state_dict": dict, "model": str, "model_args": dict, "size": int}
+REQUIRED = {"state_dict": dict, "model": str, "model_args": dict, "size": int}
+RELEASE = Path(__file__).with_name("runs") / "release"
+
+
+def select_device(name="auto"):
+    """torch.device for `name`: auto (cuda, mps or cpu), cpu, cuda, cuda:1, mps. Under torchrun each process has a GPU.
+
+    UserError if the device is not available.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name} is not available here; use auto or cpu") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name} is not supported; use auto, cpu, cuda or mps")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if device.type == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # Let glibc keep freed memory: returning large tensors to the system and faulting them in again is slow.
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+    return device
 
 
 def save(path, content):
-    """Write a dict of tensors, numbers, strings and containers of them, atomically."""
+    """Write a dict of tensors, numbers, strings and containers of these, atomically."""
     with atomic(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(content, file)
-        except RuntimeError as error:
-            # torch's zip writer reports a failed write (full disk) as a RuntimeError.
+        except RuntimeError as error:  # how torch's zip writer reports a full disk
             raise OSError(f"{error}".split("\n")[0]) from None
 
 
 def load(path):
-    """The dict stored by `save`. UserError where it is missing, truncated, or holds anything but plain data."""
+    """Read a checkpoint without running code from it. UserError if missing, damaged or not a checkpoint of ours."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no checkpoint {path}")
     try:
-        # torch.save writes zips; its older format is not ours, and its reader is less robust.
+        # Only the zip format: the reader of torch's older format is less robust.
         content = torch.load(path, map_location="cpu", weights_only=True) if zipfile.is_zipfile(path) else None
     except Exception as error:  # noqa: BLE001 - foreign bytes make the unpickler raise anything
-        raise UserError(f"{path} is damaged or holds more than plain tensors ({type(error).__name__})") from None
-    if content is None:
-        raise UserError(f"{path} is damaged or no checkpoint")
-    if not isinstance(content, dict) or not content.keys() >= NEEDED.keys():
-        raise UserError(f"{path} is no checkpoint of this project: it lacks one of {', '.join(sorted(NEEDED))}")
-    for key, kind in NEEDED.items():
+        raise UserError(f"{path} is damaged or contains more than tensors ({type(error).__name__})") from None
+    if not isinstance(content, dict) or not content.keys() >= REQUIRED.keys():
+        raise UserError(f"{path} is damaged or not a checkpoint of this project")
+    for key, kind in REQUIRED.items():
         if not isinstance(content[key], kind):
-            raise UserError(f"{path} is damaged: its {key} is no {kind.__name__}")
+            raise UserError(f"{path} is damaged: {key} is not a {kind.__name__}")
     if not all(isinstance(value, torch.Tensor) for value in content["state_dict"].values()):
-        raise UserError(f"{path} is damaged: its state_dict holds more than tensors")
+        raise UserError(f"{path} is damaged: its state_dict contains more than tensors")
     if content["size"] % 32 or not 32 <= content["size"] <= 2048:
-        raise UserError(f"{path} is damaged: its size {content['size']} is no multiple of 32 from 32 to 2048")
+        raise UserError(f"{path} is damaged: its size {content['size']} is not a multiple of 32 from 32 to 2048")
     return content
 
 
 def load_state(model, state, source):
-    """Load a state_dict into a model; UserError naming `source` where names or shapes differ."""
+    """Load a state_dict into a model. UserError naming `source` if it does not fit or is not finite."""
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
         first = textwrap.shorten(str(error).split("\n")[1] if "\n" in str(error) else str(error), 150)
-        raise UserError(f"{source} is of another network: {first}") from None
-    if not finite(model):
-        raise UserError(f"{source} holds weights that are no finite numbers")
+        raise UserError(f"{source} does not fit this network: {first}") from None
+    if not is_finite(model):
+        raise UserError(f"{source} contains weights that are not finite")
 
 
-def finite(model):
-    """Whether all weights and statistics of a network are finite numbers."""
+def is_finite(model):
+    """True if all weights and statistics of a network are finite."""
     return all(bool(v.isfinite().all()) for v in model.state_dict().values() if v.is_floating_point())
 
 
-def must_be_finite(model, average):
-    """UserError where a training's networks (the average may be None) hold infinities or what is no number."""
-    if not (finite(model) and (average is None or finite(average))):
-        raise UserError("the weights are no longer finite; the last save is whole: try a lower --lr")
-
-
 def restore(content, source, device="cpu"):
-    """The network of a loaded checkpoint, in evaluation mode and float32; UserError naming `source` where foreign."""
+    """Build the network of a loaded checkpoint, float32, in evaluation mode. UserError if it does not fit."""
     if content["model"] not in MODELS:
-        raise UserError(f"{source} holds an unknown network {content['model']!r}; known: {', '.join(MODELS)}")
+        raise UserError(f"{source}: unknown network {content['model']!r}; known: {', '.join(MODELS)}")
     try:
         model = build(content["model"], **content["model_args"])
-    except Exception as error:  # noqa: BLE001 - a foreign file's arguments make a constructor raise anything
-        raise UserError(f"{source} does not fit this version's {content['model']}: {error}") from None
+    except Exception as error:  # noqa: BLE001 - arguments from a foreign file make a constructor raise anything
+        raise UserError(f"{source} does not fit this version of {content['model']}: {error}") from None
     load_state(model, content["state_dict"], source)
     return model.to(device, memory_format=torch.channels_last).eval()
 
 
-def restore_training(state, source, model, average, optimiser, scaler):
-    """Give the networks, optimiser and scaler their state of a last.pt; its progress. UserError where it is foreign."""
-    try:
-        load_state(model, state["state_dict"], source)
-        if average:
-            load_state(average, state["average"], source)
-        optimiser.load_state_dict(state["optimiser"])
-        scaler.load_state_dict(state["scaler"])
-        return dict(state["progress"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{source} is of another run or version ({error}); start anew with OVERWRITE=1") from None
-
-
-def validated(content):
-    """Whether pairs were held out of a checkpoint's training, by which it was scored."""
-    return content.get("validated", content.get("official") is not None)
-
-
 def load_model(path, device="cpu"):
-    """The network of a checkpoint file, ready for inference, and the checkpoint's other entries."""
+    """(network ready for inference, dict of the checkpoint's other entries) of a checkpoint file."""
     content = load(path)
     model = restore(content, path, device)
     return model, {key: value for key, value in content.items() if key != "state_dict"}
+
+
+def is_validated(content):
+    """True if the checkpoint's training held out pairs, so that its score is of unseen images."""
+    return content.get("validated", content.get("official") is not None)
+
+
+def find_run(name, runs="runs"):
+    """The folder of a run, by name or path. UserError with the names of the existing runs if there is none."""
+    for folder in (Path(runs, name), Path(name)):
+        if (folder / "args.json").is_file():
+            return folder
+    known = sorted(p.parent.name for p in Path(runs).glob("*/args.json"))
+    raise UserError(f"no run {name} in {runs}; existing: {', '.join(known) or 'none'}")
+
+
+def find_weights(text=None, runs="runs"):
+    """The checkpoint file for `text`: a file, or a run's name or folder. Default: the release, else the best run."""
+    if text is None:
+        if (RELEASE / "best.pt").is_file():
+            return RELEASE / "best.pt"
+        scored = [(best_score(p.parent), p) for p in Path(runs).glob("*/best.pt")]
+        if not scored:
+            raise UserError(f"no trained weights in {runs}; train with `make train` or pass --weights FILE")
+        return max(scored)[1]
+    if Path(text).is_file():
+        return Path(text)
+    path = find_run(text, runs) / "best.pt"
+    if not path.is_file():
+        raise UserError(f"{path.parent} has no best.pt: its weights were not kept, or no epoch has finished")
+    return path
+
+
+def run_args(weights):
+    """The training arguments in the args.json next to a checkpoint, as a dict; {} if there is none."""
+    record = Path(weights).with_name("args.json")
+    return read_json(record).get("args", {}) if record.is_file() else {}
+
+
+def make_name(folder):
+    """A run as make's NAME= takes it, quoted for the shell; a run outside runs/ by its path."""
+    return shlex.quote(folder.name if folder.parent.resolve() == Path("runs").resolve() else str(folder))
+
+
+def best_score(folder):
+    """Best official score of a run, -1 if it was never validated."""
+    return max((line.get("official", -1.0) for line in read_metrics(folder)), default=-1.0)
+
+
+def read_metrics(folder):
+    """The lines of metrics.jsonl as dicts; a line cut off by a crash ends the list."""
+    metrics = []
+    try:
+        for line in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            metrics.append(dict(json.loads(line)))
+    except (OSError, ValueError, TypeError):
+        pass
+    return metrics

@@ -1,48 +1,70 @@
-"""The training pairs: found, decoded once into a memory-mapped cache, split.
+"""The training pairs: found, decoded once into a memory-mapped cache, split, read in batches; reversed masks repaired.
 
-python data.py --data data          # build the cache and print what it holds
-python data.py --data data-synth --cache build/cache
+python data.py --data data          # build the cache and print what it contains
 """
 
-import argparse
-import contextlib
 import fcntl
 import hashlib
 import os
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import ArgumentParser, UserError, in_parallel, positive, print_message, run_main
+
 import numpy as np
 import torch
 
-from errors import ArgumentParser, UserError, positive, run_main
-from images import image_files, must_be_file, read_image, read_mask
-from labels import NUM_CLASSES
-from parallel import in_parallel
-from sides import reversed_sides, swap_sides
-from synth import make_dataset
+from images import image_files, read_image, read_mask, require_file
+from labels import FLIP, NUM_CLASSES, SIDES
 
 SIZE = 512  # side of every stored image and mask
 IMAGE_BYTES, MASK_BYTES = 3 * SIZE * SIZE, SIZE * SIZE
 CACHE_VERSION = 1
-DRAWN = Path("build/drawn-faces")
+SYNTHETIC = Path("build/synthetic-faces")
+SYNTHETIC_MARKER = "SYNTHETIC.txt"  # a file in every folder that tools/synth.py made
+
+_LEFT, _RIGHT = np.array(SIDES).T
+_MIRROR = np.array(FLIP, np.uint8)
+
+
+def reversed_sides(mask):
+    """True if a mask (H, W) of uint8 labels has left and right reversed, as 7 % of the challenge's masks have.
+
+    The person's left eye, brow and ear lie at the image's right. In a reversed mask the centroid of every left part
+    lies left of its right partner's, over the pairs with both parts present (at least one).
+    """
+    pixels = np.flatnonzero((mask >= _LEFT[0]) & (mask <= _RIGHT[-1]))
+    labels = mask.ravel()[pixels]
+    count = np.bincount(labels, minlength=NUM_CLASSES)
+    x = np.bincount(labels, pixels % mask.shape[1], NUM_CLASSES) / np.maximum(count, 1)
+    present = (count[_LEFT] > 0) & (count[_RIGHT] > 0)
+    return bool(present.any() and (x[_LEFT] < x[_RIGHT])[present].all())
+
+
+def swap_sides(mask):
+    """A copy of a mask (any shape, labels 0..18) as uint8 with 4<->5, 6<->7, 8<->9; IndexError above label 18."""
+    return _MIRROR[mask]
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Images (N, 3, 512, 512) and masks (N, 512, 512), both uint8 and memory-mapped, which pairs have left and right
-    reversed (N,) bool, the names (N,) they go by, sorted, and a digest of all the files they come from."""
+    """All training pairs.
+
+    images (N, 3, 512, 512) and masks (N, 512, 512), uint8, memory-mapped; reversed (N,) bool: left and right are
+    reversed in the mask; names (N,), sorted; digest of all the files.
+    """
 
     images: np.ndarray
     masks: np.ndarray
     reversed: np.ndarray
     names: list
-    content: str = ""
+    digest: str = ""
 
     def batch(self, indices, fix_sides=True):
-        """Copies (B, 3, 512, 512) and (B, 512, 512) of some pairs; reversed masks are repaired by `fix_sides`."""
+        """Copies (B, 3, 512, 512) and (B, 512, 512) of some pairs; `fix_sides` repairs reversed masks."""
         images, masks = self.images[indices], self.masks[indices]
         if fix_sides:
             for i in np.flatnonzero(self.reversed[indices]):
@@ -51,26 +73,20 @@ class Pairs:
 
 
 class Batches:
-    """Training batches as uint8 tensors on the device: all pairs resident if they fit, else read from the map."""
+    """Training batches as uint8 tensors on the device: resident on a GPU if they fit, else copied per batch."""
 
-    def __init__(self, pairs, indices, device, fix_sides, repeat_rare=0.0):
+    def __init__(self, pairs, indices, device, fix_sides):
         self.pairs, self.indices, self.device, self.fix_sides = pairs, indices, device, fix_sides
-        self.weights = repeat_factors(pairs.masks, indices, repeat_rare) if repeat_rare else None
         self.resident = None
-        # On the CPU the map is memory already; on a GPU the pairs may take a share of what is free.
+        # The map is memory already for a CPU; on a GPU the pairs may take 40 % of what is free.
         needed = len(indices) * (IMAGE_BYTES + MASK_BYTES)
         if device.type == "cuda" and needed < 0.4 * torch.cuda.mem_get_info(device)[0]:
             chunks = [self.read(chunk) for chunk in np.array_split(np.arange(len(indices)), len(indices) // 64 + 1)]
             self.resident = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
     def order(self, seed):
-        """Positions (N,) of an epoch: a permutation, or draws with repeats where images weigh differently."""
-        rng, count = np.random.default_rng(seed), len(self.indices)
-        if self.weights is None:
-            return rng.permutation(count)
-        # Systematic sampling: an image of weight 2.3 comes twice or three times.
-        ends = np.cumsum(self.weights[shuffled := rng.permutation(count)]) * count / self.weights.sum()
-        return rng.permutation(shuffled[np.searchsorted(ends, np.arange(count) + rng.random())])
+        """Positions (N,) of one epoch: a permutation."""
+        return np.random.default_rng(seed).permutation(len(self.indices))
 
     def read(self, positions):
         """Images (B, 3, 512, 512) and masks (B, 512, 512) of the training pairs at these positions (B,)."""
@@ -81,73 +97,110 @@ class Batches:
         return [torch.from_numpy(part).to(self.device) for part in batch]
 
 
-def repeat_factors(masks, indices, share):
-    """How often each image is drawn (N,) >= 1: sqrt(share / f) for its rarest label, f the share of images that have
-    the label (repeat factor sampling, arXiv 1908.03195)."""
-    present = np.stack([np.bincount(masks[i].ravel(), minlength=NUM_CLASSES) > 0 for i in indices])
-    factors = np.sqrt(share / present.mean(0).clip(1 / len(indices))).clip(1)
-    return np.where(present, factors, 1).max(1)
-
-
-def resolve(data=None):
-    """The data folder to use: `data` as given; else ./data; else drawn faces, made on first use and said so."""
-    if data is not None:
-        if not Path(data).is_dir():
-            raise UserError(f"no data folder {data}; `make data RAW=/path/to/download DATA={data}` prepares one")
-        return Path(data)
+def find_data(folder=None):
+    """The data folder: `folder` if given, else ./data, else synthetic faces, created on first use with a warning."""
+    if folder is not None:
+        if not Path(folder).is_dir():
+            raise UserError(f"no data folder {folder}; `make data RAW=/path/to/download DATA={folder}` creates it")
+        return Path(folder)
     if Path("data").is_dir():
         return Path("data")
-    print(
-        f"No data/ folder: using drawn faces in {DRAWN} (synth.py). Scores on them say nothing about real faces; "
-        "`make data RAW=/path/to/CelebAMask` prepares the real ones.",
-        file=sys.stderr,
+    print_message(
+        f"no data/ folder: using synthetic faces in {SYNTHETIC}; scores on them say nothing about real faces. "
+        "`make data RAW=/path/to/download` prepares the real ones"
     )
-    make_dataset(DRAWN)
-    return DRAWN
+    command = [sys.executable, "-m", "tools.synth", "--out", str(SYNTHETIC.resolve())]
+    if subprocess.run(command, cwd=Path(__file__).parent, stdout=subprocess.DEVNULL).returncode:
+        raise UserError(f"could not create the synthetic faces in {SYNTHETIC}")
+    return SYNTHETIC
+
+
+def is_synthetic(folder):
+    """True if tools/synth.py made the data folder."""
+    return Path(folder, SYNTHETIC_MARKER).is_file()
 
 
 def find_pairs(data):
-    """Image and mask paths [(image, mask), ...] of DATA/train, sorted by name; UserError where one lacks its other."""
+    """[(image path, mask path), ...] of DATA/train, sorted by name. UserError if a file has no partner."""
     for kind in ("images", "masks"):
         if not Path(data, "train", kind).is_dir():
-            raise UserError(f"no folder {data}/train/{kind}; `make data RAW=/path/to/download DATA={data}` makes one")
+            raise UserError(f"no folder {data}/train/{kind}; `make data RAW=/path/to/download DATA={data}` creates it")
     images = image_files(Path(data, "train", "images"))
     masks = {p.stem: p for p in image_files(Path(data, "train", "masks"))}
-    lonely = [p.name for p in images if p.stem not in masks] + sorted(masks.keys() - {p.stem for p in images})
-    if lonely:
-        raise UserError(f"{len(lonely)} files of {data}/train lack a partner, first {lonely[0]}; see `make check-data`")
+    unpaired = [p.name for p in images if p.stem not in masks] + sorted(masks.keys() - {p.stem for p in images})
+    if unpaired:
+        raise UserError(
+            f"{len(unpaired)} files of {data}/train have no partner, such as {unpaired[0]}; `make check-data`"
+        )
     return [(p, masks[p.stem]) for p in images]
 
 
 def split(count, val_split=0.1, seed=42):
-    """Indices for training and validation: the reference's split, the last share of a seeded permutation.
+    """(training, validation) indices: the reference's split, the last fraction of a seeded permutation.
 
-    `val_split` 0 trains on all and leaves nothing to validate. UserError where either side would be empty by accident.
+    val_split 0 trains on all pairs. UserError if either side would be empty otherwise.
     """
     if not 0 <= seed < 2**32:
         raise UserError(f"--split-seed {seed} is out of range: 0 to {2**32 - 1}")
     held = round(count * val_split) if 0 <= val_split < 1 else 0
     if not 0 <= val_split < 1 or held >= count or (val_split and not held):
-        raise UserError(f"--val-split {val_split} of {count} pairs: {held} to validate, {count - held} to train")
+        raise UserError(f"--val-split {val_split} of {count} pairs: {held} for validation, {count - held} for training")
     order = np.random.RandomState(seed).permutation(count)
     return order[: count - held], order[count - held :]
 
 
-def _key(pairs):
-    """A name for the cache that changes with any byte or name of the files it is made from."""
+def load_pairs(data, cache="build/cache", workers=None):
+    """All pairs of DATA/train, from the cache if it was made of exactly these files, else decoded into it first.
+
+    The cache is one file: N images, N masks, N bytes that say whether left and right are reversed.
+    """
+    files = find_pairs(data)
+    count = len(files)
+    total = count * (IMAGE_BYTES + MASK_BYTES + 1)
+    digest = _digest(files)
+    path = Path(cache, f"{digest}.u8")
+    if not path.is_file() or path.stat().st_size != total:
+        _build_cache(path, files, total, workers)
+    whole = np.memmap(path, np.uint8, "r")
+    images = whole[: count * IMAGE_BYTES].reshape(count, 3, SIZE, SIZE)
+    masks = whole[count * IMAGE_BYTES : count * (IMAGE_BYTES + MASK_BYTES)].reshape(count, SIZE, SIZE)
+    return Pairs(images, masks, np.array(whole[-count:], bool), [p.stem for p, _ in files], digest)
+
+
+def _digest(files):
+    """A key for the cache that changes with any byte or name of the files."""
     digest = hashlib.sha256(f"version {CACHE_VERSION} size {SIZE}".encode())
-    for pair in pairs:
-        for path in pair:
-            must_be_file(path)
-            try:
-                digest.update(path.name.encode("utf-8", "surrogateescape") + hashlib.sha256(path.read_bytes()).digest())
-            except OSError as error:
-                raise UserError(f"cannot read {path}: {error.strerror}") from None
+    for path in (path for pair in files for path in pair):
+        require_file(path)
+        digest.update(path.name.encode("utf-8", "surrogateescape") + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]
 
 
+def _build_cache(path, files, total, workers):
+    """Decode all pairs into the cache file `path` of `total` bytes, atomically."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(path.parent)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            _reserve(handle, total)
+            tasks = [(temporary, i, len(files), *pair) for i, pair in enumerate(files)]
+            for _ in in_parallel(_decode, tasks, workers, "decoding"):
+                pass
+            if path.stem != _digest(files):
+                raise UserError(f"files of {files[0][0].parent.parent} changed while they were read; run it again")
+            os.fsync(handle)
+            os.replace(temporary, path)
+        finally:
+            os.close(handle)
+            Path(temporary).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write the cache {path} ({total >> 20} MiB): {error.strerror}; see --cache") from None
+
+
 def _decode(task):
-    """Writes one pair into its place in the cache file (in a worker process)."""
+    """Decode one pair into its place in the cache file; runs in a worker process."""
     cache, index, count, image_path, mask_path = task
     image, mask = read_image(image_path).transpose(2, 0, 1), read_mask(mask_path)
     for path, array in ((image_path, image), (mask_path, mask)):
@@ -163,52 +216,8 @@ def _decode(task):
             file.write(array.tobytes())
 
 
-def load_pairs(data, cache="build/cache", workers=None):
-    """All pairs of DATA/train from the cache, which is made first where there is none for exactly these files.
-
-    The cache is one file: N images, N masks, N bytes that say whether left and right are reversed.
-    """
-    pairs = find_pairs(data)
-    count = len(pairs)
-    total = count * (IMAGE_BYTES + MASK_BYTES + 1)
-    key = _key(pairs)
-    path = Path(cache, f"{key}.u8")
-    if not path.is_file() or path.stat().st_size != total:
-        if path.is_file():
-            print(f"{path} is cut short: making it again", file=sys.stderr)
-        elif any(path.parent.glob("*.u8")):
-            print(f"{cache} holds caches of other data or versions only: making one of these pairs", file=sys.stderr)
-        _build(path, pairs, total, workers)
-    whole = np.memmap(path, np.uint8, "r")
-    images = whole[: count * IMAGE_BYTES].reshape(count, 3, SIZE, SIZE)
-    masks = whole[count * IMAGE_BYTES : count * (IMAGE_BYTES + MASK_BYTES)].reshape(count, SIZE, SIZE)
-    return Pairs(images, masks, np.array(whole[-count:], bool), [p.stem for p, _ in pairs], key)
-
-
-def _build(path, pairs, total, workers):
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _clear_unfinished(path.parent)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        try:
-            _reserve(handle, total)
-            tasks = [(temporary, i, len(pairs), *pair) for i, pair in enumerate(pairs)]
-            for _ in in_parallel(_decode, tasks, workers, "decoding"):
-                pass
-            if path.stem != _key(pairs):
-                raise UserError(f"files of {pairs[0][0].parent.parent} changed while they were read; start again")
-            os.fsync(handle)
-            os.replace(temporary, path)
-        finally:
-            os.close(handle)
-            Path(temporary).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write the cache {path} ({total >> 20} MiB): {error.strerror}; see --cache") from None
-
-
 def _reserve(handle, total):
-    """Take the disk's blocks now: a full one is an error here, not a SIGBUS in a mapped page later."""
+    """Allocate the disk space now: a full disk is an error here, not a SIGBUS in a mapped page later."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(handle, 0, total)
     else:  # macOS
@@ -216,21 +225,24 @@ def _reserve(handle, total):
             os.pwrite(handle, bytes(min(1 << 20, total - start)), start)
 
 
-def _clear_unfinished(folder):
-    """Remove what killed processes left unfinished in the cache; whoever still writes a file holds its lock."""
+def _remove_unfinished(folder):
+    """Remove cache files of killed processes; the writer of a live one holds its lock."""
     for path in folder.glob("*.tmp"):
-        with contextlib.suppress(OSError), open(path) as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+        try:
+            with open(path) as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+        except OSError:
+            pass
 
 
 def main():
-    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", help="folder with train/images and train/masks; default ./data, else drawn faces")
+    parser = ArgumentParser(description="Build the cache of the training pairs.")
+    parser.add_argument("--data", help="folder with train/images and train/masks; default ./data, else synthetic faces")
     parser.add_argument("--cache", default="build/cache", help="folder of the decoded copies")
-    parser.add_argument("--workers", type=positive, help="decoding processes; default one a core")
+    parser.add_argument("--workers", type=positive, help="decoding processes; default one per core")
     args = parser.parse_args()
-    pairs = load_pairs(resolve(args.data), args.cache, args.workers)
+    pairs = load_pairs(find_data(args.data), args.cache, args.workers)
     print(f"{len(pairs.names)} pairs, {int(pairs.reversed.sum())} with left and right reversed")
 
 

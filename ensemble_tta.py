@@ -3,68 +3,68 @@
 python ensemble_tta.py --weights runs/a/best.pt runs/b/best.pt --views flip --input photos --output masks
 python ensemble_tta.py --weights runs/a/epoch-*.pt --average-weights --input photos --output masks
 
-Averaging the predictions of several models is an ensemble, which the challenge forbids to submit; an average of the
+Averaging the predictions of several models is an ensemble, which the challenge forbids to submit. An average of the
 weights of one run is one model, which it allows (arXiv 1803.05407).
 """
 
-import argparse
-import sys
+from common import ArgumentParser, UserError, print_message, run_main
 
 import torch
 
 import checkpoint
-from device import local_device
-from errors import ArgumentParser, UserError, run_main
-from predict import add_arguments, predict_all
-from rundir import find_weights
+from predict import FaceParser, add_arguments, predict_all
 
 
 def average_weights(paths):
-    """One checkpoint whose floating-point weights are the mean of those in `paths`; UserError where they differ."""
+    """One checkpoint with the mean of the floating-point weights in `paths`. UserError if the networks differ."""
     contents = [checkpoint.load(path) for path in paths]
     first = contents[0]
     for path, content in zip(paths, contents, strict=True):
         same = all(content[key] == first[key] for key in ("model", "model_args"))
-        shapes, wanted = ({k: v.shape for k, v in c["state_dict"].items()} for c in (content, first))
-        if not same or shapes != wanted:
+        shapes, expected = ({k: v.shape for k, v in c["state_dict"].items()} for c in (content, first))
+        if not same or shapes != expected:
             raise UserError(f"{path} is of another network than {paths[0]}; average checkpoints of one run")
     for name, kept in first["state_dict"].items():
         if kept.is_floating_point():
             mean = torch.stack([content["state_dict"][name].float() for content in contents]).mean(0)
             first["state_dict"][name] = mean
-    # Of a training at growing sizes the last one is what its network is for.
-    size, validated = max(c["size"] for c in contents), all(checkpoint.validated(c) for c in contents)
+    # A training at growing image sizes aims at the last one.
+    size, validated = max(c["size"] for c in contents), all(checkpoint.is_validated(c) for c in contents)
     return {key: first[key] for key in ("model", "model_args", "state_dict")} | {"size": size, "validated": validated}
 
 
 def main():
-    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(description="Write masks from averaged predictions or weights.")
     add_arguments(parser)
     parser.add_argument("--weights", nargs="+", required=True, help="checkpoints, or names or folders of runs")
-    parser.add_argument("--average-weights", action="store_true", help="average the weights into one model")
-    parser.add_argument("--save", help="with --average-weights: write the averaged checkpoint here")
+    parser.switch("--average-weights", help="average the weights into one model")
+    parser.add_argument("--save", help="with --average-weights: write the averaged checkpoint to this file")
     args = parser.parse_args()
     if args.save and not args.average_weights:
-        raise UserError("--save goes with --average-weights")
-    device = local_device(args.device)
-    paths = [find_weights(weights) for weights in args.weights]
+        raise UserError("--save requires --average-weights")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    paths = [checkpoint.find_weights(weights) for weights in args.weights]
+    face_parser = FaceParser(paths[0], views=args.views, size=args.size, device=args.device)
     if args.average_weights:
         if len({path.resolve().parent for path in paths}) > 1:
-            print("note: checkpoints of several runs; the challenge allows an average of one run's", file=sys.stderr)
+            print_message("checkpoints of several runs; the challenge allows an average of one run's", "warning")
         content = average_weights(paths)
         if args.save:
             checkpoint.save(args.save, content)
-        models, size = [checkpoint.restore(content, paths[0], device)], content["size"]
+        face_parser.models = [checkpoint.restore(content, paths[0], face_parser.device)]
+        face_parser.size = args.size or content["size"]
     else:
         if len(paths) > 1:
-            print("note: an ensemble of models; the challenge forbids submitting its masks", file=sys.stderr)
-        loaded = [checkpoint.load_model(path, device) for path in paths]
+            print_message("an ensemble of models; the challenge forbids submitting its masks", "warning")
+        loaded = [checkpoint.load_model(path, face_parser.device) for path in paths]
         sizes = {info["size"] for _, info in loaded}
         if len(sizes) > 1 and not args.size:
-            raise UserError(f"the checkpoints are for sizes {sorted(sizes)}: give one with --size")
-        # The finest logits first: the others are brought to their grid.
-        models, size = sorted((model for model, _ in loaded), key=lambda model: model.stride), max(sizes)
-    return predict_all(models, args.size or size, args, device)
+            raise UserError(f"the checkpoints are for sizes {sorted(sizes)}: choose one with --size")
+        # The finest logits first: the others are upsampled to their grid.
+        face_parser.models = sorted((model for model, _ in loaded), key=lambda model: model.stride)
+        face_parser.size = args.size or max(sizes)
+    return predict_all(face_parser, args)
 
 
 if __name__ == "__main__":

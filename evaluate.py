@@ -1,107 +1,177 @@
-"""The official score of a network on held-out pairs, as the challenge counts: labels as they are, at 512 x 512.
+"""The official score, of a network on held-out pairs or of a folder of masks: uncorrected labels, 512 x 512.
 
 python evaluate.py --weights runs/a/best.pt
 python evaluate.py --weights a --views flip,scales --data data
+python evaluate.py --masks masks --truth data/train/masks
 
-The held-out pairs are those that the run beside the checkpoint (args.json) held out, else the reference's tenth.
+The held-out pairs are those of the run beside the checkpoint (its args.json), else the reference's last tenth.
 """
 
-import argparse
 import sys
+import time
+from pathlib import Path
+
+from common import ArgumentParser, UserError, print_message, run_main, show_progress
 
 import numpy as np
 import torch
 
 import checkpoint
-from augment import soft_labels
-from data import load_pairs, resolve, split
-from device import local_device
-from errors import ArgumentParser, UserError, run_main, tell
-from labels import NUM_CLASSES
+from data import find_data, load_pairs, split
+from images import area, image_files, read_mask, soft_labels
+from labels import NAMES, NUM_CLASSES
 from losses import segmentation_loss
-from metrics import confusion, table
-from rundir import data_of, find_weights, training_args
-from views import area, check_size, label_map, log_probabilities, parse_views
+from views import ONE_VIEW, check_size, label_map, log_probabilities, parse_views
+
+
+def confusion(pred, true):
+    """Pixel counts (19, 19) int64, rows true, columns predicted, of two label maps of the same shape, values 0..18."""
+    if pred.shape != true.shape:
+        raise ValueError(f"shapes differ: {pred.shape} and {true.shape}")
+    pairs = true.ravel().astype(np.uint16)  # 16 bits can hold every pair of labels
+    pairs *= NUM_CLASSES
+    pairs += pred.ravel().astype(np.uint16)
+    # Count runs of equal pairs: there are a hundred times fewer of them than pixels.
+    ends = np.append(np.flatnonzero(pairs[1:] != pairs[:-1]), len(pairs) - 1)
+    counts = np.bincount(pairs[ends], np.diff(ends, prepend=-1), NUM_CLASSES**2)
+    return counts.astype(np.int64).reshape(NUM_CLASSES, NUM_CLASSES)
+
+
+def f_scores(confusions):
+    """F of every label (..., 19) from confusions (..., 19, 19); NaN if the label is absent from the truth."""
+    tp = np.diagonal(confusions, axis1=-2, axis2=-1).astype(float)
+    predicted, true = confusions.sum(-2), confusions.sum(-1)
+    precision, recall = tp / (predicted + 1e-7), tp / (true + 1e-7)
+    f = 2 * precision * recall / (precision + recall + 1e-7)
+    return np.where(true > 0, f, np.nan)
+
+
+def official_score(confusions):
+    """The challenge's score, 0..1, of per-image confusions (N, 19, 19): mean F over present labels, then images."""
+    return float(np.nanmean(f_scores(confusions), axis=1).mean())
+
+
+def batch_score(confusions, batch=32):
+    """The reference system's figure: the same F over the pooled pixels of each batch of images, averaged by batch."""
+    pooled = [confusions[start : start + batch].sum(0) for start in range(0, len(confusions), batch)]
+    return float(np.mean([np.nanmean(f_scores(c)) for c in pooled]))
+
+
+def label_scores(confusions):
+    """Mean F over the images that contain the label (19,), NaN if none does, and the number of these images (19,)."""
+    f = f_scores(confusions)
+    images = (~np.isnan(f)).sum(0)
+    with np.errstate(invalid="ignore"):
+        return np.nansum(f, 0) / np.where(images, images, np.nan), images
+
+
+def score_table(confusions):
+    """The scores as text: official, batch-of-32, and one line per label."""
+    f, images = label_scores(confusions)
+    lines = [
+        f"official score {official_score(confusions):.4f}   batch-of-32 score {batch_score(confusions):.4f}   "
+        f"images {len(confusions)}",
+        f"{'label':<12}{'F':>8}{'images':>8}",
+    ]
+    lines += [f"{NAMES[i]:<12}{f[i]:>8.4f}{images[i]:>8d}" for i in range(NUM_CLASSES) if images[i]]
+    return "\n".join(lines)
 
 
 @torch.inference_mode()
-def evaluate(
-    model, pairs, indices, size, device, *, views=(False, (1.0,)), batch=4, share=(0, 1), stop=lambda: False
-):  # fmt: skip
-    """Confusions (N, 19, 19) int64 of a network on pairs[indices] seen at `size`, and their CE + Dice losses (N,).
+def evaluate(model, pairs, indices, size, device, *, views=ONE_VIEW, batch=4, ranks=(0, 1), stop=lambda: False):
+    """Confusions (N, 19, 19) int64 of a network on pairs[indices] resized to `size`, and CE + Dice losses (N,).
 
-    With `share` = (rank, processes), each process fills its own rows and leaves the others 0, so that a sum over the
-    processes is the whole. Reversed masks stay as they are. Where `stop()` becomes true the rest is left 0.
+    With ranks = (rank, processes) each process fills its own rows and leaves the others 0, so that the sum over
+    processes is the whole. Reversed masks are not corrected. Returns early once `stop()` is true, the rest 0.
     """
     was_training = model.training
     model.eval()
-    rank, processes = share
     confusions = np.zeros((len(indices), NUM_CLASSES, NUM_CLASSES), np.int64)
     losses = np.zeros(len(indices))
-    rows = np.arange(len(indices))[rank::processes]
+    rows, begin = np.arange(len(indices))[ranks[0] :: ranks[1]], time.monotonic()
     for start in range(0, len(rows), batch):
         if stop():
             break
         chosen = rows[start : start + batch]
         images, masks = pairs.batch(indices[chosen], fix_sides=False)
         log_p = log_probabilities([model], torch.from_numpy(images).to(device), size, views)
-        # Halved down to the next finer grid, then averaged to the logits' own, which need not divide the mask.
+        # The loss is taken on the logit grid, which need not divide the mask: reduce by a power of two, then average.
         ratio = max(1, masks.shape[-1] // log_p.shape[-1])
-        stride = 2 ** (ratio.bit_length() - 1)  # the power of two not above the ratio
-        target = soft_labels(torch.from_numpy(masks).to(device), stride)
-        target = area(target, log_p.shape[2:])
-        for row, one, shares, mask in zip(chosen, log_p, target, masks, strict=True):
-            losses[row] = segmentation_loss(one[None], shares[None]).item()
+        stride = 2 ** (ratio.bit_length() - 1)
+        target = area(soft_labels(torch.from_numpy(masks).to(device), stride), log_p.shape[2:])
+        for row, one, soft, mask in zip(chosen, log_p, target, masks, strict=True):
+            losses[row] = segmentation_loss(one[None], soft[None]).item()
             confusions[row] = confusion(label_map(one[None], *mask.shape)[0].cpu().numpy(), mask)
+        if not ranks[0]:
+            show_progress("scoring", start + len(chosen), len(rows), time.monotonic() - begin)
     model.train(was_training)
     return confusions, losses
 
 
-def unseen(path, content, args, count):
-    """Indices of the pairs, of `count`, that the training of a checkpoint held out, as its args.json or flags say.
+def held_out(path, content, count, val_split=None, split_seed=None):
+    """(indices, warning): the pairs, of `count`, that a checkpoint's training held out by its args.json or the flags.
 
-    And a remark where the training may have seen them, else "". UserError where there are none.
+    The warning is "" unless the training may have seen them. UserError if there are none.
     """
-    trained = training_args(path)
+    trained = checkpoint.run_args(path)
     own = trained.get("val_split") or 0.1, trained.get("split_seed", 42)
-    flags = args.val_split, args.split_seed
-    share, seed = (default if flag is None else flag for flag, default in zip(flags, own, strict=True))
-    _, held = split(count, share, seed)
-    if not len(held):
-        raise UserError(f"--val-split {share} leaves nothing to evaluate")
-    if not checkpoint.validated(content):
-        return held, f"{path} was trained without validation: it may have seen these pairs"
-    if (share, seed) != own:
-        return held, f"{path} held out other pairs (--val-split {own[0]} --split-seed {own[1]}): it has seen these"
-    return held, ""
+    fraction, seed = own[0] if val_split is None else val_split, own[1] if split_seed is None else split_seed
+    _, indices = split(count, fraction, seed)
+    if not len(indices):
+        raise UserError(f"--val-split {fraction} leaves nothing to evaluate")
+    if not checkpoint.is_validated(content):
+        return indices, f"{path} was trained on all pairs, these included: this is not a score of unseen images"
+    if (fraction, seed) != own:
+        return indices, f"{path} held out other pairs (--val-split {own[0]} --split-seed {own[1]}); it has seen these"
+    return indices, ""
 
 
-def add_arguments(parser):
-    """The flags that name a network and the pairs held out of its training."""
-    parser.add_argument("--weights", help="checkpoint, or run's name or folder; default the release, else the best run")
-    parser.add_argument("--data", help="folder with train/; default its training's, ./data, drawn faces")
-    parser.add_argument("--cache", default="build/cache", help="folder of the decoded copies")
-    parser.add_argument("--val-split", type=float, help="share held out; without it the training's, else 0.1")
-    parser.add_argument("--split-seed", type=int, help="seed of the split; without it the training's, else 42")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+def compare_folders(predicted, truth):
+    """Confusions (N, 19, 19) of two folders' PNG masks, by name. UserError if one is missing or differs in size."""
+    files = image_files(predicted)
+    missing = [path.name for path in files if not (truth / path.name).is_file()]
+    if missing:
+        raise UserError(f"{len(missing)} of {len(files)} masks are not in {truth}, such as {missing[0]}")
+    confusions = []
+    for path in files:
+        pred, true = read_mask(path), read_mask(truth / path.name)
+        if pred.shape != true.shape:
+            raise UserError(f"{path.name}: prediction is {pred.shape[::-1]}, truth {true.shape[::-1]} (width, height)")
+        confusions.append(confusion(pred, true))
+    return np.stack(confusions)
 
 
 def main():
-    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_arguments(parser)
-    parser.add_argument("--views", default="", help="views to average: flip, scales, or numbers, as flip,1,1.5")
-    parser.add_argument("--size", type=int, default=0, help="image side for the network; 0 is the checkpoint's own")
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--weights", "--name", help="checkpoint or run; default the release, else the best run")
+    parser.add_argument("--data", help="folder with train/; default that of the training, else ./data, else synthetic")
+    parser.add_argument("--cache", default="build/cache", help="folder of the decoded copies")
+    parser.add_argument("--val-split", type=float, help="fraction held out; default that of the training")
+    parser.add_argument("--split-seed", type=int, help="seed of the split; default that of the training")
+    parser.add_argument("--views", default="", help="views to average: flip, scales, or numbers such as flip,1,1.5")
+    parser.add_argument("--size", type=int, default=0, help="side of the network's input; 0: the checkpoint's own")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
+    parser.add_argument("--masks", type=Path, help="score this folder of PNG masks instead of a network")
+    parser.add_argument("--truth", type=Path, help="with --masks: folder of the true masks, same names")
     args = parser.parse_args()
-    views, device = parse_views(args.views), local_device(args.device)
+    if args.masks or args.truth:
+        if not (args.masks and args.truth):
+            raise UserError("--masks PREDICTED goes with --truth TRUE, two folders")
+        print(score_table(compare_folders(args.masks, args.truth)))
+        return
+    views, device = parse_views(args.views), checkpoint.select_device(args.device)
     check_size(args.size or 32)
-    path = find_weights(args.weights)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    path = checkpoint.find_weights(args.weights)
     model, info = checkpoint.load_model(path, device)
-    pairs = load_pairs(resolve(data_of(path, args.data)), args.cache)
-    held, remark = unseen(path, info, args, len(pairs.names))
-    if remark:
-        tell(remark, "warning")
-    print(f"{path} on {len(held)} held-out images, views {args.views or 'none'}", file=sys.stderr)
-    print(table(evaluate(model, pairs, held, args.size or info["size"], device, views=views)[0]))
+    pairs = load_pairs(find_data(args.data or checkpoint.run_args(path).get("data")), args.cache)
+    indices, warning = held_out(path, info, len(pairs.names), args.val_split, args.split_seed)
+    if warning:
+        print_message(warning)
+    print(f"{path} on {len(indices)} held-out images, views: {args.views or 'none'}", file=sys.stderr)
+    print(score_table(evaluate(model, pairs, indices, args.size or info["size"], device, views=views)[0]))
 
 
 if __name__ == "__main__":

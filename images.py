@@ -1,100 +1,107 @@
-"""Images in, masks out: any picture to RGB pixels, label maps to palette PNGs."""
+"""Images and masks: read files of any kind, write palette PNGs, resize tensors."""
 
 import struct
 import warnings
 import zlib
 from pathlib import Path
 
+from common import UserError
+
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from errors import UserError
 from labels import COLOURS, NUM_CLASSES, PALETTE
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
-# Pillow alone cannot read these; they are named when they are met, not passed over.
-FOREIGN_SUFFIXES = (".heic", ".heif")
-# A small file can claim huge dimensions (a decompression bomb): refused rather than warned about.
+# Pillow alone cannot read these; they are reported instead of skipped.
+UNSUPPORTED_SUFFIXES = (".heic", ".heif")
+# A small file can claim huge dimensions (a decompression bomb): an error, not a warning.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
-# Of damaged metadata Pillow warns in two lines of its own sources; the pixels are read all the same.
+# Pillow warns about damaged metadata in lines of its own source; the pixels are still readable.
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 # What Pillow's decoders raise for damaged bytes.
-UNREADABLE = (
-    OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError, struct.error, zlib.error,
-    Image.DecompressionBombError, Image.DecompressionBombWarning,
-)  # fmt: skip
+DECODE_ERRORS = (
+    *(OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError, struct.error, zlib.error),
+    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
 
 
-def must_be_file(path):
-    """UserError for a folder, a pipe (which one would wait for), a link in a loop, and what is not there."""
+def require_file(path):
+    """UserError unless `path` is a regular file or a link to one."""
     if not Path(path).is_file():
-        raise UserError(f"cannot read {path}: it is no file or a link to none")
+        raise UserError(f"cannot read {path}: not a file")
 
 
 def read_image(path):
-    """An image file of any mode as uint8 RGB (H, W, 3), upright as its EXIF says, its first frame where animated.
+    """Read an image file as uint8 RGB (H, W, 3), upright by its EXIF orientation; the first frame if animated.
 
-    16-bit and float greys are brought to 0..255, transparency is laid over white. UserError where it cannot be read.
+    16-bit and float greys are scaled to 0..255, transparency is blended over white. UserError if unreadable.
     """
-    must_be_file(path)
+    require_file(path)
     try:
         with Image.open(path) as image:
-            image.load()
-            image = ImageOps.exif_transpose(image)
-            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-                return _deep_grey(np.asarray(image))
-            if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return np.array(image.convert("RGB"))
-    except UNREADABLE as error:
-        remedy = "; save it as JPEG first" if Path(path).suffix.lower() in FOREIGN_SUFFIXES else ""
+            return rgb_pixels(image)
+    except DECODE_ERRORS as error:
+        remedy = "; convert it to JPEG first" if Path(path).suffix.lower() in UNSUPPORTED_SUFFIXES else ""
         raise UserError(f"cannot read image {path}: {error}{remedy}") from None
 
 
-def _deep_grey(values):
-    """Greys of more than 8 bits, integers or floats, as uint8 RGB.
+def rgb_pixels(image):
+    """A PIL image of any mode as uint8 RGB (H, W, 3); one of DECODE_ERRORS if damaged."""
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _scale_grey(np.asarray(image))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.array(image.convert("RGB"))
 
-    Their largest value tells the range: up to 255 as it is (floats up to 1 are 0..1), up to 65535 of 16 bits, if they
-    are integers, and else up to itself.
+
+def _scale_grey(values):
+    """Integer or float greys (H, W) as uint8 RGB.
+
+    The maximum decides the range: up to 255 it is 0..255 (floats up to 1: 0..1), up to 65535 it is 16 bits if the
+    values are integers, else 0..maximum.
     """
-    floats, values = values.dtype.kind == "f", np.nan_to_num(values.astype(np.float64))
+    is_float, values = values.dtype.kind == "f", np.nan_to_num(values.astype(np.float64))
     top = values.max(initial=0)
+    white = 65535
     if top <= 255:
-        white = 1 if floats and top <= 1 else 255
-    elif floats or top > 65535:
+        white = 1 if is_float and top <= 1 else 255
+    elif is_float or top > 65535:
         white = top
-    else:
-        white = 65535
     grey = (values * (255 / white)).round().clip(0, 255).astype(np.uint8)
     return np.repeat(grey[..., None], 3, 2)
 
 
 def read_mask(path):
-    """A mask file as uint8 labels (H, W). UserError where it is unreadable, not of one channel, or above 18."""
-    must_be_file(path)
+    """Read a mask file as uint8 labels (H, W). UserError if unreadable, not single-channel, or above 18."""
+    require_file(path)
     try:
         with Image.open(path) as image:
             if image.format == "JPEG":
-                raise UserError(f"{path} is a JPEG, whose labels are lost; a mask must be a PNG")
-            if image.mode in ("RGB", "RGBA") and by_colour(image) is not None:
+                raise UserError(f"{path} is a JPEG, which destroys labels; a mask must be a PNG")
+            if image.mode in ("RGB", "RGBA") and labels_from_colours(image) is not None:
                 folder = Path(path).parent.parent.parent  # above train/masks
                 raise UserError(
-                    f"{path} holds the labels' colours, not labels; `make data RAW={folder} DATA={folder}-labels` "
-                    "makes labels of them"
+                    f"{path} contains the labels' colours, not labels; `make data RAW={folder} DATA={folder}-labels` "
+                    "converts it"
                 )
             if image.mode not in ("P", "L"):
-                raise UserError(f"{path} is a picture of mode {image.mode}, not a mask of one channel (P or L)")
+                raise UserError(f"{path} has mode {image.mode}; a mask has one channel (mode P or L)")
             mask = np.array(image)
-    except UNREADABLE as error:
+    except DECODE_ERRORS as error:
         raise UserError(f"cannot read mask {path}: {error}") from None
     if mask.max(initial=0) >= NUM_CLASSES:
-        raise UserError(f"{path} holds label {mask.max()}; labels are 0 to {NUM_CLASSES - 1}")
+        raise UserError(f"{path} contains label {mask.max()}; labels are 0 to {NUM_CLASSES - 1}")
     return mask
 
 
-def by_colour(image):
-    """Labels (H, W) uint8 of an image in the palette's colours; None where there is another colour."""
+def labels_from_colours(image):
+    """Labels (H, W) uint8 of a PIL image in the palette's colours; None if it contains another colour."""
     codes = np.array(COLOURS) @ (1 << 16, 1 << 8, 1)
     order = np.argsort(codes)
     pixels = np.asarray(image.convert("RGB")).astype(np.int64) @ (1 << 16, 1 << 8, 1)
@@ -102,29 +109,71 @@ def by_colour(image):
     return labels.astype(np.uint8) if (codes[labels] == pixels).all() else None
 
 
-def write_mask(path, mask):
-    """Labels (H, W) uint8 as a PNG of mode P in the challenge's palette."""
+def mask_image(mask):
+    """Labels (H, W) uint8 as a PIL image of mode P with the challenge's palette."""
     image = Image.fromarray(mask)
     image.putpalette(PALETTE)
-    image.save(path, format="PNG")
+    return image
 
 
 def overlay(pixels, mask, opacity=0.5):
-    """The mask's colours over the image, background left clear: uint8 (H, W, 3) of pixels (H, W, 3) and mask (H, W)."""
+    """Blend the mask's colours over pixels (H, W, 3), background unchanged: uint8 (H, W, 3)."""
     tint = np.where(mask[..., None] > 0, np.array(COLOURS, np.uint8)[mask], pixels)
     return np.array(Image.blend(Image.fromarray(pixels), Image.fromarray(tint), opacity))
 
 
 def image_files(path):
-    """[path] of a file, or the image files of a folder by name. UserError where there is none."""
+    """[path] if it is a file, else the image files in the folder, sorted. UserError if there are none."""
     path = Path(path)
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise UserError(f"no file or folder {path}")
-    # Links that lead nowhere and folders of such a name are named when they are read, not passed over.
-    known = IMAGE_SUFFIXES + FOREIGN_SUFFIXES
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in known and not p.name.startswith("."))
+        raise UserError(f"no such file or folder: {path}")
+    suffixes = IMAGE_SUFFIXES + UNSUPPORTED_SUFFIXES
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
     if not files:
         raise UserError(f"no images in {path} (looked for {' '.join(IMAGE_SUFFIXES)})")
     return files
+
+
+def area(x, size):
+    """Resize maps (B, C, H, W) to `size` = (h, w) by averaging over each pixel's area."""
+    if x.device.type == "mps":  # MPS supports integer factors only
+        return F.interpolate(x.cpu(), tuple(size), mode="area").to(x.device)
+    return F.interpolate(x, tuple(size), mode="area")
+
+
+def resize(images, height, width):
+    """Resize uint8 images (B, 3, H, W) to float (B, 3, height, width), values 0..1: area average down, bilinear up."""
+    (down_y, rest_y), (down_x, rest_x) = divmod(images.shape[2], height), divmod(images.shape[3], width)
+    if rest_y or rest_x or not down_y or not down_x:
+        shrinks = height * width < images.shape[2] * images.shape[3]
+        images = images.float() / 255
+        return area(images, (height, width)) if shrinks else F.interpolate(images, (height, width), mode="bilinear")
+    if down_y == down_x == 1:
+        return images.float().div_(255)
+    # Sum integer factors as integers, several times faster than pooling floats.
+    counts = torch.int16 if 255 * down_y * down_x < 2**15 else torch.int32
+    rows = images[:, :, ::down_y].to(counts)
+    for i in range(1, down_y):
+        rows += images[:, :, i::down_y]
+    cells = rows[..., ::down_x].clone()
+    for i in range(1, down_x):
+        cells += rows[..., i::down_x]
+    return cells.float().div_(255 * down_y * down_x)
+
+
+def soft_labels(masks, stride=1, others=None, lam=None):
+    """uint8 masks (B, H, W) to the fraction of each label in every stride x stride cell: (B, 19, H/stride, W/stride).
+
+    With `lam` (B,) 0..1, `others` (B, H, W) are blended in with weight 1 - lam.
+    """
+    count, height, width = masks.shape
+    soft = torch.zeros(count, NUM_CLASSES, height // stride, width // stride, device=masks.device)
+    whole = torch.full((count,), 1 / stride**2, device=masks.device)
+    for part, weight in [(masks, whole)] if lam is None else [(masks, whole * lam), (others, whole * (1 - lam))]:
+        weight = weight[:, None, None, None].expand_as(soft[:, :1])
+        for dy in range(stride):
+            for dx in range(stride):
+                soft.scatter_add_(1, part[:, None, dy::stride, dx::stride].long(), weight)
+    return soft

@@ -1,47 +1,56 @@
 """The networks: MicroSegFormer (the reference) and MicroUNet, each from an image to 19 logits per pixel.
 
-Both take float images (B, 3, H, W) with values 0..1 and return logits (B, 19, H, W).
+python model.py --model microsegformer     # parameters by module; fails at the challenge's limit
+python model.py --model microsegformer --no-lmsa
+
+Both take float images (B, 3, H, W) with values 0..1, sides multiples of 32, and return logits (B, 19, H, W).
 """
 
+import json
+import sys
 import warnings
+from pathlib import Path
+
+from common import ArgumentParser, UserError, read_json, run_main
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dropout import Dropout, attention, dropout
-from errors import UserError
 from labels import NUM_CLASSES
+
+# A submission must have fewer parameters than this, frozen ones included.
+PARAM_LIMIT = 1_821_085
 
 
 def standardise(image):
-    """Images (B, 3, H, W) with values 0..1 to the same shape with values -2..2."""
+    """Scale images (B, 3, H, W) from 0..1 to -2..2."""
     return (image - 0.5) * 4
 
 
 def upsample(x, size):
-    """Bilinear resizing of (B, C, h, w) to `size` = (H, W), pixel centres aligned."""
+    """Resize (B, C, h, w) bilinearly to `size` = (H, W), pixel centres aligned."""
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def channel_map(x, weight, bias=None):
-    """A 1x1 convolution of (B, C, H, W) as one matrix product; for one thread torch takes a much slower way."""
+    """1x1 convolution of (B, C, H, W) as one matrix product; with one thread torch's own is much slower."""
     return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
 
 
 def pointwise(x, conv):
     """`channel_map` with the weights of a 1x1 convolution."""
-    weight = conv.weight.permute(0, 2, 3, 1).flatten(1)  # in the channels-last order that its gradient shall have
+    weight = conv.weight.permute(0, 2, 3, 1).flatten(1)  # channels-last, the memory order its gradient should have
     return channel_map(x, weight, conv.bias)
 
 
 def channel_means(x):
-    """(B, C) of (B, C, H, W); the gradient of mean would be written out for every pixel."""
+    """(B, C) means of (B, C, H, W); the gradient of torch's mean would be stored for every pixel."""
     return x.sum((2, 3)) / (x.shape[2] * x.shape[3])
 
 
 def tokens(x):
-    """(B, C, H, W) to (B, H*W, C); a view when x is channels-last."""
+    """(B, C, H, W) to (B, H*W, C); a view if x is channels-last."""
     return x.flatten(2).transpose(1, 2)
 
 
@@ -51,9 +60,9 @@ def grid(x, height, width):
 
 
 class Attention(nn.Module):
-    """SegFormer's efficient self-attention, one head (arXiv 2105.15203, section 3.1).
+    """SegFormer's efficient self-attention with one head (arXiv 2105.15203, section 3.1).
 
-    Keys and values come from the map shrunk `ratio` times by a strided convolution.
+    Keys and values come from the map reduced `ratio` times by a strided convolution.
     """
 
     def __init__(self, dim, ratio=1, dropout=0.0):
@@ -63,14 +72,15 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.reduce = nn.Conv2d(dim, dim, ratio, ratio) if ratio > 1 else None
         self.norm = nn.LayerNorm(dim) if ratio > 1 else None
-        self.dropout = dropout
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, height, width):
-        """x (B, N, C) with N = height * width; the same shape comes back."""
+        """x (B, N, C) with N = height * width to (B, N, C)."""
         source = x if self.reduce is None else self.norm(tokens(self.reduce(grid(x, height, width))))
         k, v = self.kv(source).chunk(2, dim=-1)  # (B, M, C) each
-        out = attention(self.q(x), k, v, self.dropout if self.training else 0.0)
-        return dropout(self.proj(out), self.dropout, self.training)
+        heads = (part.unsqueeze(1) for part in (self.q(x), k, v))  # one head: (B, 1, N, C)
+        out = F.scaled_dot_product_attention(*heads, dropout_p=self.dropout.p if self.training else 0.0).squeeze(1)
+        return self.dropout(self.proj(out))
 
 
 class TransformerBlock(nn.Module):
@@ -84,9 +94,9 @@ class TransformerBlock(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(dim, dim * mlp_ratio),
             nn.GELU(),
-            Dropout(dropout),
+            nn.Dropout(dropout),
             nn.Linear(dim * mlp_ratio, dim),
-            Dropout(dropout),
+            nn.Dropout(dropout),
         )
 
     def forward(self, x, height, width):
@@ -95,9 +105,9 @@ class TransformerBlock(nn.Module):
 
 
 class LMSA(nn.Module):
-    """Lightweight multi-scale attention: a depthwise-separable branch, gated by channel, added to its input.
+    """Lightweight multi-scale attention: x + gate * branch, the branch depthwise-separable, the gate per channel.
 
-    25,984 parameters at 128 channels.
+    The gate comes from the branch's global average. 25,984 parameters at 128 channels.
     """
 
     def __init__(self, dim, reduction=4):
@@ -113,24 +123,24 @@ class LMSA(nn.Module):
         )
 
     def forward(self, x):
-        gate = self.gate(channel_means(x))[:, :, None, None]
-        return torch.addcmul(x, gate, self.norm(pointwise(self.depthwise(x), self.pointwise)))
+        branch = self.norm(pointwise(self.depthwise(x), self.pointwise))
+        gate = self.gate(channel_means(branch))[:, :, None, None]
+        return torch.addcmul(x, gate, branch)
 
 
 class MicroSegFormer(nn.Module):
     """The reference: a SegFormer of four stages with an all-MLP decoder (arXiv 2105.15203) and LMSA.
 
     1,747,923 parameters, 1,721,939 without LMSA. `dropout` is scaled by 0.5, 0.75, 1, 1.25 from stage to stage.
-    Image sides must be multiples of 32.
     """
 
     WIDTHS, DEPTHS, RATIOS, EMBED = (32, 64, 128, 192), (1, 2, 2, 2), (8, 4, 2, 1), 128
-    stride = 4
+    stride = 4  # of the logits computed before the last upsampling
 
     def __init__(self, *, lmsa=True, dropout=0.15):
         super().__init__()
         if dropout * 1.25 >= 1:
-            raise ValueError("the last stage would drop everything: give a dropout below 0.8")
+            raise ValueError("dropout must be below 0.8, since the last stage scales it by 1.25")
         self.embeddings, self.embedding_norms = nn.ModuleList(), nn.ModuleList()
         self.stages, self.norms = nn.ModuleList(), nn.ModuleList()
         previous = 3
@@ -167,13 +177,12 @@ class MicroSegFormer(nn.Module):
     def forward(self, image, full_size=True):
         """Image (B, 3, H, W) to logits (B, 19, H, W), or (B, 19, H/4, W/4) with full_size=False.
 
-        A bilinear sample's weights add up to 1, so Linear maps and bilinear resizing commute: each stage's Linear
+        The weights of a bilinear sample add up to 1, so Linear maps and bilinear resizing commute: each stage's Linear
         and its slice of the fusion act as one map at the stage's own resolution, and the classifier acts before
-        the last upsampling. `checks/plain_segformer.py` is the literal evaluation this equals.
+        the last upsampling. `checks/references.py` has the literal evaluation that this equals.
         """
-        maps = self.features(image)
         fused = None
-        for x, linear, weight in zip(maps, self.decode, self.fuse.weight.chunk(4, dim=1), strict=True):
+        for x, linear, weight in zip(self.features(image), self.decode, self.fuse.weight.chunk(4, dim=1), strict=True):
             bias = weight @ linear.bias
             if fused is None:
                 fused = channel_map(x, weight @ linear.weight, bias + self.fuse.bias)
@@ -196,7 +205,7 @@ def _init_transformer(module):
 
 
 class ConvNorm(nn.Sequential):
-    """3x3 (or `kernel`) convolution without bias, batch norm, and ReLU where `act`."""
+    """Convolution without bias, batch norm, and ReLU unless act=False."""
 
     def __init__(self, inputs, outputs, kernel=3, stride=1, dilation=1, act=True):
         padding = dilation * (kernel // 2)
@@ -207,19 +216,8 @@ class ConvNorm(nn.Sequential):
         super().__init__(*layers, *([nn.ReLU(inplace=True)] if act else []))
 
 
-class JoinNorm(ConvNorm):
-    """ConvNorm of two maps laid one upon the other: the sum of each one's convolution, so none is copied."""
-
-    def forward(self, x, y):
-        conv, norm, relu = self
-        own, other = conv.weight.split([x.shape[1], y.shape[1]], 1)
-        joined = F.conv2d(x, own, padding=conv.padding)
-        joined += F.conv2d(y, other, padding=conv.padding)
-        return relu(norm(joined))
-
-
 class Gate(nn.Module):
-    """Squeeze-and-excitation (arXiv 1709.01507): a factor 0..1 for every channel, (B, C, 1, 1), from its mean."""
+    """Squeeze-and-excitation (arXiv 1709.01507): a factor 0..1 per channel, (B, C, 1, 1), from the channel means."""
 
     def __init__(self, dim, reduction=4):
         super().__init__()
@@ -231,7 +229,7 @@ class Gate(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions with a gate beside an identity (arXiv 1512.03385)."""
+    """Two 3x3 convolutions with a channel gate and an identity (arXiv 1512.03385)."""
 
     def __init__(self, dim, dilation=1):
         super().__init__()
@@ -244,13 +242,78 @@ class ResidualBlock(nn.Module):
         return torch.addcmul(x, y, self.gate(y)).relu_()
 
 
-class MicroUNet(nn.Module):
-    """The successor: a residual U-Net (arXiv 1505.04597) with logits at stride 2.
+class _Depthwise(torch.autograd.Function):
+    """Depthwise convolution whose weight gradient is computed in float32: on a CPU, bf16 takes three times as long."""
 
-    Encoder stages at strides 2, 4, 8, 16, 32 of `widths` channels and `depths` residual blocks; attention blocks at
-    stride 32; a decoder that rises level by level, each a 3x3 convolution over the upsampled map and the skip.
-    Two channels of coordinates (-1..1) stand beside RGB, since portraits are aligned.
-    Image sides must be multiples of 32.
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight.to(x.dtype), padding=weight.shape[-1] // 2, groups=len(weight))
+
+    @staticmethod
+    def backward(ctx, slope):
+        x, weight = ctx.saved_tensors
+        half, groups = weight.shape[-1] // 2, len(weight)
+        by_x = F.conv2d(slope, weight.flip(2, 3).to(slope.dtype), padding=half, groups=groups)
+        settings = None, [1, 1], [half, half], [1, 1], False, [0, 0], groups, [False, True, False]
+        return by_x, torch.ops.aten.convolution_backward(slope.float(), x.float(), weight, *settings)[1]
+
+
+class WideBlock(nn.Module):
+    """Depthwise convolution with a large kernel, pointwise expansion, GELU, pointwise, identity (arXiv 2201.03545)."""
+
+    def __init__(self, dim, kernel=7, expansion=4):
+        super().__init__()
+        self.depthwise = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim, bias=False)
+        self.norm1 = nn.BatchNorm2d(dim)
+        self.expand = nn.Conv2d(dim, expansion * dim, 1)
+        self.project = nn.Conv2d(expansion * dim, dim, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(dim)
+
+    def forward(self, x):
+        if self.training and torch.is_autocast_enabled("cpu"):
+            y = _Depthwise.apply(x.to(torch.get_autocast_dtype("cpu")), self.depthwise.weight)
+        else:
+            y = self.depthwise(x)
+        y = F.gelu(pointwise(self.norm1(y), self.expand))
+        return x + self.norm2(pointwise(y, self.project))
+
+
+class JoinNorm(ConvNorm):
+    """Upsample x to y's size and apply one ConvNorm to both maps: the sum of their convolutions, without a copy."""
+
+    def forward(self, x, y):
+        x = upsample(x, y.shape[2:])
+        conv, norm, relu = self
+        for_x, for_y = conv.weight.split([x.shape[1], y.shape[1]], 1)
+        joined = F.conv2d(x, for_x, padding=conv.padding)
+        joined += F.conv2d(y, for_y, padding=conv.padding)
+        return relu(norm(joined))
+
+
+class JoinWide(nn.Module):
+    """Project x and y to `width` channels, upsample x and add; batch norm, ReLU, one WideBlock."""
+
+    def __init__(self, inputs, skip, width, kernel=5, expansion=4):
+        super().__init__()
+        self.project = nn.Conv2d(inputs, width, 1, bias=False)
+        self.skip = nn.Conv2d(skip, width, 1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.block = WideBlock(width, kernel, expansion)
+
+    def forward(self, x, y):
+        joined = upsample(pointwise(x, self.project), y.shape[2:]) + pointwise(y, self.skip)
+        return self.block(F.relu(self.norm(joined)))
+
+
+class MicroUNet(nn.Module):
+    """A residual U-Net (arXiv 1505.04597) with logits at stride 2.
+
+    Encoder stages at strides 2, 4, 8, 16, 32 of `widths` channels and `depths` blocks; `attention` transformer blocks
+    at stride 32; a decoder that joins the upsampled map with the skip, level by level. The first `dense` stages, and
+    the decoder levels beside them, consist of 3x3 convolutions, the others of WideBlocks with `kernel` (in the decoder
+    `decoder_kernel`) and `expansion`. `lmsa` names decoder levels (0 is stride 2) that end with LMSA. Two channels of
+    coordinates (-1..1) accompany RGB, since portraits are aligned.
     """
 
     stride = 2
@@ -262,6 +325,10 @@ class MicroUNet(nn.Module):
         depths=(0, 2, 3, 4, 1),
         dilations=(1, 2, 4, 1),
         decoder=(32, 48, 64, 96),
+        dense=5,
+        kernel=7,
+        decoder_kernel=5,
+        expansion=4,
         attention=1,
         lmsa=(),
         coordinates=True,
@@ -269,13 +336,18 @@ class MicroUNet(nn.Module):
     ):
         super().__init__()
         if len(decoder) != len(widths) - 1 or not set(lmsa) <= set(range(len(decoder))):
-            raise ValueError("the decoder has a width for each level but the last, and lmsa names some of these levels")
+            raise ValueError("decoder needs one width fewer than widths; lmsa lists decoder levels")
+        if not kernel % 2 or not decoder_kernel % 2:
+            raise ValueError("kernels must be odd")
         self.coordinates = coordinates
         previous = 5 if coordinates else 3
         self.encoder = nn.ModuleList()
         for level, (width, depth) in enumerate(zip(widths, depths, strict=True)):
-            rates = [dilations[i % len(dilations)] if level == 3 else 1 for i in range(depth)]
-            blocks = [ResidualBlock(width, rate) for rate in rates]
+            if level < dense:
+                rates = [dilations[i % len(dilations)] if level == 3 else 1 for i in range(depth)]
+                blocks = [ResidualBlock(width, rate) for rate in rates]
+            else:
+                blocks = [WideBlock(width, kernel, expansion) for _ in range(depth)]
             self.encoder.append(nn.Sequential(ConvNorm(previous, width, 5 if level == 0 else 3, 2), *blocks))
             previous = width
         self.attention = nn.ModuleList(TransformerBlock(previous, dropout=dropout) for _ in range(attention))
@@ -283,8 +355,11 @@ class MicroUNet(nn.Module):
         self.decoder = nn.ModuleList()
         for level in reversed(range(len(decoder))):
             width = decoder[level]
-            gate = LMSA(width) if level in lmsa else nn.Identity()
-            self.decoder.append(nn.Sequential(JoinNorm(previous + widths[level], width), gate))
+            if level < dense:
+                join = JoinNorm(previous + widths[level], width)
+            else:
+                join = JoinWide(previous, widths[level], width, decoder_kernel, expansion)
+            self.decoder.append(nn.Sequential(join, LMSA(width) if level in lmsa else nn.Identity()))
             previous = width
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(previous, NUM_CLASSES, 1)
@@ -299,20 +374,20 @@ class MicroUNet(nn.Module):
         for stage in self.encoder:
             x = stage(x)
             skips.append(x)
-        height, width = x.shape[2:]
         if self.attention:
+            height, width = x.shape[2:]
             sequence = tokens(x)
             for block in self.attention:
                 sequence = block(sequence, height, width)
             x = grid(sequence, height, width)
-        for (join, gate), skip in zip(self.decoder, skips[-2::-1], strict=True):
-            x = gate(join(upsample(x, skip.shape[2:]), skip))
+        for (join, refine), skip in zip(self.decoder, skips[-2::-1], strict=True):
+            x = refine(join(x, skip))
         logits = pointwise(self.dropout(x), self.classifier)
         return upsample(logits, image.shape[2:]) if full_size else logits
 
 
 def coordinates(image):
-    """Two channels (B, 2, H, W), x and y of each pixel's centre from -1 to 1, for image (B, 3, H, W)."""
+    """x and y of each pixel's centre from -1 to 1, (B, 2, H, W), for image (B, 3, H, W)."""
     batch, _, height, width = image.shape
     x, y = ((2 * torch.arange(n, device=image.device, dtype=image.dtype) + 1) / n - 1 for n in (width, height))
     return torch.stack([x.expand(height, width), y[:, None].expand(height, width)]).expand(batch, 2, height, width)
@@ -322,19 +397,67 @@ MODELS = {"microsegformer": MicroSegFormer, "microunet": MicroUNet}
 
 
 def build(name, **arguments):
-    """The network called `name` (a key of MODELS); UserError where it does not take these constructor arguments."""
+    """Construct the network `name`, a key of MODELS. UserError if it does not accept these constructor arguments."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, of empty layers, which are refused below
+            warnings.simplefilter("ignore")  # torch warns about empty layers, which are refused below
             model = MODELS[name](**arguments)
         if not all(p.numel() for p in model.parameters()):
             raise ValueError("a layer would be empty")
         return model
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, ArithmeticError) as error:
-        raise UserError(f"{name} cannot be made with the arguments {arguments}: {error}") from None
+        raise UserError(f"{name} does not accept the arguments {arguments}: {error}") from None
 
 
-def must_have_lmsa(name):
-    """UserError where the network called `name` has no switch for LMSA."""
-    if name != "microsegformer":
-        raise UserError(f"--lmsa is MicroSegFormer's; {name} has it where --model-args names levels")
+def model_arguments(name, lmsa=None, text="{}", **arguments):
+    """Constructor arguments as a dict: `arguments`, `lmsa` if the network has that switch, and a JSON object `text`.
+
+    UserError if `text` is not a JSON object, or if `lmsa` is set (not None) for a network without the switch.
+    """
+    try:
+        extra = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--model-args {text}: not JSON ({error})") from None
+    if not isinstance(extra, dict):
+        raise UserError(f'--model-args {text}: use a JSON object such as {{"coordinates": false}}')
+    if lmsa is not None and name != "microsegformer":
+        raise UserError(f"--lmsa is for microsegformer; for {name} use --model-args '{{\"lmsa\": [0]}}' (levels)")
+    return {**({} if lmsa is None else {"lmsa": lmsa}), **arguments, **extra}
+
+
+def count_parameters(model):
+    """Number of parameters as the challenge counts: frozen ones included, buffers not."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def parameter_table(model):
+    """Parameters by top-level module and in total, as text."""
+    rows = [(name, count_parameters(module)) for name, module in model.named_children()]
+    rows = [(name, count) for name, count in rows if count] + [("total", count_parameters(model))]
+    return "\n".join(f"{name:<18}{count:>12,}" for name, count in rows)
+
+
+def main():
+    parser = ArgumentParser(description="Count a network's parameters by module; fail at the challenge's limit.")
+    parser.add_argument("--model", choices=sorted(MODELS), default="microsegformer")
+    parser.switch("--lmsa", None, help="LMSA in MicroSegFormer; on by default")
+    parser.add_argument("--model-args", default="{}", help="further constructor arguments as JSON")
+    parser.add_argument("--name", help="use the network of this run, instead")
+    args = parser.parse_args()
+    if args.name:
+        settings = read_json(Path("runs", args.name, "args.json"))["args"]
+        lmsa = settings["lmsa"] if settings["model"] == "microsegformer" else None
+        name, arguments = settings["model"], model_arguments(settings["model"], lmsa, settings["model_args"])
+    else:
+        name, arguments = args.model, model_arguments(args.model, args.lmsa, args.model_args)
+    model = build(name, **arguments)
+    print(parameter_table(model))
+    if count_parameters(model) >= PARAM_LIMIT:
+        print(f"FAIL: a submission must have fewer than {PARAM_LIMIT:,}", file=sys.stderr)
+        return 1
+    print(f"ok: fewer than {PARAM_LIMIT:,}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -3,8 +3,14 @@
 python predict.py --input photo.jpg --output masks --overlay --cutout head --json
 python predict.py --input data/test/images --output masks --weights runs/a/best.pt --views flip,scales
 
-A picture that is one portrait, as those of the challenge are, is parsed as a whole. In any other the faces are looked
-for first (faces.py), and each is parsed at full resolution.
+From Python:
+
+    from predict import FaceParser
+    parser = FaceParser()                    # the release; FaceParser("runs/a"): the weights of a run
+    mask = parser("photo.jpg").mask          # uint8 (H, W), values 0..18: indices into labels.NAMES
+
+A photo that is one portrait, like those of the challenge, is parsed as a whole. In any other the faces are found
+first, and each is parsed at full resolution (photo.py).
 """
 
 import argparse
@@ -14,93 +20,107 @@ import sys
 import time
 from pathlib import Path
 
+from common import (
+    ArgumentParser,
+    UserError,
+    atomic,
+    duration,
+    make_folder,
+    print_message,
+    run_main,
+    show_line,
+    show_progress,
+    write_text,
+)
+
+import numpy as np
 import torch
 from PIL import Image
 
-from atomic import atomic, write_text
-from checkpoint import load_model
-from device import local_device
-from errors import ArgumentParser, UserError, run_main, tell
-from images import image_files, overlay, read_image, write_mask
-from photo import parse_photo
-from regions import cut_out, describe, parse_labels
-from rundir import find_weights
-from terminal import duration, show_count, show_line
-from views import check_size, label_map, log_probabilities, parse_views
+from checkpoint import find_weights, load_model, select_device
+from images import image_files, mask_image, overlay, read_image, rgb_pixels
+from photo import cut_out, describe, parse_labels, parse_photo
+from views import check_size, parse_views
+
+
+class FaceParser:
+    """Parses photos with trained weights: parser(image) -> photo.Parsed, whose `mask` is uint8 (H, W).
+
+    weights: a checkpoint file or the name or folder of a run; default the release, else the best run.
+    views: views to average, as "flip,scales". size: side of the network's input, 0 for the checkpoint's own.
+    UserError for weights or settings that cannot be used.
+    """
+
+    def __init__(self, weights=None, *, views="", size=0, device="auto"):
+        self.views, self.device = parse_views(views), select_device(device)
+        check_size(size or 32)
+        self.source = find_weights(weights)
+        model, info = load_model(self.source, self.device)
+        self.models, self.size = [model], size or info["size"]
+
+    def __call__(self, image, *, whole=False, box=None):
+        """Parse a path, a PIL image or a uint8 RGB array (H, W, 3).
+
+        `whole` treats the image as one portrait; `box` (left, top, width, height) is the only portrait in it. UserError
+        if the image cannot be read.
+        """
+        if isinstance(image, (str, os.PathLike)):
+            pixels = read_image(image)
+        else:
+            pixels = image if isinstance(image, np.ndarray) else rgb_pixels(image)
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+            raise UserError(f"an image array must be uint8 (H, W, 3), not {pixels.dtype} {pixels.shape}")
+        return parse_photo(self.models, pixels, self.size, self.views, self.device, whole, box)
 
 
 def add_arguments(parser):
-    """The flags that predict.py and ensemble_tta.py share."""
-    parser.add_argument("--input", required=True, help="an image file, or a folder of them")
-    parser.add_argument("--output", required=True, type=Path, help="folder for NAME.png masks")
-    parser.add_argument("--views", default="", help="views to average: flip, scales, or numbers, as flip,1,1.5")
-    parser.add_argument("--size", type=int, default=0, help="image side for the network; 0 is the checkpoint's own")
+    """Add the flags that predict.py and ensemble_tta.py share."""
+    parser.add_argument("--input", "--in", required=True, help="an image file or a folder of images")
+    parser.add_argument("--output", "--out", required=True, type=Path, help="folder for NAME.png masks")
+    parser.add_argument("--views", default="", help="views to average: flip, scales, or numbers such as flip,1,1.5")
+    parser.add_argument("--size", type=int, default=0, help="side of the network's input; 0: the checkpoint's own")
     place = parser.add_mutually_exclusive_group()
-    place.add_argument("--whole", action="store_true", help="take each image for one portrait; no search for faces")
-    place.add_argument(
-        "--box", type=box, metavar="X,Y,W,H", help="portrait to parse; no search for faces; --box=-9,... where negative"
-    )
-    parser.add_argument("--overlay", action="store_true", help="also write NAME-overlay.png, the mask over the image")
+    switch = {"action": argparse.BooleanOptionalAction, "default": False}
+    place.add_argument("--whole", **switch, help="treat each image as one portrait, without searching for faces")
+    place.add_argument("--box", type=box, metavar="X,Y,W,H", help="portrait to parse; --box=-9,... if negative")
+    parser.switch("--overlay", help="also write NAME-overlay.png, the mask over the image")
     parser.add_argument(
-        "--cutout",
-        type=parse_labels,
-        help="also write NAME-cutout.png, these labels (hair,hat or head) on transparency",
+        "--cutout", type=parse_labels, help="also write NAME-cutout.png with these labels: hair,hat or head"
     )
-    parser.add_argument("--json", action="store_true", help="also write NAME.json: areas, boxes, centroids by label")
+    parser.switch("--json", help="also write NAME.json: area, box and centroid of each label")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
 
 
 def box(text):
-    """An argparse type: x,y,w,h in pixels."""
+    """argparse type: x,y,w,h in pixels."""
     try:
         left, top, width, height = map(int, text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not x,y,w,h, four whole numbers") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not x,y,w,h, four integers") from None
     if min(width, height) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} has no area")
     return left, top, width, height
 
 
-def mask_of(models, path, size, views, device):
-    """RGB pixels (H, W, 3) of an image file and the uint8 mask (H, W) the models give it."""
-    pixels = read_image(path)
-    images = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(device)
-    log_p = log_probabilities(models, images, size, views)
-    return pixels, label_map(log_p, *pixels.shape[:2])[0].cpu().numpy()
-
-
-def parse_file(models, path, size, views, device, args):
-    """Pixels (H, W, 3) of an image file and their Parsed labels; UserError that names the file."""
-    pixels = read_image(path)
-    try:
-        return pixels, parse_photo(models, pixels, size, views, device, args.whole, args.box)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
 def write_results(args, path, pixels, parsed):
-    """The mask of the image file `path` in the folder args.output, and what else is asked for beside it."""
-    name = args.output / path.stem
-    with atomic(f"{name}.png") as temporary:
-        write_mask(temporary, parsed.mask)
+    """Write the mask of the image file `path` into args.output, and the other files asked for."""
+    images = {".png": mask_image(parsed.mask)}
     if args.overlay:
-        with atomic(f"{name}-overlay.png") as temporary:
-            Image.fromarray(overlay(pixels, parsed.mask)).save(temporary, format="PNG")
+        images["-overlay.png"] = Image.fromarray(overlay(pixels, parsed.mask))
     if args.cutout:
-        with atomic(f"{name}-cutout.png") as temporary:
-            Image.fromarray(cut_out(pixels, parsed.mask, args.cutout)).save(temporary, format="PNG")
+        images["-cutout.png"] = Image.fromarray(cut_out(pixels, parsed.mask, args.cutout))
+    for ending, image in images.items():
+        with atomic(args.output / f"{path.stem}{ending}") as temporary:
+            image.save(temporary, format="PNG")
     if args.json:
-        write_text(f"{name}.json", json.dumps({"image": path.name, **describe(parsed)}, ensure_ascii=False) + "\n")
+        text = json.dumps({"image": path.name, **describe(parsed)}, ensure_ascii=False) + "\n"
+        write_text(args.output / f"{path.stem}.json", text)
 
 
-def predict_all(models, size, args, device):
-    """Write the masks of args.input into args.output; exit status 2 where some images could not be read.
-
-    The others are done all the same. UserError where two images would share a mask's name, or a mask replace an image.
-    """
-    check_size(size)
-    files = image_files(args.input)
-    made = {}
+def output_files(args):
+    """The image files of args.input. UserError if two of them, or an input and an output, would have the same path."""
+    files, made = image_files(args.input), {}
     endings = [".png"] + ["-overlay.png"] * args.overlay + ["-cutout.png"] * bool(args.cutout)
     for name, path in ((path.stem + ending, path) for path in files for ending in endings):
         if name in made:
@@ -108,39 +128,46 @@ def predict_all(models, size, args, device):
         if os.path.realpath(path) == os.path.realpath(args.output / name):
             raise UserError(f"the mask of {path} would replace it; choose another OUT (--output)")
         made[name] = path
-    views = parse_views(args.views)
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make folder {args.output}: {error.strerror}") from None
-    failed, begun = 0, time.monotonic()
+    return files
+
+
+def predict_all(parser, args):
+    """Write the masks of args.input into args.output: 0, or 2 if some images could not be read, which are reported."""
+    files = output_files(args)
+    make_folder(args.output)
+    failed, begin = 0, time.monotonic()
     for done, path in enumerate(files, 1):
         try:
-            pixels, parsed = parse_file(models, path, size, views, device, args)
+            pixels = read_image(path)
+            parsed = parser(pixels, whole=args.whole, box=args.box)
         except UserError as error:
             failed += 1
             show_line("", sys.stderr)
-            tell(error)
+            print_message(error if str(path) in str(error) else f"{path}: {error}", "error")
             continue
         write_results(args, path, pixels, parsed)
         if parsed.missed:
             show_line("", sys.stderr)
-            tell(f"no face found in {path}, taken as a whole; --box=x,y,w,h says where a portrait is", "warning")
-        show_count("image", done, len(files), time.monotonic() - begun)
-    print(f"{len(files) - failed} of {len(files)} masks in {args.output}, {duration(time.monotonic() - begun)}")
+            print_message(f"no face found in {path}: parsed as one portrait; --box=x,y,w,h selects one")
+        show_progress("predicting", done, len(files), time.monotonic() - begin)
+    seconds = time.monotonic() - begin
+    print(
+        f"{len(files) - failed} of {len(files)} masks in {args.output}, {duration(seconds)} "
+        f"({seconds / len(files):.2f} s per image)"
+    )
     return 2 if failed else 0
 
 
 def main():
-    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(description="Write the masks of images.")
     add_arguments(parser)
-    parser.add_argument("--weights", help="checkpoint, or run's name or folder; default the release, else the best run")
+    parser.add_argument("--weights", "--name", help="checkpoint or run; default the release, else the best run")
     args = parser.parse_args()
-    device = local_device(args.device)
-    weights = find_weights(args.weights)
-    model, info = load_model(weights, device)
-    print(f"weights {weights}")
-    return predict_all([model], args.size or info["size"], args, device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    face_parser = FaceParser(args.weights, views=args.views, size=args.size, device=args.device)
+    print(f"weights {face_parser.source}")
+    return predict_all(face_parser, args)
 
 
 if __name__ == "__main__":

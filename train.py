@@ -2,280 +2,690 @@
 
 python train.py --name a --dice 1.5 --lr 8e-4
 python train.py --resume a
-torchrun --standalone --nproc-per-node 2 train.py --name b --sizes 128:36,256:12 --batch 8
+torchrun --standalone --nproc-per-node 2 train.py --name b        # one process per GPU; the same as --nproc 2
 
-runs/NAME/ holds args.json (arguments, commit, versions), metrics.jsonl (a line an epoch), best.json (scores of the
-best epoch by label and image), best.pt (inference) and last.pt (resume).
+runs/NAME/ contains args.json (arguments, commit, versions), metrics.jsonl (one line per epoch), best.json (scores of
+the best epoch by label and image), best.pt (for inference) and last.pt (for resuming).
+
+From top to bottom: the run's folder, set-up, one step, validation, the loop, what is printed. Flags: options.py.
 """
 
+import argparse
+import copy
+import fcntl
+import json
 import math
-import re
+import os
+import platform
 import signal
+import subprocess
 import sys
 import time
-import traceback
+from pathlib import Path
+from types import SimpleNamespace
+
+from common import (
+    UserError,
+    duration,
+    print_message,
+    read_json,
+    run_main,
+    show_line,
+    style,
+    write_text,
+)
 
 import numpy as np
+import PIL
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-import distributed
 from augment import augment, draw, slice_batch
-from errors import UserError, run_main
-from evaluate import evaluate
+from checkpoint import find_run, find_weights, make_name, read_metrics, select_device
+from data import Batches, find_data, is_synthetic, load_pairs, split
+from evaluate import batch_score, evaluate, f_scores, label_scores, official_score
+from labels import NUM_CLASSES
 from losses import training_loss
-from metrics import batch_score, by_label, official_score
-from optimisation import update_average
-from options import model_arguments, parse
-from parameters import PARAM_LIMIT, count_parameters
-from report import redraw, write_page
-from rundir import append_metrics, close_run, in_force, make_name, plain, write_best
-from schedule import learning_rate, size_at
-from state import save_last, set_up
-from terminal import show_line
-from trainlog import closing, epoch_line, long_warning, step_line
+from model import PARAM_LIMIT, build, count_parameters
+from muon import Muon
+from options import (
+    PLACES,
+    class_weights,
+    compute,
+    learning_rate,
+    network_arguments,
+    parse,
+    parse_sizes,
+    size_at,
+    strength,
+)
 
-LOST = re.compile("connection|broken pipe|closed by|read error|write error|socket", re.IGNORECASE)
-
-
-def rate_at(args, phases, epoch):
-    """Learning rate after `epoch` epochs, a float."""
-    return learning_rate(
-        epoch, phases, lr=args.lr, warmup=args.warmup, kind=args.schedule, floor=args.lr_floor,
-        period=args.restart_period, growth=args.restart_growth,
-    )  # fmt: skip
+HERE = Path(__file__).parent
+LONG_HOURS = 6  # a run estimated to take longer prints a warning
 
 
-def train_step(t, epoch, step, positions):
-    """One step on the pairs at `positions` (of the whole batch); the loss over all processes, finite, as a float."""
-    args = t.args
-    for group in t.optimiser.param_groups:
-        group["lr"] = rate_at(args, t.phases, epoch + (step + 1) / t.steps)
-    # Dropout draws from the step's own seed, so that a resumed run draws the same.
-    torch.manual_seed(int(np.random.SeedSequence((args.seed, epoch, step, t.rank)).generate_state(1)[0]))
-    mine = slice(t.rank * t.batch // t.processes, (t.rank + 1) * t.batch // t.processes)
-    drawn = slice_batch(draw(t.batch, t.changes, (args.seed, epoch, step)), mine.start, mine.stop)
-    images, masks = t.batches.read(positions[mine])
-    stride = 1 if args.loss_grid == "image" else t.model.stride
-    images, target = augment(images, masks, drawn, size_at(t.phases, epoch), stride, t.changes.exchange_sides)
-    with t.autocast():
-        logits = t.network(images, full_size=False)
-    loss = training_loss(
-        logits.float(), target, ce=args.ce, dice=args.dice, focal=args.focal, class_weights=t.label_weights,
-        smoothing=args.smoothing, dice_over=args.dice_over, lovasz=args.lovasz,
-    )  # fmt: skip
-    value = distributed.total(loss.detach().clone()).item() / t.processes
-    if not math.isfinite(value):
-        raise UserError(
-            f"the loss is {value} in epoch {epoch + 1}, step {step + 1}; the last save is whole: try a lower --lr"
-        )
-    t.optimiser.zero_grad(set_to_none=True)
-    t.scaler.scale(loss).backward()
-    if args.clip:
-        t.scaler.unscale_(t.optimiser)
-    norm = nn.utils.clip_grad_norm_(t.model.parameters(), args.clip or math.inf)
-    if not (norm.isfinite() or t.scaler.is_enabled()):  # the scaler passes over such a step itself
-        raise UserError(
-            f"the gradient is {norm} in epoch {epoch + 1}, step {step + 1}; the last save is whole: try a lower --lr"
-        )
-    t.scaler.step(t.optimiser)
-    t.scaler.update()
-    if t.average:
-        update_average(*t.averaging, args.ema, epoch * t.steps + step)
-    return value
+# The files of a run; args.json first: without it there is no run, whatever else is left.
+RUN_FILES = (
+    *("args.json", "*.pt", "submission-*.zip", "best.json", "metrics.jsonl", "pictures.json", "report.*"),
+    ".*.tmp",
+)
 
 
-def validate(t, size):
-    """Scores of the averaged weights (the plain ones without --ema) on the held-out pairs: (metrics, confusions).
+def resumed_args(args, given):
+    """The arguments in force: `args`, or those in the args.json of the run to resume.
 
-    None where a signal came meanwhile.
+    UserError if a flag in `given` differs from the run's.
     """
-    confusions, losses = scored(t, t.val_indices, size)
-    sample = min(t.args.train_score, len(t.val_indices))
-    of_training = scored(t, t.batches.indices[:sample], size)[0] if sample else None
-    if distributed.any_of(bool(t.caught), t.device):
+    if not args.resume:
+        return args
+    folder = find_run(args.resume, args.runs)
+    try:
+        settings = dict(read_json(folder / "args.json")["args"])
+        settings["model"], settings["sizes"]
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{folder}/args.json contains no arguments; start a new run with FROM=") from None
+    removed = {key for key in settings.keys() - vars(args).keys() if settings[key]}
+    if removed:
+        raise UserError(f"{folder} uses {', '.join(sorted(removed))}, which this version no longer has")
+    for key in sorted(given - PLACES - {"name"}):
+        if vars(args)[key] != settings.get(key):
+            raise UserError(
+                f"--{key.replace('_', '-')} {vars(args)[key]} differs from run {folder.name}'s {settings.get(key)}: a "
+                f"resumed run keeps its arguments; start a new one with FROM={make_name(folder)}"
+            )
+    kept = {key: vars(args)[key] for key in PLACES & (given | {"resume", "runs"})}
+    return argparse.Namespace(**vars(args) | settings | kept)
+
+
+def open_run(args):
+    """The folder of the run, locked for this process. A new run never replaces an existing one without --overwrite."""
+    if args.resume:
+        folder = find_run(args.resume, args.runs)
+        if not (folder / "last.pt").is_file():
+            name = make_name(folder)
+            raise UserError(f"{folder} has no last.pt to resume; `make train FROM={name} NAME=...` starts from it")
+        lock(folder)
+        return folder
+    name, number = args.name, 1
+    while name is None:
+        candidate = f"{args.recipe or 'run'}-{number}"
+        name, number = (None if Path(args.runs, candidate).exists() else candidate), number + 1
+    if not name or name in (".", "..") or "/" in name:
+        raise UserError(f"--name {name!r}: use a plain folder name")
+    folder = Path(args.runs, name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock(folder)
+        # A training killed before its args.json was written leaves these: not a run yet.
+        started = {"last.pt", "metrics.jsonl", ".lock"}
+        if not args.overwrite and any(p.name not in started and p.suffix != ".tmp" for p in folder.iterdir()):
+            remedy = f"`make resume NAME={name}` continues it, " if (folder / "last.pt").exists() else ""
+            raise UserError(f"run {folder} exists: {remedy}OVERWRITE=1 replaces it, or choose another NAME")
+        for pattern in RUN_FILES:
+            for old in folder.glob(pattern):
+                old.unlink()
+    except OSError as error:
+        raise UserError(f"cannot use {folder}: {error.strerror}; see --runs") from None
+    return folder
+
+
+_locks = []  # open files: the system releases a lock when the process ends, however it ends
+
+
+def lock(folder):
+    """Hold the run for this process. UserError if another training does."""
+    file = open(folder / ".lock", "w")  # noqa: SIM115 - stays open
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another training is writing {folder}; wait for it or choose another NAME") from None
+    _locks.append(file)
+
+
+def is_running(folder):
+    """True if a training holds the run."""
+    try:
+        with open(Path(folder, ".lock")) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def write_metrics(folder, lines):
+    """Write metrics.jsonl, atomically."""
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def rounded(values):
+    """Floats for JSON: 4 digits, None for NaN."""
+    return [None if math.isnan(value) else round(float(value), 4) for value in values]
+
+
+def environment():
+    """Commit and versions for args.json. The commit ends with + if files differ from it."""
+    commit = "unknown"
+    try:
+        git = {"cwd": HERE, "capture_output": True, "text": True}
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, **git).stdout.strip()
+        commit += "+" * (subprocess.run(["git", "diff", "--quiet", "HEAD"], **git).returncode != 0)
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    return {"commit": commit, "versions": versions, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
+
+def set_up(args):
+    """Everything a training needs, new or resumed (progress, networks, optimiser and scaler from last.pt)."""
+    device = select_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rank, processes = join_processes(args, device)
+    torch.backends.cudnn.benchmark = device.type == "cuda"
+    if rank:
+        dist.barrier()  # rank 0 creates the cache
+    data = find_data(args.data)
+    pairs = load_pairs(data, args.cache)
+    if processes > 1 and not rank:
+        dist.barrier()
+    train_indices, val_indices = split(len(pairs.names), args.val_split, args.split_seed)
+    augmentation = strength(args)
+    # MixUp and CutMix blend neighbours, so each process needs an even number of images.
+    unit = 1 if processes == 1 else processes * (2 if augmentation.mixup or augmentation.cutmix else 1)
+    batch = min(args.batch, len(train_indices) // unit * unit)
+    if not batch or batch % unit:
+        raise UserError(f"--batch {args.batch} of {len(train_indices)} pairs is not a multiple of {unit}; try NPROC=1")
+    phases = parse_sizes(args.sizes, args.epochs)
+    if batch == 1 and any(size == 32 for size, _ in phases):
+        raise UserError("batch norm needs more than one value: use a larger --batch or size than 1 image of 32 pixels")
+
+    torch.manual_seed(args.seed)
+    model = build(args.model, **network_arguments(args)).to(device, memory_format=torch.channels_last)
+    if args.start_from and not args.resume:
+        source = find_weights(args.start_from, args.runs)
+        content = checkpoint.load(source)
+        if (other := content["model"]) != args.model:
+            raise UserError(f"{source} is a {other}; use MODEL={other} (--model {other})")
+        checkpoint.load_state(model, content["state_dict"], source)
+        if not rank:
+            print(f"weights from {source}, after its epoch {content.get('epoch', '?')}")
+    average = copy.deepcopy(model).requires_grad_(False) if args.ema else None
+    if processes > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    network = torch.compile(model) if args.compile else model
+    if processes > 1:
+        network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
+    amp_dtype, scaler = precision(args.amp, device)
+    # All input is validated by now: create or reopen the run.
+    folder = None if rank else open_run(args)
+    run = SimpleNamespace(
+        args=args,
+        folder=folder,  # None unless rank is 0, which alone writes
+        device=device,
+        rank=rank,
+        processes=processes,
+        pairs=pairs,
+        batches=Batches(pairs, train_indices, device, args.fix_sides),
+        val_indices=val_indices,
+        phases=phases,  # [(size, epochs), ...]
+        epochs=sum(length for _, length in phases),
+        strength=augmentation,
+        batch=batch,  # images per step, over all processes
+        steps=len(train_indices) // batch,  # per epoch
+        model=model,
+        network=network,  # the model as it is called: compiled, distributed
+        average=average,  # EMA of the model, or None
+        optimiser=make_optimiser(model, args, device),
+        amp_dtype=amp_dtype,
+        scaler=scaler,
+        label_weights=label_weights(args, pairs, train_indices, device),
+        # The next epoch and step, the summed loss of this epoch, the best score and its epoch, seconds so far.
+        progress={"epoch": 0, "step": 0, "loss": 0.0, "best": -1.0, "best_epoch": 0, "seconds": 0.0},
+        signals=catch_signals(),  # numbers of the signals received
+    )
+    used = {"training": len(train_indices), "validation": len(val_indices), "content": pairs.digest}
+    used["drawn"] = is_synthetic(data)
+    if args.resume:
+        restore(run, used)
+    elif not rank:
+        save_last(run)
+        write_metrics(folder, [])
+        record = {"args": vars(args), "parameters": count_parameters(model), "pairs": used, "processes": processes}
+        record |= {"device": device.type, "command": sys.argv, **environment()}
+        # args.json is written last and marks the run as valid: any valid run can be resumed.
+        write_text(folder / "args.json", json.dumps(record, indent=1) + "\n")
+    return run
+
+
+def restore(run, used):
+    """Load the state of last.pt into the run. UserError if it was trained on other pairs or does not fit."""
+    folder = find_run(run.args.resume, run.args.runs)
+    recorded = read_json(folder / "args.json").get("pairs") or {}
+    if any(recorded.get(key, value) != value for key, value in used.items()):
+        raise UserError(f"{folder} was trained on other pairs; start a new run with FROM={make_name(folder)}")
+    source = folder / "last.pt"
+    state = checkpoint.load(source)
+    try:
+        checkpoint.load_state(run.model, state["state_dict"], source)
+        if run.average:
+            checkpoint.load_state(run.average, state["average"], source)
+        run.optimiser.load_state_dict(state["optimiser"])
+        run.scaler.load_state_dict(state["scaler"])
+        run.progress |= dict(state["progress"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{source} is of another run or version ({error}); start a new run") from None
+    if run.rank == 0:
+        done = run.progress["epoch"]
+        lines = read_metrics(folder)[:done]
+        if [line.get("epoch") for line in lines] != list(range(1, done + 1)):
+            raise UserError(f"{folder}/metrics.jsonl is damaged: restore it, or start a new run")
+        write_metrics(folder, lines)
+        print(f"resuming {folder} at epoch {done + 1}, step {run.progress['step'] + 1}")
+
+
+def join_processes(args, device):
+    """(rank, number of processes) of this process, joined to torchrun's group if it was started by torchrun."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type != "cuda" and (args.model != "microsegformer" or args.lmsa):
+        raise UserError("batch norm over several processes needs GPUs; on a CPU use one process with threads")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def start_processes(args):
+    """Replace this process by torchrun if --nproc, or the number of GPUs, is above 1. UserError on a CPU."""
+    if "RANK" in os.environ:
+        return
+    gpus = torch.cuda.device_count() if args.device in ("auto", "cuda") else 0
+    count = args.nproc or max(1, gpus)
+    if count > 1 and count > gpus:
+        raise UserError(f"NPROC={count} needs {count} GPUs, and {gpus} are available; on a CPU use THREADS= instead")
+    if count > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
+
+
+def catch_signals():
+    """A list that collects SIGINT and SIGTERM: the first stops after the running step, the second at once."""
+    signals = []
+
+    def handle(number, frame):
+        if not signals:
+            print_message(f"stopping after this step ({signal.Signals(number).name}); again to stop at once")
+        else:
+            os._exit(128 + number)
+        signals.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return signals
+
+
+def label_weights(args, pairs, indices, device):
+    """Class weights as a tensor (19,) whose mean over the training pixels is 1, or None."""
+    weights = class_weights(args)
+    if weights is None:
+        return None
+    sample = pairs.masks[indices[:: max(1, len(indices) // 100)]]
+    frequency = np.bincount(sample.ravel(), minlength=NUM_CLASSES) / sample.size
+    weights = 1 / np.sqrt(frequency.clip(1e-4)) if weights == "balanced" else np.array(weights)
+    return torch.tensor(weights / (weights * frequency).sum(), dtype=torch.float32, device=device)
+
+
+def make_optimiser(model, args, device):
+    """AdamW, or Muon for the matrices of hidden layers and AdamW for all other parameters."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    settings = {"lr": args.lr, "fused": device.type != "mps", "weight_decay": args.weight_decay}
+    rest = {"params": vectors, "weight_decay": args.weight_decay if args.decay_all else 0.0}
+    if args.optimiser == "adamw":
+        return torch.optim.AdamW([{"params": matrices}, rest], **settings)
+    # The first layer, depthwise filters (few inputs) and the classifier (labels as rows) are not hidden matrices.
+    hidden = [p for p in matrices if p.shape[1] > 5 and p.shape[0] != NUM_CLASSES]
+    others = [p for p in matrices if all(p is not h for h in hidden)]
+    return Muon([{"params": hidden, "orthogonal": True}, {"params": others}, rest], **settings)
+
+
+def precision(amp, device):
+    """(autocast dtype or None, gradient scaler, which does nothing unless fp16).
+
+    "auto": bf16 if the device multiplies it natively, else fp16 on CUDA, else none.
+    """
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif amp == "auto":
+        features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        amp = "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "off"
+    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    return dtype, torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+
+@torch.no_grad()
+def update_average(average, model, decay, step):
+    """Move the EMA's weights and statistics towards the model's; the decay warms up over the first steps."""
+    kept, new = ([v for v in m.state_dict().values() if v.is_floating_point()] for m in (average, model))
+    torch._foreach_lerp_(kept, new, 1 - min(decay, (1 + step) / (10 + step)))
+
+
+def all_sum(tensor):
+    """The sum of a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def train_step(run, epoch, step, positions):
+    """One step on the pairs at `positions` of the global batch: (mean loss, True if any process received a signal)."""
+    args = run.args
+    for group in run.optimiser.param_groups:
+        group["lr"] = learning_rate(args, run.phases, epoch + (step + 1) / run.steps)
+    # Dropout draws from the step's own seed, so that a resumed run draws the same.
+    torch.manual_seed(int(np.random.SeedSequence((args.seed, epoch, step, run.rank)).generate_state(1)[0]))
+    start, stop = (r * run.batch // run.processes for r in (run.rank, run.rank + 1))  # this process's images
+    params = slice_batch(draw(run.batch, run.strength, (args.seed, epoch, step)), start, stop)
+    images, masks = run.batches.read(positions[start:stop])
+    stride = 1 if args.loss_grid == "image" else run.model.stride
+    images, target = augment(images, masks, params, size_at(run.phases, epoch), stride, args.exchange_sides)
+    with torch.autocast(run.device.type, run.amp_dtype, enabled=run.amp_dtype is not None):
+        logits = run.network(images, full_size=False)
+    loss = training_loss(
+        logits.float(),
+        target,
+        ce=args.ce,
+        dice=args.dice,
+        focal=args.focal,
+        class_weights=run.label_weights,
+        smoothing=args.smoothing,
+        dice_over=args.dice_over,
+    )
+    status = torch.stack([loss.detach(), loss.new_tensor(float(bool(run.signals)))])
+    value, signalled = all_sum(status).div_(run.processes).tolist()
+    where = f"in epoch {epoch + 1}, step {step + 1}; last.pt is intact: try a lower --lr"
+    if not math.isfinite(value):
+        raise UserError(f"the loss is {value} {where}")
+    run.optimiser.zero_grad(set_to_none=True)
+    run.scaler.scale(loss).backward()
+    if args.clip:
+        run.scaler.unscale_(run.optimiser)
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), args.clip or math.inf)
+    if not (norm.isfinite() or run.scaler.is_enabled()):  # the scaler skips such a step itself
+        raise UserError(f"the gradient norm is {norm} {where}")
+    run.scaler.step(run.optimiser)
+    run.scaler.update()
+    if run.average:
+        update_average(run.average, run.model, args.ema, epoch * run.steps + step)
+    return value, signalled > 0
+
+
+def scored(run, indices, size):
+    """Confusions (N, 19, 19) and losses (N,) of some pairs, each process evaluating its fraction of them."""
+    confusions, losses = evaluate(
+        run.average or run.model,
+        run.pairs,
+        indices,
+        size,
+        run.device,
+        ranks=(run.rank, run.processes),
+        stop=lambda: bool(run.signals),
+    )
+    confusions = all_sum(torch.from_numpy(confusions).to(run.device)).cpu().numpy()
+    return confusions, all_sum(torch.from_numpy(losses).float().to(run.device)).cpu().numpy()
+
+
+def validate(run, size):
+    """Scores of the EMA (of the plain weights without --ema) on the held-out pairs: (metrics, confusions).
+
+    Returns None if interrupted.
+    """
+    confusions, losses = scored(run, run.val_indices, size)
+    sample = min(run.args.train_score, len(run.val_indices))
+    train_confusions = scored(run, run.batches.indices[:sample], size)[0] if sample else None
+    if all_sum(torch.tensor(float(bool(run.signals)), device=run.device)) > 0:
         return None
     if not math.isfinite(losses.mean()):
-        raise UserError(f"the validation loss is {losses.mean()}; the last save is whole: try a lower --lr")
+        raise UserError(f"the validation loss is {losses.mean()}; last.pt is intact: try a lower --lr")
     metrics = {
-        "val_loss": float(losses.mean()), "official": official_score(confusions), "batch32": batch_score(confusions),
-        "labels": plain(by_label(confusions)[0]),
-    }  # fmt: skip
+        "val_loss": float(losses.mean()),
+        "official": official_score(confusions),
+        "batch32": batch_score(confusions),
+        "labels": rounded(label_scores(confusions)[0]),
+    }
     if sample:
-        metrics["train_official"] = official_score(of_training)
+        metrics["train_official"] = official_score(train_confusions)
     return metrics, confusions
 
 
-def scored(t, indices, size):
-    """Confusions (N, 19, 19) and losses (N,) of some pairs, each process having done its share."""
-    confusions, losses = evaluate(
-        t.average or t.model, t.pairs, indices, t.args.val_size or size, t.device, share=(t.rank, t.processes),
-        stop=lambda: bool(t.caught),
-    )  # fmt: skip
-    confusions = distributed.total(torch.from_numpy(confusions).to(t.device)).cpu().numpy()
-    return confusions, distributed.total(torch.from_numpy(losses).float().to(t.device))
+def finish_epoch(run, epoch, line):
+    """Validate if due, then write metrics.jsonl, best.pt, best.json and last.pt.
 
-
-def close_epoch(t, epoch, line):
-    """Validate where it is due, and record the epoch: metrics.jsonl, best.pt, last.pt; the epoch's line completed.
-
-    False where a signal came meanwhile: the epoch is not recorded then, and a resumed run validates.
+    Returns False if interrupted: the epoch is not recorded then, and the resumed run validates.
     """
-    size, scores = size_at(t.phases, epoch), None
-    start = time.monotonic()
-    if len(t.val_indices) and ((epoch + 1) % t.args.val_every == 0 or epoch + 1 == t.epochs):
-        if t.rank == 0:
-            show_line(f"epoch {epoch + 1}/{t.epochs} scoring {len(t.val_indices)} validation images", sys.stdout)
-        validated = validate(t, size)
+    size, confusions = size_at(run.phases, epoch), None
+    begin = time.monotonic()
+    if len(run.val_indices) and ((epoch + 1) % run.args.val_every == 0 or epoch + 1 == run.epochs):
+        validated = validate(run, size)
         if not validated:
             return False
         metrics, confusions = validated
         line |= metrics
-        scores = line, confusions, [t.pairs.names[i] for i in t.val_indices]
-    t.progress["seconds"] += time.monotonic() - start
-    line["minutes"] = round(t.progress["seconds"] / 60, 2)
-    # Without validation the last epoch is the best there is.
-    score = line.get("official", -1.0) if len(t.val_indices) else float(epoch)
-    better = score > t.progress["best"]
+    run.progress["seconds"] += time.monotonic() - begin
+    line["minutes"] = round(run.progress["seconds"] / 60, 2)
+    # Without validation the last epoch counts as the best.
+    score = line.get("official", -1.0) if len(run.val_indices) else float(epoch)
+    better = score > run.progress["best"]
     if better:
-        t.progress |= {"best": score, "best_epoch": epoch + 1}
-    t.progress |= {"epoch": epoch + 1, "step": 0, "loss": 0.0}
-    if t.rank == 0:
-        checkpoint.must_be_finite(t.model, t.average)
-        append_metrics(t.folder, line)
+        run.progress |= {"best": score, "best_epoch": epoch + 1}
+    run.progress |= {"epoch": epoch + 1, "step": 0, "loss": 0.0}
+    if run.rank == 0:
+        require_finite(run)
+        write_metrics(run.folder, [*read_metrics(run.folder), line])
         content = {
-            "model": t.args.model, "model_args": model_arguments(t.args), "size": t.args.val_size or size,
-            "state_dict": (t.average or t.model).state_dict(), "epoch": epoch + 1, "official": line.get("official"),
-            "validated": bool(len(t.val_indices)),
-        }  # fmt: skip
+            "model": run.args.model,
+            "model_args": network_arguments(run.args),
+            "size": size,
+            "state_dict": (run.average or run.model).state_dict(),
+            "epoch": epoch + 1,
+            "official": line.get("official"),
+            "validated": bool(len(run.val_indices)),
+        }
         if better:
-            write_best(t.folder, content, scores)
-        if t.args.keep_every and (epoch + 1) % t.args.keep_every == 0:
-            checkpoint.save(t.folder / f"epoch-{epoch + 1:03d}.pt", content)
+            checkpoint.save(run.folder / "best.pt", content)
+            if confusions is not None:
+                write_best(run, line, confusions)
+        if run.args.keep_every and (epoch + 1) % run.args.keep_every == 0:
+            checkpoint.save(run.folder / f"epoch-{epoch + 1:03d}.pt", content)
         show_line("", sys.stdout)
-        print(epoch_line(line, t.epochs, better), flush=True)
-    save_last(t)
-    if t.rank == 0 and scores:
-        show_run(t)
+        print(epoch_line(line, run.epochs, better), flush=True)
+    save_last(run)
     return True
 
 
-def stop_asked(t):
-    """The number of the signal that asked any process to stop, all being saved, or 0."""
-    if not distributed.any_of(bool(t.caught), t.device):
-        return 0
-    save_last(t)
-    return t.caught[0] if t.caught else signal.SIGTERM
+def write_best(run, line, confusions):
+    """Write best.json: the epoch's scores by label and by image, and its confusion matrix."""
+    f, images = label_scores(confusions)
+    names = [run.pairs.names[i] for i in run.val_indices]
+    record = {
+        "epoch": line["epoch"],
+        "official": line["official"],
+        "batch32": line["batch32"],
+        "labels": rounded(f),
+        "images_with_label": images.tolist(),
+        "confusion": confusions.sum(0).tolist(),
+        "image_scores": {name: rounded(row) for name, row in zip(names, f_scores(confusions), strict=True)},
+    }
+    write_text(run.folder / "best.json", json.dumps(record) + "\n")
 
 
-def show_run(t):
-    """Rewrite the page of all runs, with this run's pictures where its best weights are new.
-
-    A page is not worth a training: whatever goes wrong with it is told, and the training goes on.
-    """
-    try:
-        if (t.folder / "best.json").is_file():
-            redraw(t.folder, t.device)
-        write_page(t.folder.parent)
-    except UserError as error:
-        print(f"{t.folder.parent}/index.html: {error}", file=sys.stderr)
-    except Exception:  # noqa: BLE001 - see above
-        traceback.print_exc()
+def require_finite(run):
+    """UserError if the weights contain infinities or NaN."""
+    if not all(checkpoint.is_finite(m) for m in (run.model, run.average) if m is not None):
+        raise UserError("the weights are no longer finite; last.pt is intact: try a lower --lr")
 
 
-def finished(t):
-    """Whether the target is reached or the patience is over."""
-    stale = t.progress["epoch"] - t.progress["best_epoch"]
-    return 0 < t.args.target <= t.progress["best"] or 0 < t.args.patience <= stale
+def save_last(run):
+    """Write last.pt, from which --resume continues exactly."""
+    if run.rank == 0:
+        require_finite(run)
+        content = {
+            "model": run.args.model,
+            "model_args": network_arguments(run.args),
+            "size": run.phases[-1][0],
+            "state_dict": run.model.state_dict(),
+            "average": run.average.state_dict() if run.average else None,
+            "optimiser": run.optimiser.state_dict(),
+            "scaler": run.scaler.state_dict(),
+            "progress": run.progress,
+        }
+        checkpoint.save(run.folder / "last.pt", content)
 
 
-def train(t):
-    """The epochs that are left; the number of the signal that stopped them, or 0."""
-    if t.rank == 0:
-        show_run(t)
+def is_finished(run):
+    """True once the target is met or early stopping applies."""
+    stale = run.progress["epoch"] - run.progress["best_epoch"]
+    return 0 < run.args.target <= run.progress["best"] or 0 < run.args.patience <= stale
+
+
+def train(run):
+    """Train the remaining epochs; returns the number of the signal that stopped them, or 0."""
     clock = saved = time.monotonic()
-    t.model.train()
-    for epoch in range(t.progress["epoch"], t.epochs):
-        if finished(t):
+    session, total = 0, compute(run.phases, run.epochs)
+    run.model.train()
+    for epoch in range(run.progress["epoch"], run.epochs):
+        if is_finished(run):
             break
-        if number := stop_asked(t):
-            return number
-        order = t.batches.order((t.args.seed, epoch))
-        begun, first, speed = time.monotonic(), t.progress["step"], None
-        for step in range(first, t.steps):
-            loss = train_step(t, epoch, step, order[step * t.batch : (step + 1) * t.batch])
+        order = run.batches.order((run.args.seed, epoch))
+        begin, first = time.monotonic(), run.progress["step"]
+        for step in range(first, run.steps):
+            loss, signalled = train_step(run, epoch, step, order[step * run.batch : (step + 1) * run.batch])
             now = time.monotonic()
-            t.progress["seconds"] += now - clock
+            run.progress["seconds"] += now - clock
             clock = now
-            t.progress |= {"loss": t.progress["loss"] + loss, "step": step + 1}
-            speed = (step + 1 - first) * t.batch / (now - begun)
-            if t.rank == 0:
-                mean, seconds = t.progress["loss"] / (step + 1), t.progress["seconds"]
-                show_line(step_line(t.phases, epoch, step + 1, t.steps, mean, speed, seconds), sys.stdout)
-            if step == first:
-                warm = now  # the first step also fills caches and pools of memory
-            elif t.rank == 0 and epoch == 0 and step == first + 3:
-                show_line("", sys.stdout)
-                warning = long_warning(t.phases, t.steps, t.batch, 3 * t.batch / (now - warm))
-                print(warning, end="", file=sys.stderr)
-            if number := stop_asked(t):
-                return number
-            if t.rank == 0 and now - saved > 60 * t.args.save_minutes:
-                save_last(t)
+            run.progress |= {"loss": run.progress["loss"] + loss, "step": step + 1}
+            session, spent = session + 1, compute(run.phases, epoch + (step + 1) / run.steps)
+            if session == 1:  # not representative: the first step fills caches
+                warm_time, warm_spent, left = now, spent, None
+            else:
+                left = (total - spent) * (now - warm_time) / (spent - warm_spent)
+            if run.rank == 0:
+                speed = (step + 1 - first) * run.batch / (now - begin)
+                show_line(step_line(run, epoch, step, speed, spent / total, left), sys.stdout)
+                if session == 4:
+                    warn_if_long(left)
+            if signalled:
+                save_last(run)
+                return run.signals[0] if run.signals else signal.SIGTERM
+            if run.rank == 0 and now - saved > 60 * run.args.save_minutes:
+                save_last(run)
                 saved = now
         line = {
-            "epoch": epoch + 1, "size": size_at(t.phases, epoch), "lr": rate_at(t.args, t.phases, epoch + 1),
-            "loss": t.progress["loss"] / t.steps, "images_per_s": speed and round(speed, 2),
-        }  # fmt: skip
-        if not close_epoch(t, epoch, line):
-            return stop_asked(t)
+            "epoch": epoch + 1,
+            "size": size_at(run.phases, epoch),
+            "lr": learning_rate(run.args, run.phases, epoch + 1),
+            "loss": run.progress["loss"] / run.steps,
+            "images_per_s": round((run.steps - first) * run.batch / (time.monotonic() - begin), 2) or None,
+        }
+        if not finish_epoch(run, epoch, line):
+            save_last(run)
+            return run.signals[0] if run.signals else signal.SIGTERM
         clock = saved = time.monotonic()
     return 0
 
 
+def step_line(run, epoch, step, speed, done, left):
+    """The progress line after a step; `left` is the estimated seconds to the end, None if unknown."""
+    loss = run.progress["loss"] / (step + 1)
+    return (
+        f"epoch {epoch + 1}/{run.epochs} {size_at(run.phases, epoch)}px step {step + 1}/{run.steps} loss {loss:.4f} "
+        f"{speed:.1f} images/s {done:.0%}{f' {duration(left)} left' if left else ''}"
+    )
+
+
+def warn_if_long(left):
+    """Warn if `left`, the estimated seconds to the end, are many hours."""
+    if left > LONG_HOURS * 3600:
+        show_line("", sys.stdout)
+        print_message(
+            f"this run takes about {duration(left)} on this device; RECIPE=cpu takes half an hour on one core"
+        )
+
+
+def epoch_line(line, epochs, better):
+    """One line for an epoch, from its line of metrics.jsonl; * marks the best score so far."""
+    text = f"epoch {line['epoch']}/{epochs} {line['size']}px loss {line['loss']:.4f} lr {line['lr']:.2e}"
+    if "official" in line:
+        score = f"official {line['official']:.4f}{'*' if better else ''}"
+        text += f" {style(score, 'good', sys.stdout) if better else score} batch32 {line['batch32']:.4f}"
+    return text + f" {line['images_per_s']} images/s {line['minutes']:.1f} min"
+
+
+def summary(run, stopped):
+    """The closing lines: best epoch and score, files, next commands. `stopped`: a signal ended the training."""
+    name, done = make_name(run.folder), run.progress["epoch"]
+    epochs = f"{done} epoch{'s' * (done != 1)} in {duration(run.progress['seconds'])}"
+    if stopped:
+        lines = {"stopped": f"in epoch {done + 1}, saved; {epochs}", "next": f"make resume NAME={name}"}
+    else:
+        lines = {"best": f"epoch {run.progress['best_epoch']}; {epochs}"}
+        if len(run.val_indices):
+            score = style(f"official score {run.progress['best']:.4f}", "good", sys.stdout)
+            lines["best"] = f"{score} in {lines['best']}"
+        lines["files"] = f"{run.folder}/best.pt (weights), metrics.jsonl, best.json (scores)"
+        lines["next"] = f"make predict NAME={name} IN=photos OUT=masks, or make submit NAME={name}"
+    return "\n".join(f"{style(f'{head:<8}', 'bold', sys.stdout)}{text}" for head, text in lines.items())
+
+
+def update_page(folder):
+    """Refresh runs/index.html with this run. A failing report must not stop training."""
+    command = [sys.executable, "-m", "tools.report", "--runs", str(folder.parent.resolve()), "--name", folder.name]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    last = (done.stdout if done.returncode == 0 else done.stderr).strip().split("\n")[-1]
+    print(f"{style('page    ', 'bold', sys.stdout)}{last}")
+
+
 def main():
-    args = in_force(*parse(sys.argv[1:]))
-    try:
-        return run_of(args)
-    except (RuntimeError, ConnectionError) as error:
-        if distributed.processes() == 1 or not LOST.search(str(error)):
-            raise
-        # Where the first process has failed, it has told why; what the others see is a closed connection.
-        raise UserError("another process of this training has ended; `make resume NAME=...` goes on with it") from None
-
-
-def run_of(args):
-    """Set up the training that the arguments describe, train, and tell what it leaves; the exit status."""
-    began = time.monotonic()
-    t = set_up(args)
-    t.progress["seconds"] += time.monotonic() - began  # a run's minutes count its cache and set-up
-    count = count_parameters(t.model)
-    if t.rank == 0:
+    args = resumed_args(*parse(sys.argv[1:]))
+    start_processes(args)
+    begin = time.monotonic()
+    run = set_up(args)
+    run.progress["seconds"] += time.monotonic() - begin  # a run's minutes include its cache and set-up
+    count = count_parameters(run.model)
+    if run.rank == 0:
+        devices = f"{run.device}, {run.processes} processes" if run.processes > 1 else f"{run.device}"
+        if run.device.type == "cpu":
+            devices += f", {torch.get_num_threads()} threads"
         print(
-            f"{t.folder}: {t.args.model} {count:,} parameters{'' if count < PARAM_LIMIT else ' (TOO MANY to submit)'}, "
-            f"{len(t.batches.indices)} training and {len(t.val_indices)} validation pairs, {t.epochs} epochs of "
-            f"{t.steps} steps of {t.batch} images, {t.device} x {t.processes}",
+            f"{run.folder}: {run.args.model} {count:,} parameters{' (TOO MANY)' * (count >= PARAM_LIMIT)}, "
+            f"{len(run.batches.indices)} training and {len(run.val_indices)} validation pairs, {run.epochs} epochs of "
+            f"{run.steps} steps of {run.batch} images, {devices}; the first step is slow",
             flush=True,
         )
-    if t.args.resume and (t.progress["epoch"] == t.epochs or finished(t)):
-        if t.rank == 0:
-            close_run()
-            show_run(t)
-            name = make_name(t.folder)
-            print(f"finished: nothing is left to resume; `make train FROM={name}` starts a new run from its weights")
+    if run.progress["epoch"] == run.epochs or is_finished(run):
+        print(f"already finished; `make train FROM={make_name(run.folder)} NAME=...` starts a new run from its weights")
         return 0
-    number = train(t)
-    if t.rank == 0:
-        close_run()
-        show_run(t)
+    number = train(run)
+    if run.rank == 0:
         show_line("", sys.stdout)
-        print(closing(t.folder, t.progress, len(t.val_indices), number))
+        print(summary(run, number), flush=True)
+        if not number:
+            update_page(run.folder)
+    if run.processes > 1:
+        dist.destroy_process_group()
     return 128 + number if number else 0
 
 
 if __name__ == "__main__":
-    try:
-        run_main(main)
-    except SystemExit as ended:
-        distributed.leave(ended.code)
+    run_main(main)

@@ -1,50 +1,37 @@
-"""From an image to a label map through one or several views: mirrored, rescaled, averaged.
+"""From images to label maps, averaged over one or several views: mirrored, rescaled.
 
-One model seen through several views is still one model, as the challenge counts.
+One model applied to several views is still one model by the challenge's rules.
 """
 
 import math
+from dataclasses import dataclass
+
+from common import UserError
 
 import torch
-import torch.nn.functional as F
 
-from errors import UserError
+from images import resize
 from labels import FLIP
 from model import upsample
 
 SCALES = (0.75, 1.0, 1.25)
-WHOLE_PIXELS = 1 << 22  # of a picture whose 19 maps are held at once, 300 MB
-PART_PIXELS = 1 << 18  # of the images that a processor is given at once: more leave its cache
+WHOLE_PIXELS = 1 << 22  # largest image whose 19 full-size maps are computed at once (300 MB)
+CPU_PIXELS = 1 << 18  # pixels a CPU processes at once: more would leave its cache
 
 
-def area(x, size):
-    """Maps (B, C, H, W) averaged over the area of each pixel of `size` = (h, w)."""
-    if x.device.type == "mps":  # where torch has it for whole factors only
-        return F.interpolate(x.cpu(), tuple(size), mode="area").to(x.device)
-    return F.interpolate(x, tuple(size), mode="area")
+@dataclass(frozen=True)
+class Views:
+    """The views to average: every scale, and its mirror image if `flip`."""
+
+    flip: bool = False
+    scales: tuple = (1.0,)
 
 
-def resize(images, height, width):
-    """uint8 images (B, 3, H, W) to float (B, 3, height, width), values 0..1: area averages down, bilinear up."""
-    (down_y, rest_y), (down_x, rest_x) = divmod(images.shape[2], height), divmod(images.shape[3], width)
-    if rest_y or rest_x or not down_y or not down_x:
-        shrinks = height * width < images.shape[2] * images.shape[3]
-        return (area if shrinks else upsample)(images.float() / 255, (height, width))
-    if down_y == down_x == 1:
-        return images.float().div_(255)
-    # Whole factors are summed as integers, several times faster than pooling floats.
-    counts = torch.int16 if 255 * down_y * down_x < 2**15 else torch.int32
-    rows = images[:, :, ::down_y].to(counts)
-    for i in range(1, down_y):
-        rows += images[:, :, i::down_y]
-    cells = rows[..., ::down_x].clone()
-    for i in range(1, down_x):
-        cells += rows[..., i::down_x]
-    return cells.float().div_(255 * down_y * down_x)
+ONE_VIEW = Views()
 
 
 def parse_views(text):
-    """(flip, scales) of "", "flip", "scales", "flip,scales" or scales as numbers, as "flip,1,1.5"; UserError else."""
+    """Views of "", "flip", "scales", "flip,scales", or numbers as in "flip,1,1.5". UserError for anything else."""
     flip, scales = False, []
     for part in filter(None, (part.strip() for part in text.split(","))):
         if part == "flip":
@@ -55,70 +42,67 @@ def parse_views(text):
             try:
                 scales.append(float(part))
             except ValueError:
-                raise UserError(f"--views {text}: {part!r} is neither flip, scales nor a number") from None
+                raise UserError(f"--views {text}: {part!r} is not flip, scales or a number") from None
             if not 0.25 <= scales[-1] <= 4:
-                raise UserError(f"--views {text}: scales are from 0.25 to 4")
-    return flip, tuple(dict.fromkeys(scales)) or (1.0,)
+                raise UserError(f"--views {text}: scales must be from 0.25 to 4")
+    return Views(flip, tuple(dict.fromkeys(scales)) or (1.0,))
 
 
 def check_size(size):
-    """UserError where a network cannot be given images of this side."""
+    """UserError unless `size` is a valid side for the network's input."""
     if size % 32 or not 32 <= size <= 2048:
-        raise UserError(f"--size {size}: give a multiple of 32 from 32 to 2048, or 0 for the checkpoint's own")
+        raise UserError(f"--size {size}: use a multiple of 32 from 32 to 2048, or 0 for the checkpoint's own")
 
 
 def input_size(height, width, size, scale=1.0):
-    """Height and width the network sees a picture at: its own shape, size * size * scale**2 pixels, multiples of 32."""
-    shape = math.sqrt(height / width)
-    return tuple(max(32, round(size * scale * side / 32) * 32) for side in (shape, 1 / shape))
+    """(height, width) of the network's input: the image's aspect ratio, about (size * scale)^2 pixels, sides of 32s."""
+    aspect = math.sqrt(height / width)
+    return tuple(max(32, round(size * scale * side / 32) * 32) for side in (aspect, 1 / aspect))
 
 
-def logits(model, images):
-    """Logits (B, 19, h, w) on the model's own grid of images (B, 3, H, W), on a processor a few images at a time."""
+def predict_logits(model, images):
+    """Logits (B, 19, h, w) on the model's own grid of images (B, 3, H, W); a CPU processes a few images at a time."""
     if images.device.type != "cpu":
         return model(images, full_size=False)
-    count = max(1, round(PART_PIXELS / (images.shape[2] * images.shape[3])))
-    return torch.cat([model(part, full_size=False) for part in images.split(count)])
+    count = max(1, round(CPU_PIXELS / (images.shape[2] * images.shape[3])))
+    return torch.cat([model(chunk, full_size=False) for chunk in images.split(count)])
 
 
 @torch.inference_mode()
-def log_probabilities(models, images, size, views=(False, (1.0,))):
-    """Logarithm of the probabilities averaged over views and models: (B, 19, h, w) on the finest view's logit grid.
+def log_probabilities(models, images, size, views):
+    """Log of the probabilities averaged over views and models: (B, 19, h, w) on the logit grid of the finest view.
 
-    images are uint8 (B, 3, H, W) on the models' device; `size` is the side of the square the models were trained on.
+    images: uint8 (B, 3, H, W) on the models' device. size: side of the square images the models were trained on.
     """
-    flip, scales = views
     average, count = None, 0
-    # From the finest view down, so that coarser ones are brought to the finest grid.
-    for scale in sorted(scales, reverse=True):
+    # From the finest view down: coarser ones are upsampled to its grid.
+    for scale in sorted(views.scales, reverse=True):
         view = resize(images, *input_size(*images.shape[2:], size, scale))
-        for mirrored in (False, True) if flip else (False,):
+        for mirrored in (False, True) if views.flip else (False,):
             for model in models:
-                if len(scales) == len(models) == 1 and not flip:
-                    return logits(model, view).float().log_softmax(1)
+                if len(views.scales) == len(models) == 1 and not views.flip:
+                    return predict_logits(model, view).float().log_softmax(1)
                 p = _probabilities(model, view, mirrored)
                 if average is None:
                     average = p
-                elif p.shape != average.shape:
-                    average += upsample(p, average.shape[2:])
                 else:
-                    average += p
-                del p  # before the next view takes its memory
+                    average += p if p.shape == average.shape else upsample(p, average.shape[2:])
+                del p  # frees its memory before the next view
                 count += 1
     return average.div_(count).clamp_min_(1e-9).log_()
 
 
 def _probabilities(model, view, mirrored):
-    """Probabilities (B, 19, h, w) of images (B, 3, H, W), seen mirrored and mirrored back."""
-    p = logits(model, view.flip(3) if mirrored else view).float().softmax(1)
+    """Probabilities (B, 19, h, w) of images (B, 3, H, W); if `mirrored`, of the mirror image, flipped back."""
+    p = predict_logits(model, view.flip(3) if mirrored else view).float().softmax(1)
     return p[:, FLIP].flip(3) if mirrored else p
 
 
 @torch.inference_mode()
 def label_map(log_p, height, width):
-    """uint8 labels (B, height, width): the likeliest of (B, 19, h, w), upsampled before the choice is made."""
+    """uint8 labels (B, height, width): argmax of log_p (B, 19, h, w), which is upsampled first."""
     if height * width > WHOLE_PIXELS:
-        # Label by label: 19 maps of a camera's photo at once would fill a laptop's memory.
+        # Label by label, since 19 full-size maps of a camera photo would fill a laptop's memory.
         best = torch.full((len(log_p), height, width), -math.inf, device=log_p.device)
         labels = torch.zeros(best.shape, dtype=torch.uint8, device=log_p.device)
         for label, one in enumerate(log_p.unbind(1)):
@@ -126,11 +110,7 @@ def label_map(log_p, height, width):
             labels[one > best] = label
             best = torch.maximum(best, one)
         return labels
-    # Channels-last, where a processor resizes twice and compares four times as fast.
+    # In channels-last memory a CPU resizes twice and compares four times as fast.
     log_p = log_p.contiguous(memory_format=torch.channels_last)
-    return torch.cat(
-        [
-            upsample(part, (height, width)).max(1).indices.byte()
-            for part in log_p.split(1 if log_p.device.type == "cpu" else len(log_p))
-        ]
-    )
+    chunks = log_p.split(1 if log_p.device.type == "cpu" else len(log_p))
+    return torch.cat([upsample(chunk, (height, width)).max(1).indices.byte() for chunk in chunks])

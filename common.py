@@ -1,0 +1,207 @@
+"""What every script shares: one-line errors, command lines, atomic files, worker processes, progress on a terminal."""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+# OpenMP threads that spin while they wait slow each other down many times when another process uses a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+class UserError(Exception):
+    """A mistake the user can fix. The message is one line that names the cause and the remedy."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with one-line errors, defaults in --help, `~` in paths, and switches that also take a value.
+
+    `--lmsa=0` equals `--no-lmsa` and `--lmsa=1` equals `--lmsa`, so that make can pass LMSA=0 as it was typed.
+    """
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **settings)
+
+    def switch(self, flag, default=False, **settings):
+        """Add a switch --flag / --no-flag."""
+        self.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, **settings)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._normalise(text) for text in args], namespace)
+
+    def _normalise(self, text):
+        flag, equals, value = text.partition("=")
+        action = self._option_string_actions.get(flag)
+        if equals and isinstance(action, argparse.BooleanOptionalAction):
+            if value.lower() not in ("0", "1", "no", "yes", "off", "on", "false", "true"):
+                self.error(f"{flag} {value}: give 1 or 0")
+            off = value.lower() in ("0", "no", "off", "false")
+            return flag.replace("--", "--no-", 1) if off else flag
+        home = re.match(r"(--[a-z-]+=)?(~/.*)", text, re.DOTALL)  # not every shell expands ~ after IN=
+        return (home[1] or "") + os.path.expanduser(home[2]) if home else text
+
+    def error(self, message):
+        raise UserError(f"{message} ({self.prog} --help lists the flags)")
+
+
+def positive(text):
+    """argparse type: an integer >= 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 1")
+    return int(text)
+
+
+def run_main(main):
+    """Call `main()` and exit with its return value; a UserError or OSError is one line and status 2.
+
+    Ctrl-C exits with status 130, SIGTERM with 143. Any other exception is a bug and keeps its traceback.
+    """
+    # As an exception, SIGTERM removes temporary files and ends worker processes.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        sys.exit(main())
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":  # every process of a distributed run meets the same mistake
+            print_message(error, "error")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output, such as head, has ended
+        sys.stderr.close()
+        sys.exit(0)
+    except OSError as error:
+        print_message(f"{error.filename}: {error.strerror}" if error.filename else error, "error")
+        sys.exit(2)
+
+
+def print_message(message, kind="warning"):
+    """Print an error or a warning as one line on stderr."""
+    print(f"{style(f'{kind}:', kind, sys.stderr)} {printable(str(message))}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Yield a temporary path next to `path` that replaces it on success and is removed on failure.
+
+    UserError if the file cannot be written; an existing file is then unchanged.
+    """
+    path, temporary = Path(path), None
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: no folder {path.parent}; create it first")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        os.chmod(temporary, 0o644)
+        yield Path(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a text file atomically."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def make_folder(path):
+    """Create a folder and its parents. UserError if that fails."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create folder {path}: {error.strerror}") from None
+
+
+def read_json(path):
+    """Read a JSON file. UserError if it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def in_parallel(function, tasks, workers=None, label="working"):
+    """Yield function(task) for every task in order, from `workers` processes (default: one per core).
+
+    UserError if a worker process was killed.
+    """
+    pool = ProcessPoolExecutor(workers or os.cpu_count(), initializer=_start_worker)
+    start = time.monotonic()
+    try:
+        for done, result in enumerate(pool.map(function, tasks, chunksize=8), 1):
+            if done % 20 == 0:
+                show_progress(label, done, len(tasks), time.monotonic() - start)
+            yield result
+    except BrokenProcessPool:
+        raise UserError(f"{label}: a worker process was killed, possibly out of memory; run it again") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+        show_line("", sys.stderr)
+
+
+def _start_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = os.getppid()
+
+    def watch():  # a worker whose parent was killed would wait for tasks forever
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+ANSI = {"good": "32", "warning": "33", "error": "31", "bold": "1"}
+
+
+def style(text, name, stream):
+    """Colour `text` (a key of ANSI) if `stream` is a terminal; NO_COLOR and TERM=dumb turn colours off."""
+    plain = not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return text if plain else f"\x1b[{ANSI[name]}m{text}\x1b[0m"
+
+
+def printable(text):
+    """`text` on one line, control characters and undecodable bytes replaced by `?`."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+
+
+def show_line(text, stream):
+    """Overwrite the current terminal line with `text`; "" clears it. Prints nothing if `stream` is no terminal."""
+    if stream.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r{text[:width]:<{width}}", end="" if text else "\r", file=stream, flush=True)
+
+
+def show_progress(label, done, total, seconds):
+    """Show the progress, rate and remaining time of `total` > 1 items on stderr; cleared after the last one."""
+    if total > 1:
+        rate = done / max(seconds, 1e-9)
+        pace = f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
+        left = duration((total - done) / rate)
+        show_line(f"{label} {done}/{total}, {pace}, {left} left" if done < total else "", sys.stderr)
+
+
+def duration(seconds):
+    """Format a duration, such as 40 s, 12 min, 3 h 05 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -1,0 +1,231 @@
+"""Check a Codabench zip, ours or anyone's: one line per check, exit status 1 if one fails.
+
+python -m tools.check_submission --zip runs/a/submission-test.zip
+python -m tools.check_submission --zip runs/a/submission-test.zip --run 5
+
+Nothing in the zip is executed unless --run is given. Then its run.py is executed in an empty folder, as the organisers
+do, and its masks are compared with those in the zip: use it only on zips you trust.
+"""
+
+import io
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+import zlib
+from pathlib import Path
+
+from common import ArgumentParser, UserError, printable, run_main, show_progress
+
+import numpy as np
+import torch
+from PIL import Image
+
+from checkpoint import restore
+from data import find_data
+from images import DECODE_ERRORS, image_files, read_image
+from labels import NUM_CLASSES, PALETTE
+from model import MODELS, PARAM_LIMIT, count_parameters
+
+MAX_BYTES, MAX_MEMBERS = 2**28, 10_000  # against decompression bombs; a valid zip unpacks to less than 20 MB
+TIME_LIMIT = 180  # seconds for one image, including the start of Python and torch
+SHOWN = 20  # faults printed per check
+# -E ignores PYTHONPATH, so that run.py sees only its own folder and the installed packages; -B writes no bytecode.
+PYTHON = (sys.executable, "-EB")
+FILES = ("ckpt.pth", "requirements.txt", "run.py")
+MACOS = {"__MACOSX", ".DS_Store"}
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, OSError, EOFError, ValueError)
+
+
+def verdict(check, faults, success=""):
+    """Findings (status, check, detail): one FAIL per fault, at most SHOWN, or one ok with the text `success`."""
+    more = [f"and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else []
+    return [("FAIL", check, fault) for fault in faults[:SHOWN] + more] or [("ok", check, success)]
+
+
+def find_fault(info):
+    """Why a member of a zip must not be unpacked; None if it may be."""
+    if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+        return "is a link or device, not a file"
+    if info.filename.startswith("/") or "\\" in info.filename or ":" in info.filename.split("/")[0]:
+        return "has an absolute path or a backslash"
+    if ".." in info.filename.split("/"):
+        return "leaves the folder it is unpacked into"
+    # zipfile unpacks the other methods without a limit.
+    return None if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else "is not compressed by deflate"
+
+
+def read_zip(source):
+    """({name: bytes} of a zip's files, faults); reads nothing of a bomb. UserError if it is not a zip or damaged."""
+    files, faults = {}, []
+    try:
+        with zipfile.ZipFile(source) as archive:
+            infos = archive.infolist()
+            if len(infos) > MAX_MEMBERS or sum(info.file_size for info in infos) > MAX_BYTES:
+                return {}, [f"more than {MAX_MEMBERS:,} files or {MAX_BYTES:,} bytes unpacked"]
+            for info in infos:
+                if fault := find_fault(info):
+                    faults.append(f"{info.filename} {fault}")
+                elif info.filename in files:
+                    faults.append(f"{info.filename} occurs twice")
+                elif not info.is_dir() and not MACOS.intersection(info.filename.split("/")):
+                    with archive.open(info) as file:
+                        files[info.filename] = file.read(info.file_size)  # never more than it declares
+    except ZIP_ERRORS as error:
+        raise UserError(f"{source} is not a readable zip: {error}") from None
+    return files, faults
+
+
+def check_folders(files, phase):
+    """Findings on the top level: masks/, in the test phase also solution/, and nothing else."""
+    top = {name if "/" not in name else name.split("/")[0] + "/" for name in files}
+    missing = {"masks/", "solution/"} - top if phase == "test" else {"masks/"} - top
+    faults = [f"no folder {name} at the top of the zip (phase {phase})" for name in sorted(missing)]
+    faults += [f"{name} does not belong at the top of the zip" for name in sorted(top - {"masks/", "solution/"})]
+    return verdict("folders", faults, " and ".join(sorted(top)))
+
+
+def read_labels(data, height, width):
+    """Labels (height, width) uint8 of a mask file's bytes. UserError if it is not as the challenge requires."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            if image.size != (width, height):
+                raise UserError(f"is {image.width} x {image.height}, but its image {width} x {height}")
+            if image.mode != "P":
+                raise UserError(f"has mode {image.mode}, not P (one channel with a palette)")
+            labels, palette = np.array(image), image.getpalette()[: len(PALETTE)]
+    except DECODE_ERRORS as error:
+        raise UserError(f"is not a readable PNG: {error}") from None
+    if labels.max() >= NUM_CLASSES:
+        raise UserError(f"contains label {labels.max()}; labels are 0 to {NUM_CLASSES - 1}")
+    if palette != PALETTE[: len(palette)] or len(palette) < 3 * (labels.max() + 1):
+        raise UserError("has another palette than the challenge's")
+    return labels
+
+
+def check_masks(files, images):
+    """({image: labels} of the valid masks, findings): one mask per image and no other file."""
+    expected = {f"masks/{path.stem}.png": path for path in images}
+    extra = sorted(name for name in files.keys() - expected.keys() if name.startswith("masks/"))
+    masks, faults = {}, [f"{name} belongs to no image" for name in extra]
+    for name, path in expected.items():
+        try:
+            if name not in files:
+                raise UserError("is missing")
+            masks[path] = read_labels(files[name], *read_image(path).shape[:2])
+        except UserError as error:
+            faults.append(f"{name} {error}")
+    return masks, verdict("masks", faults, f"{len(masks)}, one per image; size, mode, palette and labels are right")
+
+
+def count_checkpoint(data):
+    """The number of parameters in ckpt.pth's bytes, as text; executes nothing in them. UserError if they are invalid."""
+    try:
+        if zipfile.is_zipfile(io.BytesIO(data)) and (faults := read_zip(io.BytesIO(data))[1]):
+            raise ValueError(faults[0])
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # foreign bytes make the reader raise anything
+        reason = str(error).strip().split("\n")[0][:120]
+        raise UserError(f"ckpt.pth is damaged or contains more than tensors: {reason}") from None
+    state = content.get("state_dict") if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise UserError('ckpt.pth has no "state_dict" of tensors')
+    count = sum(tensor.numel() for name, tensor in state.items() if not str(name).endswith(BUFFERS))
+    counted = "all tensors but batch norm statistics"
+    if content.get("model") in list(MODELS) and "model_args" in content:
+        count, counted = count_parameters(restore(content, "ckpt.pth")), content["model"]
+    if count >= PARAM_LIMIT:
+        raise UserError(f"{count:,} parameters ({counted}); fewer than {PARAM_LIMIT:,} are allowed")
+    if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
+        raise UserError("ckpt.pth contains weights that are not finite")
+    return f"{count:,} parameters ({counted}), fewer than {PARAM_LIMIT:,}"
+
+
+def check_solution(files):
+    """Findings on the files of solution/."""
+    missing = [f"solution/{name} is missing" for name in FILES if f"solution/{name}" not in files]
+    findings = verdict("solution", missing, ", ".join(FILES))
+    if "solution/ckpt.pth" in files:
+        try:
+            findings += verdict("checkpoint", [], count_checkpoint(files["solution/ckpt.pth"]))
+        except (UserError, RuntimeError) as error:  # torch raises RuntimeError for unusual tensors
+            findings += verdict("checkpoint", [str(error)])
+    return findings
+
+
+def execute(folder, image, target):
+    """Execute folder/run.py on an image as the organisers do. UserError if it fails or takes too long."""
+    command = [*PYTHON, "run.py", "--input", image, "--output", target, "--weights", "ckpt.pth"]
+    with open(folder.parent / "log", "wb+") as log:
+        try:
+            status = subprocess.call(command, cwd=folder, stdin=log, stdout=log, stderr=log, timeout=TIME_LIMIT)
+        except subprocess.TimeoutExpired:
+            raise UserError(f"run.py took more than {TIME_LIMIT} s") from None
+    if status or not target.is_file():
+        last = (folder.parent / "log").read_text(errors="replace").strip()[-2000:].split("\n")[-1]
+        raise UserError(f"run.py ended with status {status} or wrote no mask: {last}")
+
+
+def check_run(files, masks, images, run):
+    """Findings on run.py's masks of `run` images, the first and last among them, compared with those in the zip."""
+    chosen = [images[i] for i in sorted(set(np.linspace(0, len(images) - 1, run).round().astype(int)))]
+    faults, start = [], time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="solution-") as folder:
+        for name in (name for name in files if name.startswith("solution/")):
+            Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
+            Path(folder, name).write_bytes(files[name])
+        for done, path in enumerate(chosen, 1):
+            target = Path(folder, f"{path.stem}.png")
+            try:
+                execute(Path(folder, "solution"), path.resolve(), target)
+                labels = read_labels(target.read_bytes(), *read_image(path).shape[:2])
+                if path in masks and (differing := np.count_nonzero(labels != masks[path])):
+                    raise UserError(f"run.py and masks/ differ in {differing:,} of {labels.size:,} pixels")
+            except UserError as error:
+                faults.append(f"{path.name}: {error}")
+            show_progress("running run.py", done, len(chosen), time.monotonic() - start)
+    seconds = (time.monotonic() - start) / len(chosen)
+    return verdict("run", faults, f"run.py predicts the same masks for {len(chosen)} images, {seconds:.1f} s each")
+
+
+def judge(zip_path, images_dir, phase, run=0):
+    """Findings [(ok or FAIL, check, detail), ...] on a zip for the images of a folder; phase is test or dev.
+
+    With run > 0 its run.py is executed on so many images. UserError if the zip or an image cannot be read.
+    """
+    images = image_files(images_dir)
+    files, faults = read_zip(zip_path)
+    masks, of_masks = check_masks(files, images)
+    findings = verdict("members", faults, f"{len(files)} files") + check_folders(files, phase) + of_masks
+    if phase == "test" or "solution/run.py" in files:
+        findings += check_solution(files)
+    if run > 0 and "solution/run.py" in files:
+        findings += check_run(files, masks, images, run)
+    return findings
+
+
+def show(findings):
+    """Print the findings; True if no check failed."""
+    for status, check, detail in findings:
+        print(f"{status:4}  {check:10}  {printable(detail)}")
+    return all(status != "FAIL" for status, _, _ in findings)
+
+
+def main():
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--zip", required=True, help="zip to check")
+    parser.add_argument("--data", help="folder with test/images and dev/images; default ./data, else synthetic faces")
+    parser.add_argument("--phase", choices=("test", "dev"), default="test", help="dev: only masks are needed")
+    parser.add_argument("--run", type=int, default=0, help="EXECUTE the zip's run.py on so many images")
+    args = parser.parse_args()
+    valid = show(judge(args.zip, find_data(args.data) / args.phase / "images", args.phase, args.run))
+    executed = "" if args.run > 0 else "; run.py was not executed, RUN=5 (--run 5) does that on 5 images"
+    print(f"{args.zip}: {'valid' if valid else 'NOT valid'} for the {args.phase} phase{executed}")
+    return 0 if valid else 1
+
+
+if __name__ == "__main__":
+    run_main(main)

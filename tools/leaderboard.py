@@ -1,0 +1,130 @@
+"""Leaderboard of the runs, and the recipes with the reference's scores beside ours.
+
+python -m tools.leaderboard
+python -m tools.leaderboard --recipes
+"""
+
+import functools
+import math
+import shlex
+from pathlib import Path
+
+from common import ArgumentParser, UserError, print_message, read_json, run_main
+
+import options
+from checkpoint import is_validated, load, make_name, read_metrics
+from train import is_running
+
+PLACES = options.PLACES | {"name", "recipe", "overwrite", "save_minutes"}  # do not change what a training computes
+
+
+def number(value):
+    """`value` if it is a finite int or float, else ValueError: a run's files may contain anything."""
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is not a finite number")
+    return value
+
+
+def summary(folder):
+    """The figures of a run as a dict; None if no epoch was scored."""
+    record, lines, path = read_json(folder / "args.json"), read_metrics(folder), folder / "best.pt"
+    args, scored = record["args"], [line for line in lines if "official" in line]
+    if not scored:
+        return None
+    best, last = max(scored, key=lambda line: number(line["official"])), lines[-1]
+    row = {"official": best["official"], "batch32": best["batch32"], "epoch": best["epoch"], "epochs": last["epoch"]}
+    row |= {"minutes": last["minutes"], "lr": args["lr"], "dice": args["dice"]}
+    row = {key: number(value) for key, value in row.items()} | {"parameters": number(record.get("parameters") or 0)}
+    row |= {"name": folder.name, "model": args["model"], "recipe": args["recipe"]}
+    row["lmsa"] = ("no", "yes")[args["lmsa"]] if args["model"] == "microsegformer" else "-"
+    row |= {"date": str(record.get("started", "-"))[:10], "synthetic": bool((record.get("pairs") or {}).get("drawn"))}
+    row["weights"] = ("yes" if is_validated(load(path)) else "all pairs") if path.is_file() else "-"
+    return row | {"changed": changed_settings(args), "line": make_line(args)}
+
+
+@functools.cache
+def settings_of(recipe=None):
+    """{argument: value} of a training with a recipe; the defaults if there is no such recipe."""
+    return vars(options.parse(["--recipe", recipe] if recipe in options.load_recipes() else [])[0])
+
+
+def changed_settings(args):
+    """{argument: value} of a run that differ from its recipe as it is now; a removed argument only if it was set."""
+    usual, own = settings_of(args["recipe"]), settings_of() | args  # a run older than a flag used the flag's default
+    return {k: v for k, v in own.items() if k not in PLACES and (v not in (usual[k], None) if k in usual else v)}
+
+
+def make_line(args):
+    """The make command that repeats a run with these arguments."""
+    line = f"make train RECIPE={args['recipe']}" if args["recipe"] in options.load_recipes() else "make train"
+    flags = []
+    for key, value in changed_settings(args).items():
+        name = {"start_from": "from"}.get(key, key).replace("_", "-")
+        flags += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    quoted = shlex.join(flags).replace('"', '\\"')
+    return f'{line} ARGS="{quoted}"' if flags else line
+
+
+def survey(runs, read=summary):
+    """(read(folder) of each run, without None; [(name, reason) of each run that cannot be read])."""
+    if not Path(runs).is_dir():
+        raise UserError(f"no folder {runs}; `make train` creates it")
+    found, unreadable = [], []
+    for path in sorted(Path(runs).glob("*/args.json")):
+        try:
+            found.append(read(path.parent))
+        except (UserError, LookupError, TypeError, ValueError, AttributeError) as error:
+            unreadable.append((path.parent.name, f"damaged or of another version ({error})"))
+    return [result for result in found if result is not None], unreadable
+
+
+def unfinished(folder):
+    """A line about a run that is not finished, with the command that resumes it, else None."""
+    args, lines = read_json(folder / "args.json")["args"], read_metrics(folder)
+    total = sum(length for _, length in options.parse_sizes(args["sizes"], args["epochs"]))
+    done = lines[-1]["epoch"] if lines else 0
+    score, epoch = max(((line["official"], line["epoch"]) for line in lines if "official" in line), default=(0, done))
+    stopped = 0 < args.get("target", 0) <= score or 0 < args["patience"] <= done - epoch
+    remedy = f"make resume NAME={make_name(folder)}" if (folder / "last.pt").is_file() else "no last.pt to resume from"
+    line = f"unfinished: {folder.name}, {done} of {total} epochs, {'running' if is_running(folder) else remedy}"
+    return None if stopped or done >= total else line
+
+
+def leaderboard(rows):
+    """The table of `make runs` as text: summaries with real faces first, then by score."""
+    lines = [f"{'run':<24}official  batch32    epoch  parameters       LR  Dice  LMSA  minutes  date        weights"]
+    for row in sorted(rows, key=lambda row: (row["synthetic"], -row["official"])):
+        lines.append(
+            f"{row['name']:<24}{row['official']:>8.4f}{row['batch32']:>9.4f}{row['epoch']:>5}/{row['epochs']:<3}"
+            f"{row['parameters']:>12,}{row['lr']:>9.1e}{row['dice']:>6g}{row['lmsa']:>6}{row['minutes']:>9.1f}  "
+            f"{row['date']:<12}{row['weights']}{', synthetic faces' if row['synthetic'] else ''}"
+        )
+    return "\n".join(lines)
+
+
+def recipe_table(rows):
+    """The table of `make recipes` as text: the reference's score and those of our best run with these settings."""
+    lines = [f"{'recipe':<32} reference   batch32  official  about"]
+    for name, recipe in options.load_recipes().items():
+        own = [row for row in rows if row["recipe"] == name and row["changed"].keys() <= {"seed", "start_from"}]
+        best = max((row for row in own if not row["synthetic"]), key=lambda row: row["official"], default={})
+        scores = recipe.get("reference"), best.get("batch32"), best.get("official")
+        figures = "".join(f"{score:>10.4f}" if score else f"{'-':>10}" for score in scores)
+        lines.append(f"{name:<32}{figures}  {recipe.get('about', '')}")
+    return "\n".join(lines)
+
+
+def main():
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--runs", default="runs", help="folder of all runs")
+    parser.switch("--recipes", help="list the recipes instead")
+    args = parser.parse_args()
+    rows, unreadable = survey(args.runs)
+    for name, reason in unreadable:
+        print_message(f"skipped {name}: {reason}")
+    lines = [recipe_table(rows)] if args.recipes else [leaderboard(rows), *survey(args.runs, unfinished)[0]]
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    run_main(main)

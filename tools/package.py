@@ -1,0 +1,110 @@
+"""Create the Codabench zip: masks of the test images, and run.py with the checkpoint that predicts them.
+
+python -m tools.package --name a                            # runs/a/submission-test.zip
+python -m tools.package --phase dev --views flip,scales     # only masks, by the release or the best run
+
+The masks come from the packaged run.py itself. The zip is checked as `make check-submission RUN=5` does before it
+replaces an older one.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+from common import ArgumentParser, UserError, atomic, make_folder, run_main
+
+import checkpoint
+from data import find_data, is_synthetic
+from images import image_files
+from model import PARAM_LIMIT, count_parameters
+from tools.check_submission import PYTHON, judge, show
+from views import parse_views
+
+ROOT = Path(__file__).resolve().parent.parent
+# The modules that run.py imports, directly or not.
+MODULES = ("common.py", "labels.py", "images.py", "views.py", "model.py", "checkpoint.py")
+
+
+def write_zip(path, entries):
+    """Write {name in the zip: bytes}, sorted and with a fixed date: the same content gives the same bytes."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in sorted(entries.items()):
+            info = zipfile.ZipInfo(name)  # dated 1980-01-01
+            info.create_system, info.external_attr = 3, 0o644 << 16
+            archive.writestr(info, content, zipfile.ZIP_DEFLATED)
+
+
+def write_solution(folder, content, views):
+    """Write the folder solution/ for a loaded checkpoint."""
+    folder.mkdir()
+    for path in (ROOT / "tools" / "run.py", ROOT / "requirements.txt", *(ROOT / name for name in MODULES)):
+        shutil.copy(path, folder)
+    settings = {key: content[key] for key in ("model", "model_args", "size")}
+    checkpoint.save(folder / "ckpt.pth", {**settings, "views": views, "state_dict": dict(content["state_dict"])})
+
+
+def make_submission(weights, images, phase, target, views=None, run=5):
+    """Write the zip of a phase (test or dev) to `target` and return 0; 1, without writing, if it fails its checks.
+
+    `views` defaults to those in the checkpoint; the packaged run.py is executed once more on `run` images. UserError
+    if the model has too many parameters or a file cannot be read or written.
+    """
+    content = checkpoint.load(weights)
+    parameters = count_parameters(checkpoint.restore(content, weights))
+    if parameters >= PARAM_LIMIT:
+        raise UserError(f"{weights} has {parameters:,} parameters; a submission must have fewer than {PARAM_LIMIT:,}")
+    views = content.get("views", "") if views is None else views
+    parse_views(views)
+    images, target = Path(images).resolve(), Path(target)
+    count = len(image_files(images))
+    with tempfile.TemporaryDirectory(prefix="submission-") as folder:
+        solution, masks, made = Path(folder, "solution"), Path(folder, "masks"), Path(folder, "made.zip")
+        write_solution(solution, content, views)
+        command = [*PYTHON, "run.py", "--weights", "ckpt.pth", "--input", str(images), "--output", str(masks)]
+        if subprocess.run(command, cwd=solution).returncode:
+            raise UserError(f"run.py could not predict the images of {images}; nothing was written")
+        folders = [masks] if phase == "dev" else [masks, solution]
+        write_zip(made, {f"{part.name}/{path.name}": path.read_bytes() for part in folders for path in part.iterdir()})
+        if not show(judge(made, images, phase, run)):
+            print(f"{target} was not written, because a check failed", file=sys.stderr)
+            return 1
+        make_folder(target.parent)
+        if target.is_file():
+            old = target.stat()
+            date = time.strftime("%Y-%m-%d %H:%M", time.localtime(old.st_mtime))
+            print(f"replacing {target} of {date}, {old.st_size / 1e6:.1f} MB")
+        with atomic(target) as temporary:
+            shutil.copyfile(made, temporary)
+    size = target.stat().st_size / 1e6
+    of = " of synthetic faces" if is_synthetic(images.parent.parent) else ""
+    print(f"{target}: {count} masks{of}, {parameters:,} parameters, views: {views or 'none'}, {size:.1f} MB")
+    return 0
+
+
+def main():
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--name", help="run to submit; default the release, else the best run")
+    parser.add_argument("--weights", help="checkpoint, instead of the run's best.pt")
+    parser.add_argument("--data", help="folder with test/ and dev/; default that of the training, else ./data")
+    parser.add_argument("--phase", choices=("test", "dev"), default="test", help="dev: only masks")
+    parser.add_argument("--zip", help="zip to write; default submission-PHASE.zip in the run's folder, else in build")
+    parser.add_argument("--views", help="views to average, such as flip,scales; default those in the checkpoint")
+    parser.add_argument("--run", type=int, default=5, help="images on which run.py is checked")
+    args = parser.parse_args()
+    weights = checkpoint.find_weights(args.weights or args.name)
+    path = os.path.relpath(weights) if weights.is_relative_to(Path.cwd()) else weights
+    default = "the release, " if weights.parent == checkpoint.RELEASE else "the best run, "
+    print(f"weights: {'' if args.weights or args.name else default}{path}", flush=True)
+    folder = checkpoint.find_run(args.name) if args.name else Path(path).parent
+    target = Path(args.zip or (folder if (folder / "args.json").is_file() else "build", f"submission-{args.phase}.zip"))
+    images = find_data(args.data or checkpoint.run_args(weights).get("data")) / args.phase / "images"
+    return make_submission(weights, images, args.phase, target, args.views, args.run)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,62 @@
+"""The organisers' entry point: predict the mask of a face image, or of every image in a folder.
+
+python3 run.py --input IMAGE.jpg --output MASK.png --weights ckpt.pth
+python3 run.py --input IMAGES --output MASKS --weights ckpt.pth
+
+A submission contains this file and the modules it imports in one folder; in the repository it is
+`python -m tools.run`. The checkpoint sets the input size and the views.
+"""
+
+import time
+from pathlib import Path
+
+from common import ArgumentParser, UserError, atomic, make_folder, run_main, show_progress
+
+import torch
+
+from checkpoint import load_model
+from images import image_files, mask_image, read_image
+from views import label_map, log_probabilities, parse_views
+
+
+def predict_file(model, path, size, views):
+    """Labels (H, W) uint8 of an image file, computed on the CPU. UserError if the file is unreadable."""
+    pixels = read_image(path)
+    log_p = log_probabilities([model], torch.from_numpy(pixels).permute(2, 0, 1)[None], size, views)
+    return label_map(log_p, *pixels.shape[:2])[0].numpy()
+
+
+def find_outputs(source, output):
+    """[(image, mask path), ...]; creates the output folder. UserError if two images would have the same mask path."""
+    files, output = image_files(source), Path(output)
+    if not Path(source).is_dir():
+        if output.is_dir():
+            raise UserError(f"--output {output} is a folder; give a file for the mask of one image")
+        make_folder(output.parent)
+        return [(files[0], output)]
+    make_folder(output)
+    outputs = {}
+    for path in files:
+        if (first := outputs.setdefault(path.stem, path)) != path:
+            raise UserError(f"{first} and {path} would both be written to {path.stem}.png; rename one")
+    return [(path, output / f"{stem}.png") for stem, path in outputs.items()]
+
+
+def main():
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--input", required=True, help="image, or folder of images")
+    parser.add_argument("--output", required=True, help="PNG of the mask, or folder for NAME.png")
+    parser.add_argument("--weights", default="ckpt.pth", help="checkpoint")
+    args = parser.parse_args()
+    torch.set_num_threads(1)  # the masks must not depend on the machine's number of cores
+    model, info = load_model(args.weights)
+    views, outputs, start = parse_views(info.get("views", "")), find_outputs(args.input, args.output), time.monotonic()
+    for done, (path, target) in enumerate(outputs, 1):
+        mask = predict_file(model, path, info["size"], views)
+        with atomic(target) as temporary:
+            mask_image(mask).save(temporary, format="PNG")
+        show_progress("predicting", done, len(outputs), time.monotonic() - start)
+
+
+if __name__ == "__main__":
+    run_main(main)
