@@ -5,6 +5,7 @@ A checkpoint is a dict. `best.pt` contains what inference needs (`state_dict`, `
 """
 
 import ctypes
+import difflib
 import json
 import os
 import shlex
@@ -120,12 +121,14 @@ def is_validated(content):
 
 
 def find_run(name, runs="runs"):
-    """The folder of a run, by name or path. UserError with the names of the existing runs if there is none."""
+    """The folder of a run, by name or path. UserError with the most similar names if there is none."""
     for folder in (Path(runs, name), Path(name)):
         if (folder / "args.json").is_file():
             return folder
     known = sorted(p.parent.name for p in Path(runs).glob("*/args.json"))
-    raise UserError(f"no run {name} in {runs}; existing: {', '.join(known) or 'none'}")
+    similar = difflib.get_close_matches(Path(name).name, known) or known[:3]
+    what = f"no such file or run: {name}" if "/" in name or "." in name else f"no run {name} in {runs}"
+    raise UserError(f"{what}; {'did you mean ' + ' or '.join(similar) + '?' if similar else 'there are none'}")
 
 
 def find_weights(text=None, runs="runs"):

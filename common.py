@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -15,6 +16,12 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+for _package in ("torch", "numpy", "PIL"):
+    if importlib.util.find_spec(_package) is None:
+        print(
+            f"error: {_package} is not installed; `make install`, or pip install -r requirements.txt", file=sys.stderr
+        )
+        sys.exit(2)
 # OpenMP threads that spin while they wait slow each other down many times when another process uses a core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

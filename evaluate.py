@@ -165,12 +165,12 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     path = checkpoint.find_weights(args.weights)
+    print(f"weights {path}{'' if args.weights else ' (no NAME given)'}, views: {args.views or 'none'}", file=sys.stderr)
     model, info = checkpoint.load_model(path, device)
     pairs = load_pairs(find_data(args.data or checkpoint.run_args(path).get("data")), args.cache)
     indices, warning = held_out(path, info, len(pairs.names), args.val_split, args.split_seed)
     if warning:
         print_message(warning)
-    print(f"{path} on {len(indices)} held-out images, views: {args.views or 'none'}", file=sys.stderr)
     print(score_table(evaluate(model, pairs, indices, args.size or info["size"], device, views=views)[0]))
 
 

@@ -137,6 +137,7 @@ def predict_all(parser, args):
     make_folder(args.output)
     failed, begin = 0, time.monotonic()
     for done, path in enumerate(files, 1):
+        show_line(f"parsing {path.name}", sys.stderr)
         try:
             pixels = read_image(path)
             parsed = parser(pixels, whole=args.whole, box=args.box)

@@ -20,6 +20,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -322,16 +323,21 @@ def start_processes(args):
 def catch_signals():
     """A list that collects SIGINT and SIGTERM: the first stops after the running step, the second at once."""
     signals = []
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
 
-    def handle(number, frame):
-        if not signals:
-            print_message(f"stopping after this step ({signal.Signals(number).name}); again to stop at once")
-        else:
-            os._exit(128 + number)
-        signals.append(number)
+    def watch():
+        while number := os.read(reader, 1)[0]:
+            if signals:
+                os._exit(128 + number)
+            signals.append(number)
+            print_message(f"{signal.Signals(number).name}: stopping after this step; once more stops at once")
 
+    # Python's own handlers wait until a backward pass has ended; a thread that reads the wake-up pipe does not.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
+        signal.signal(number, lambda number, frame: None)
+    signal.set_wakeup_fd(writer)
+    threading.Thread(target=watch, daemon=True).start()
     return signals
 
 
