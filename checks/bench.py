@@ -1,299 +1,329 @@
-"""Throughput, memory and scale, each beside its limit: `make bench`.
+"""Benchmark speed, memory and scaling, each against its baseline in the same run.
 
-python -m checks.bench                             # all parts, under ten minutes on two idle cores; runs/bench.json
-python -m checks.bench --only network,views --quick
-python -m checks.bench --write                     # docs/bench.md and the README's table from runs/bench.json
+make bench                                         # all parts, at most 10 minutes on two idle cores
+python -m checks.bench --only network,views --rounds 1
+python -m checks.bench --write                     # also write docs/bench.md and runs/bench.json
 
-Variants are measured in turn, medians of repeats; where threads or peak memory matter, in processes of their own.
+Baseline and ours take turns for --rounds rounds, in processes of their own if peak memory or the number of threads
+matters. Peak memory is the process's on a CPU (Linux only) and that of torch's tensors on a GPU.
 """
 
-import argparse
+import importlib.util
+import itertools
 import json
+import multiprocessing
 import re
-from dataclasses import asdict, dataclass
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from statistics import median
 
+from common import ArgumentParser, UserError, positive, run_main, write_text
+
+import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from atomic import write_text
-from checks.bench_measure import ROOT, child, machine, median, ratio
-from device import computes_bf16
-from errors import ArgumentParser, UserError, run_main
+from augment import PRESETS, Strength, augment, draw
+from checkpoint import select_device
+from checks.references import plain_forward
+from data import IMAGE_BYTES, SIZE, Batches, Pairs, load_pairs
+from evaluate import confusion, official_score
+from labels import NUM_CLASSES
 from model import build
-from parameters import count_parameters
+from options import parse
+from tools.synth import make_dataset
+from train import precision, set_up, train_step
+from views import ONE_VIEW, input_size, label_map, log_probabilities, parse_views
+
+FACES, CACHE = Path("build/bench-faces"), Path("build/bench-cache")
+# Views: their number and the largest one.
+VIEWS = {"flip": (2, "1"), "flip,scales": (6, "1.25"), "flip,0.75,0.875,1,1.125,1.25": (10, "1.25")}
+AMP = {"float32": "off", "bf16": "bf16"}
+BASELINES = "baseline", "baseline that keeps freed memory"  # a part of ours' gain on a CPU
 
 
-@dataclass
-class Row:
-    """A line of the table: what was measured, in words, and where there is a mark whether it is reached."""
-
-    part: str
-    what: str
-    measured: str
-    figure: str = ""
-    mark: str = ""
-    reached: bool | None = None
-    reason: str = ""  # why a mark is not reached
+def row(what, unit, baseline, ours, target=""):
+    """A line of the table: medians over the rounds and of ours / baseline; `target`: ">= 3", "<= 1.1" or ""."""
+    ratio = median(b / a for a, b in zip(baseline, ours, strict=True))
+    shown = [f"{median(values):.{0 if median(values) >= 100 else 2}f} {unit}" for values in (baseline, ours)]
+    met = ""
+    if target:
+        sign, bound = target.split()
+        met = "yes" if (ratio >= float(bound) if sign == ">=" else ratio <= float(bound)) else "no"
+    return {"what": what, "baseline": shown[0], "ours": shown[1], "ratio": f"{ratio:.2f}", "target": target, "met": met}
 
 
-def times(value):
-    return f"{value:.2f}x" if value < 10 else f"{value:.0f}x"
+def speeds(work, rounds):
+    """Amounts per second {name: [one per round]} of {name: (amount, function)}, called in turn after a warm-up."""
+    result = {name: [] for name in work}
+    for number, name in itertools.product(range(rounds + 1), work):
+        amount, function = work[name]
+        begin = time.perf_counter()
+        function()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        if number:
+            result[name].append(amount / (time.perf_counter() - begin))
+    return result
 
 
-def at_least(part, what, measured, value, mark, reason):
-    """A row whose figure is a ratio that should reach the mark; `reason` is a text, or a function that measures it."""
-    reached = value >= mark
-    if callable(reason):
-        reason = "" if reached else reason()
-    return Row(part, what, measured, times(value), f"{mark:g}x", reached, reason)
+def memory(key="VmHWM"):
+    """Peak MiB of this process, or of torch's tensors on a GPU; key RssAnon: what is not mapped from files."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return int(re.search(rf"{key}:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
-def profile_reason(what, threads, **arguments):
-    """The reason why a speed is not reached, from a profile: the operators that take the most of ours."""
-    shares, _ = child("bench_network:profile", threads, what=what, **arguments)
-    return "most of its time: " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares)
+def in_process(threads, function, *arguments):
+    """(function(*arguments), peak MiB) from a new process whose torch uses `threads` threads."""
+    spawn = multiprocessing.get_context("spawn")  # a forked process would count this one's memory
+    with ProcessPoolExecutor(1, spawn, torch.set_num_threads, (threads,)) as pool:
+        return pool.submit(function, *arguments).result(), pool.submit(memory).result()
 
 
-MAPS = {"training": "maps that backward needs", "inference": "maps of the network"}
+def faces(count, device):
+    """uint8 images (B, 3, 512, 512) and masks (B, 512, 512) of synthetic faces."""
+    return [torch.from_numpy(part).to(device) for part in load_pairs(FACES, CACHE).batch(np.arange(count))]
 
 
-def network(quick, threads):
-    """Part 1: MicroSegFormer evaluated literally against ours, training and inference, batch 1 and 8, and memory."""
-    rows, size = [], 64 if quick else 512
-    kinds = ["literal", "float32"] + (["bf16"] if computes_bf16() else [])
-    for what in ("training", "inference"):
-        for batch in (1,) if quick else (1, 8):
-            given = {"what": what, "name": "microsegformer", "batch": batch, "size": size}
-            seconds, before, peaks = {kind: [] for kind in kinds}, {}, {}
-            # In processes of their own, for ours keep their memory.
-            for _ in range(1 if quick else 3):
-                for kind in kinds:
-                    (second, before[kind]), peaks[kind] = child("bench_network:repeated", threads, kind=kind, **given)
-                    seconds[kind].append(second)
-            speed = {kind: batch / median(seconds[kind]) for kind in kinds}
-            for kind in kinds[1:]:
-                title = f"{what}, batch {batch}, {kind}"
-                told = f"{speed['literal']:.2f} to {speed[kind]:.2f} images/s"
-                reason = partial(profile_reason, threads=threads, kind=kind, **given)
-                rows.append(at_least("network", title, told, ratio(seconds, "literal", kind), 3, reason))
-                told = f"peak {peaks['literal']:.0f} to {peaks[kind]:.0f} MiB"
-                reason = f"{before[kind]:.0f} MiB are torch, the weights and the images; the rest are {MAPS[what]}"
-                rows.append(at_least("network", title, told, peaks["literal"] / peaks[kind], 3, reason))
-            if batch > 1:
-                kept = batch / child("bench_network:repeated", threads, kind="literal", keep=True, **given)[0][0]
-                title = f"{what}, batch {batch}, float32, if the literal kept its memory too"
-                told = f"{kept:.2f} to {speed['float32']:.2f} images/s"
-                rows.append(Row("network", title, told, times(speed["float32"] / kept)))
-    found, _ = child("bench_network:differences", threads, name="microsegformer", batch=1, size=size)
-    for kind, (difference, same) in zip(kinds[1:], found, strict=False):
-        told = f"logits differ by {difference:.1e} of the largest, {100 * same:.2f} % of labels are the same"
-        rows.append(Row("network", f"agreement with the literal evaluation, {kind}", told))
+def training(device, *flags):
+    """A function that takes one step of train.py at 512 pixels, augmentation included."""
+    places = [f"--data={FACES}", f"--cache={CACHE}", f"--device={device}", "--name=bench", f"--sizes={SIZE}:9"]
+    with tempfile.TemporaryDirectory() as runs:
+        run = set_up(parse([*flags, *places, f"--runs={runs}"])[0])
+    return partial(train_step, run, 0, 0, run.batches.order((0,))[: run.batch])
+
+
+def baseline_training(device, batch):
+    """The same for MicroSegFormer, evaluated literally: CE + Dice of full-size logits and one-hot labels."""
+    model = build("microsegformer").to(device)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=8e-4)
+    images, masks = faces(batch, device)
+
+    def step():
+        x, target = augment(images, masks, draw(batch, Strength(**PRESETS["basic"]), (0,)), SIZE)
+        logits = plain_forward(model, x)
+        p, true = logits.softmax(1), F.one_hot(target, NUM_CLASSES).permute(0, 3, 1, 2).float()
+        dice = (2 * (p * true).sum((2, 3)) + 1) / ((p + true).sum((2, 3)) + 1)
+        loss = F.cross_entropy(logits, target) + 1.5 * (1 - dice.mean())
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+
+    return step
+
+
+@torch.inference_mode()
+def predict(model, images, kind):
+    """uint8 labels (B, 512, 512) of uint8 images (B, 3, 512, 512); kind as in `network_speed`."""
+    if kind in BASELINES:
+        return plain_forward(model, images.float() / 255).argmax(1).byte()
+    with torch.autocast(images.device.type, torch.bfloat16, kind == "bf16"):
+        return label_map(log_probabilities([model], images, SIZE, ONE_VIEW), SIZE, SIZE)
+
+
+def network_speed(what, kind, device, batch):
+    """Images/s of "training" or "inference"; kind: one of BASELINES, float32 or bf16."""
+    if kind != "baseline":
+        select_device(device)  # a CPU process then keeps freed memory
+    if what == "inference":
+        layout = torch.preserve_format if kind in BASELINES else torch.channels_last
+        model = build("microsegformer").to(device, memory_format=layout).eval()
+        step = partial(predict, model, faces(batch, device)[0], kind)
+    elif kind in BASELINES:
+        step = baseline_training(device, batch)
+    else:
+        step = training(device, f"--batch={batch}", f"--amp={AMP[kind]}")
+    return median(speeds({kind: (batch, step)}, max(1, 4 // batch))[kind])
+
+
+def network(args):
+    """MicroSegFormer at 512 pixels against the literal evaluation of the same layers in float32."""
+    native = precision("auto", torch.device(args.device))[0] is torch.bfloat16
+    rows, kinds = [], ["float32", "bf16"] if native else ["float32"]
+    for what, batch in itertools.product(("training", "inference"), (1, 8)):
+        results = {kind: [] for kind in (*BASELINES, *kinds)}
+        for _, kind in itertools.product(range(args.rounds), results):
+            results[kind].append(in_process(args.threads, network_speed, what, kind, args.device, batch))
+        found, peaks = ({kind: [pair[i] for pair in pairs] for kind, pairs in results.items()} for i in (0, 1))
+        title = f"{what}, batch {batch}"
+        for kind in kinds:
+            rows.append(row(f"{title}, {kind}", "images/s", found["baseline"], found[kind], ">= 3"))
+            rows.append(row(f"{title}, {kind}, peak", "MiB", peaks["baseline"], peaks[kind], "<= 0.33"))
+        rows.append(row(f"{title}, float32, against {BASELINES[1]}", "images/s", found[BASELINES[1]], found["float32"]))
     return rows
 
 
-def processes(quick, threads):
-    """Part 2: one process with two threads against two with one each, and what more would exchange."""
-    speeds, _ = child(
-        "bench_pixels:processes", 1, repeats=1 if quick else 2, count=8 if quick else 64, size=64 if quick else 256
-    )
-    model = build("microunet")
-    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    latency, step = child("bench_pixels:sums", 1, repeats=100)[0], 8 / speeds["2 x 1"]
-    reason = (
-        f"a sum of 1 KB over both takes {1e6 * latency:.0f} us, batch norm's {2 * len(norms)} in a step "
-        f"{100 * 2 * len(norms) * latency / step:.1f} % of its {1e3 * step:.0f} ms; that at each of them one process "
-        "waits for the other, and that batch norm over both passes over its maps twice more, is not measured apart"
-    )
+def streaming(count):
+    """MiB of own memory after reading 600 training pairs of a set of `count`."""
+    with tempfile.NamedTemporaryFile(dir=CACHE) as file:
+        file.truncate(count * SIZE * SIZE * 4)  # a sparse file: zeros that take no disk space
+        images = np.memmap(file.name, np.uint8, "r", 0, (count, 3, SIZE, SIZE))
+        masks = np.memmap(file.name, np.uint8, "r", count * IMAGE_BYTES, (count, SIZE, SIZE))
+        pairs = Pairs(images, masks, np.zeros(count, bool), [str(i) for i in range(count)])
+        batches = Batches(pairs, np.arange(count), torch.device("cpu"), fix_sides=True)
+        for positions in np.resize(batches.order((0,)), (75, 8)):
+            batches.read(positions)
+    return memory("RssAnon")
+
+
+def data(args):
+    """Memory as the data set grows; start-up of predict.py."""
+    few, many = ([in_process(args.threads, streaming, count)[0]] for count in (300, 30000))
+    rows = [row("memory for 30,000 training pairs against 300", "MiB", few, many, "<= 1.05")]
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [f"--input={FACES}/test/images", f"--output={folder}", "--device=cpu"]
+        commands = [sys.executable, "-c", "import torch"], [sys.executable, "predict.py", *flags]
+        work = {command[1]: (1, partial(subprocess.check_output, command)) for command in commands}
+        seconds = [[1 / speed for speed in values] for values in speeds(work, args.rounds).values()]
+    return [*rows, row("start-up: predict.py of one image against `import torch`", "s", *seconds, "<= 1.3")]
+
+
+def views_speed(rounds, device, texts):
+    """Megapixels per second, {text: [one per round]}, that MicroUNet processes for these views of one image."""
+    model = build("microunet").to(select_device(device), memory_format=torch.channels_last).eval()
+    image, work = faces(1, device)[0], {}
+    for text in texts:
+        chosen = parse_views(text)
+        pixels = (1 + chosen.flip) * sum(np.prod(input_size(SIZE, SIZE, SIZE, scale)) for scale in chosen.scales)
+        work[text] = pixels / 1e6, partial(log_probabilities, [model], image, SIZE, chosen)
+    return speeds(work, rounds)
+
+
+def views(args):
+    """Speed and peak memory of several views against one."""
+    found, _ = in_process(args.threads, views_speed, args.rounds, args.device, ["1", *VIEWS])
     rows = []
-    for name in ("1 x 2", "2 x 1"):
-        told = f"{speeds['1 x 1']:.2f} to {speeds[name]:.2f} images/s"
-        gain = speeds[name] / speeds["1 x 1"]
-        what = f"processes x threads: {name} against 1 x 1"
-        if name == "2 x 1":
-            rows.append(at_least("processes", what, told, gain, 1.8, reason))
-        else:
-            rows.append(Row("processes", what, told, times(gain)))
-    sent = 4 * count_parameters(model) + sum(4 * 4 * m.num_features for m in norms)
-    # A ring sends every byte on and back: 2 (n - 1) / n of the sum leaves each process.
-    step, wire = 8 / speeds["1 x 1"], 2 * sent * 8 / 1e9
-    told = (
-        f"{sent / 1e6:.1f} MB a step in {2 * len(norms) + 1} sums: for many processes {wire:.2f} s at 1 Gbit/s, as "
-        f"long as {8 * wire / step:.0f} images a process take: with fewer it stops scaling; a tenth at 10 Gbit/s"
+    for text, (count, largest) in VIEWS.items():
+        rows.append(row(f"{count} views against one", "Mpixel/s", found["1"], found[text], ">= 0.9"))
+        peaks = [[in_process(args.threads, views_speed, 0, args.device, [key])[1]] for key in (largest, text)]
+        rows.append(row(f"{count} views against the largest alone, peak", "MiB", *peaks, "<= 1.1"))
+    return rows
+
+
+def flop_rates(rounds, device):
+    """Gflop/s of matrix products and of MicroUNet's training with the release's recipe, {name: [one per round]}."""
+    a = torch.randn(2048, 2048, device=device)
+    functions = {"float32 gemm": partial(torch.mm, a, a), "bf16 gemm": partial(torch.mm, a.bfloat16(), a.bfloat16())}
+    functions |= {kind: training(device, "--recipe=release", f"--amp={AMP[kind]}") for kind in AMP}
+    work = {}
+    for name, function in functions.items():
+        with FlopCounterMode(display=False) as counter:
+            function()
+        work[name] = counter.get_total_flops() / 1e9, function
+    return speeds(work, rounds)
+
+
+def limit(args):
+    """MicroUNet's training at 512 pixels with the release's recipe against matrix products of 2048 x 2048."""
+    found, _ = in_process(args.threads, flop_rates, args.rounds, args.device)
+    return [row(f"MicroUNet step against {k} gemm", "Gflop/s", found[f"{k} gemm"], found[k], ">= 0.45") for k in AMP]
+
+
+def plain_score(pred, true):
+    """The challenge's formula, label by label."""
+    scores = []
+    for label in np.unique(true):
+        p, t = pred == label, true == label
+        precision, recall = np.sum(p & t) / (np.sum(p) + 1e-7), np.sum(p & t) / (np.sum(t) + 1e-7)
+        scores.append(2 * precision * recall / (precision + recall + 1e-7))
+    return np.mean(scores)
+
+
+def score(args):
+    """The official score against the plain formula."""
+    masks = [(np.roll(mask, 3, 0), mask) for mask in load_pairs(FACES, CACHE).masks]
+    work = {
+        "plain": (len(masks), lambda: np.mean([plain_score(*pair) for pair in masks])),
+        "ours": (len(masks), lambda: official_score(np.stack([confusion(*pair) for pair in masks]))),
+    }
+    return [row("official score against the plain formula", "masks/s", *speeds(work, args.rounds).values(), ">= 20")]
+
+
+def augmentation_speed(rounds, device):
+    """Images per second at 512 pixels, kornia's and ours, {name: [one per round]}."""
+    import kornia.augmentation as K
+
+    images, masks = faces(8, select_device(device))
+    chain = K.AugmentationSequential(
+        K.RandomHorizontalFlip(p=0.5),
+        K.RandomAffine(15, (0.05, 0.05), (0.9, 1.1), padding_mode="reflection", p=1.0),
+        K.ColorJiggle(0.2, 0.2, 0.1, p=1.0),
+        data_keys=["input", "mask"],
     )
-    rows.append(Row("processes", "on paper: bytes summed over processes", told))
-    return rows
+    work = {
+        "kornia": (8, lambda: chain(images.float() / 255, masks[:, None].float())),
+        "ours": (8, lambda: augment(images, masks, draw(8, Strength(**PRESETS["basic"]), (0,)), SIZE)),
+    }
+    return speeds(work, rounds)
 
 
-def data(quick, threads):
-    """Part 3: epochs with and without the cache, memory on large sets, start-up of predict.py."""
-    count = 8 if quick else 64
-    (made, again), seconds = child("bench_pixels:epochs", threads, repeats=1 if quick else 3, count=count)[0]
-    rows = [
-        Row("data", f"cache of {count} pairs", f"made in {made:.2f} s, once; found again in {again:.2f} s"),
-        Row(
-            "data", "an epoch's reading, from files against the cache",
-            f"{1e3 * median(seconds['files']) / count:.2f} to {1e3 * median(seconds['cache']) / count:.2f} ms a pair",
-            times(ratio(seconds, "files", "cache")),
-        ),
-    ]  # fmt: skip
-    reads = 64 if quick else 600
-    memory = {n: child("bench_pixels:streaming", threads, count=n, reads=reads)[0] for n in (300, 3000, 30000)}
-    own = [m[0] for m in memory.values()]
-    told = ", ".join(f"{n:,} pairs {m[0]:.0f} MiB" for n, m in memory.items())
-    told += f" (and up to {max(m[1] for m in memory.values()):.0f} MiB of file pages that the system can take back)"
-    growth = max(own) / own[0] - 1
-    rows.append(
-        Row("data", f"own memory after {reads} pairs read", told, f"{100 * growth:+.1f} %", "flat: +5 %", growth < 0.05,
-            "the names and the order of the pairs")
-    )  # fmt: skip
-    seconds, _ = child("bench_pixels:start_up", threads, repeats=1 if quick else 5)
-    late = median([p - t for p, t in zip(seconds["predict"], seconds["torch"], strict=True)])
-    told = f"{median(seconds['torch']):.2f} to {median(seconds['predict']):.2f} s"
-    rows.append(
-        Row("data", "predict.py on one image against `import torch`", told, f"+{late:.2f} s", "+0.5 s", late <= 0.5,
-            "the processor time differs by 0.3 s; the rest is waiting for a busy machine")
-    )  # fmt: skip
-    return rows
+def augmentation(args):
+    """Augmentation with flip, affine map and colour (the preset "basic") against kornia's."""
+    if not importlib.util.find_spec("kornia"):
+        print("\naugmentation: skipped; pip install --no-deps kornia kornia_rs packaging")
+        return []
+    found, _ = in_process(args.threads, augmentation_speed, 4 * args.rounds, args.device)
+    return [row(f"batch 8 at {SIZE} px against kornia", "images/s", *found.values(), ">= 2")]
 
 
-def views(quick, threads):
-    """Part 4: cost and peak memory of 2, 6 and 10 views against one."""
-    size, listed = (64 if quick else 512), ["1", "flip", "flip,scales", "flip,0.75,0.875,1,1.125,1.25"]
-    seconds, pixels = child("bench_network:views", threads, repeats=1 if quick else 5, size=size, listed=listed)[0]
-    counts = dict(zip(listed, (1, 2, 6, 10), strict=True))
-    rows = []
-    for text in listed[1:]:
-        cost = ratio(seconds, text, "1")
-        excess = cost / pixels[text] - 1
-        told = f"{cost:.2f} times one view's time for {pixels[text]:.2f} times its pixels"
-        rows.append(
-            Row("views", f"{counts[text]} views", told, f"{100 * excess:+.0f} %", "+10 %", excess <= 0.1,
-                "softmax, mirroring back and averaging add 5 % to each view")
-        )  # fmt: skip
-    peaks = {text: child("bench_network:view_peak", threads, size=size, text=text)[1] for text in ("1.25", listed[-1])}
-    one, many = peaks.values()
-    rows.append(
-        Row("views", "peak memory of 10 views against the largest alone", f"{one:.0f} to {many:.0f} MiB",
-            f"{100 * (many / one - 1):+.0f} %", "flat: +10 %", many <= 1.1 * one, "the average beside the view")
-    )  # fmt: skip
-    return rows
+def threads(args):
+    """Training with two threads against one."""
+    what = "training", "float32", "cpu", 8
+    found = [[in_process(count, network_speed, *what)[0] for count in (1, 2)] for _ in range(args.rounds)]
+    return [row("MicroSegFormer training, batch 8, 2 threads against 1", "images/s", *zip(*found, strict=True))]
 
 
-def limit(quick, threads):
-    """Part 5: the share of the machine's sgemm rate that MicroUNet's training and inference reach."""
-    from checks.bench_network import release_size
-
-    settings = {"batch": 2, "size": 64} if quick else release_size()
-    side, repeats = (256, 1) if quick else (2048, 5)
-    seconds, counts = child("bench_network:limit", threads, repeats=repeats, side=side, settings=settings)[0]
-    rate = {name: 2e-9 * counts[name] / median(seconds[name]) for name in counts}
-    rows = [
-        Row(
-            "limit",
-            f"matrix products, {side} x {side}",
-            f"float32 {rate['sgemm']:.0f} Gflop/s, bf16 {rate['bf16 gemm']:.0f}",
-        )
-    ]
-    for name in ("training float32", "training bf16", "inference"):
-        if name.endswith("bf16") and not computes_bf16():
-            continue
-        kind = name.removeprefix("training ")
-        product = "bf16 gemm" if kind == "bf16" else "sgemm"
-        share = rate[name] / rate[product]
-        what = f"MicroUNet {name}, batch {settings['batch']} at {settings['size']} px"
-        told = f"{settings['batch'] / median(seconds[name]):.2f} images/s, {rate[name]:.1f} Gflop/s"
-        row = Row("limit", what, told, f"{100 * share:.0f} % of {product}")
-        if name.startswith("training"):
-            row.mark, row.reached = "45 %", share >= 0.45
-            if not row.reached:
-                row.reason = profile_reason("training", threads, kind=kind, name="microunet", **settings)
-        rows.append(row)
-    return rows
+PARTS = {part.__name__: part for part in (network, data, views, limit, score, augmentation, threads)}
 
 
-def score(quick, threads):
-    """Part 6: the official score of 100 masks against the formula written plainly."""
-    count = 4 if quick else 100
-    (seconds, values), _ = child("bench_pixels:score", 1, repeats=1 if quick else 5, count=count)
-    told = f"{1e3 * median(seconds['plain']):.0f} to {1e3 * median(seconds['ours']):.1f} ms, "
-    told += f"both {values['ours']:.6f}" if abs(values["ours"] - values["plain"]) < 1e-12 else f"DIFFERENT: {values}"
-    reason = "a mask with many short runs of labels has more of them to count"
-    return [at_least("score", f"official score of {count} masks", told, ratio(seconds, "plain", "ours"), 20, reason)]
+def table(rows):
+    """Rows as a Markdown table."""
+    columns = ["part", "what", "baseline", "ours", "ratio", "target", "met"]
+    lines = [columns, ["---"] * len(columns), *([line[column] for column in columns] for line in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def augmentation(quick, threads):
-    """Part 7: augmentation against kornia's chain."""
-    size, batch = (64, 2) if quick else (512, 8)
-    seconds, _ = child("bench_pixels:augmentation", threads, repeats=1 if quick else 5, batch=batch, size=size)
-    speed = {name: 4 * batch / median(values) for name, values in seconds.items()}
-    what = f'"advanced" at {size} px, batch {batch}'
-    if "kornia" not in seconds:
-        return [Row("augmentation", what, f"{speed['ours']:.0f} images/s; kornia is not installed")]
-    told = f"kornia {speed['kornia']:.0f}, ours {speed['ours']:.0f} images/s"
-    reason = "the 19 maps of blended labels take a third of the time, resampling a sixth"
-    return [at_least("augmentation", what, told, ratio(seconds, "kornia", "ours"), 2, reason)]
-
-
-KEPT = Path("runs/bench.json")
-PARTS = {f.__name__: f for f in (network, processes, data, views, limit, score, augmentation)}
-
-
-def table(rows, marked=False):
-    """Markdown of rows as dicts; those with a mark alone where `marked`, and below it what is not reached, and why."""
-    rows = [row for row in rows if row["mark"] or not marked]
-    reached = {True: "yes", False: "no", None: ""}
-    lines = ["| part | what | measured | figure | mark | reached |", "|---|---|---|---|---|---|"]
-    for r in rows:
-        cells = (r["part"], r["what"], r["measured"], r["figure"], r["mark"], reached[r["reached"]])
-        lines.append(f"| {' | '.join(cells)} |")
-    reasons = {}
-    for r in rows:
-        if r["reached"] is False:
-            reasons.setdefault(r["reason"], []).append(f"{r['part']}: {r['what']}")
-    if reasons and not marked:
-        lines += ["", "Not reached, and why:", ""]
-        lines += [f"- {'; '.join(dict.fromkeys(whats))}. {reason}" for reason, whats in reasons.items()]
-    return "\n".join(lines)
-
-
-def write_pages(result):
-    """docs/bench.md, and the README's table between its two markers."""
-    page = f"# Benchmark\n\nMade from `runs/bench.json` by `python -m checks.bench --write`.\n\n{result['machine']}\n\n"
-    write_text(ROOT / "docs/bench.md", page + table(result["rows"]) + "\n")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    text = f"<!-- bench -->\n{result['machine']}\n\n{table(result['rows'], marked=True)}\n<!-- /bench -->"
-    write_text(ROOT / "README.md", re.sub(r"<!-- bench -->.*<!-- /bench -->", lambda _: text, readme, flags=re.S))
+def machine(args):
+    """The processor, the settings and the date in one line."""
+    cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    name = torch.cuda.get_device_name() if args.device == "cuda" else cpu[1] if cpu else "CPU"
+    return f"{name}, {args.threads} threads, torch {torch.__version__}, rounds: {args.rounds}, {time.strftime('%F')}"
 
 
 def main():
-    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--only", default=",".join(PARTS), help="parts to measure")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: shows that the parts run")
-    parser.add_argument("--threads", type=int, default=2, help="threads of each measured process")
-    parser.add_argument("--json", type=Path, help=f"where the result is kept; {KEPT} where all is measured in full")
-    parser.add_argument(
-        "--write", action="store_true", help="measure nothing; make docs/bench.md and the README's table"
-    )
+    parser = ArgumentParser(description="Benchmark speed, memory and scaling against baselines.")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts to run")
+    parser.add_argument("--rounds", type=positive, default=3, help="measurements of each figure")
+    parser.add_argument("--threads", type=positive, default=2, help="CPU threads of each process")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda is untested")
+    parser.switch("--write", help="write docs/bench.md and runs/bench.json; needs all parts")
     args = parser.parse_args()
-    if args.write:
-        kept = args.json or KEPT
-        if not kept.is_file():
-            raise UserError(f"no {kept}; `make bench` measures first")
-        write_pages(json.loads(kept.read_text(encoding="utf-8")))
-        return
     chosen = args.only.split(",")
-    kept = args.json or (KEPT if not args.quick and chosen == list(PARTS) else None)
     if unknown := [name for name in chosen if name not in PARTS]:
-        raise UserError(f"--only {args.only}: no part {unknown[0]!r}; there are {', '.join(PARTS)}")
-    result = {"machine": machine(args.threads), "quick": args.quick, "rows": []}
-    print(result["machine"], flush=True)
+        raise UserError(f"--only {args.only}: no part {unknown[0]!r}; the parts are {', '.join(PARTS)}")
+    if args.write and chosen != list(PARTS):
+        raise UserError("--write replaces the whole table: remove --only")
+    select_device(args.device)
+    make_dataset(FACES, train=100, dev=1, test=1)
+    load_pairs(FACES, CACHE)
+    rows = []
+    print(machine(args), flush=True)
     for name in chosen:
-        rows = [asdict(row) for row in PARTS[name](args.quick, args.threads)]
-        result["rows"] += rows
-        print("\n" + table(rows), flush=True)
-        if kept:
-            write_text(kept, json.dumps(result, indent=1) + "\n")
+        found = [{"part": name, **line} for line in PARTS[name](args)]
+        print(f"\n{table(found)}", flush=True)
+        rows += found
+    if args.write:
+        text = f"# Benchmark\n\n`make bench WRITE=1` on {machine(args)}. Ratio: ours / baseline.\n\n{table(rows)}\n"
+        write_text("docs/bench.md", text)
+        write_text("runs/bench.json", json.dumps({"machine": machine(args), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,146 +1,110 @@
-"""Pairs, split and cache: the reference's split, decoded once, never stale."""
+"""Training pairs: found, split as the reference does, decoded once, reversed masks repaired."""
 
 import os
+
+from common import UserError
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from data import Batches, Pairs, find_pairs, load_pairs, repeat_factors, split
-from errors import UserError
-from images import write_mask
-from synth import make_dataset
+from data import Batches, find_pairs, load_pairs, reversed_sides, split, swap_sides
+from images import mask_image, read_image, read_mask
 
-
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
-    root = tmp_path_factory.mktemp("drawn")
-    make_dataset(root, train=6, dev=0, test=0, workers=1)
-    return root
+FACE = np.zeros((512, 512), np.uint8)  # eyes and nose
+FACE[200:260, 150:200], FACE[200:260, 300:350], FACE[280:330, 230:270] = 5, 4, 2
 
 
 @pytest.fixture
-def data(drawn, tmp_path):
-    """A copy that a test may spoil."""
+def data(tmp_path):
+    """A data folder of three pairs; the sides of the last mask are reversed."""
     for kind in ("images", "masks"):
         (tmp_path / "data/train" / kind).mkdir(parents=True)
-        for path in (drawn / "train" / kind).iterdir():
-            (tmp_path / "data/train" / kind / path.name).write_bytes(path.read_bytes())
+    for number, mask in enumerate((FACE, FACE, swap_sides(FACE))):
+        Image.effect_noise((512, 512), 90).convert("RGB").save(tmp_path / f"data/train/images/{number}.jpg")
+        mask_image(mask).save(tmp_path / f"data/train/masks/{number}.png")
     return tmp_path / "data"
 
 
-def test_split_is_the_reference_s():
+def load(data):
+    return load_pairs(data, data.parent / "cache", workers=1)
+
+
+def test_split_equals_the_reference():
     np.random.seed(42)
     order = np.random.permutation(900)
-    train, val = split(900)
-    assert train.tolist() == order[:810].tolist() and val.tolist() == order[810:].tolist()
+    train, validation = split(900)
+    assert train.tolist() == order[:810].tolist() and validation.tolist() == order[810:].tolist()
 
 
-def test_split_of_nothing_trains_on_all():
-    train, val = split(10, 0)
-    assert sorted(train) == list(range(10)) and len(val) == 0
+def test_split_0_trains_on_all():
+    train, validation = split(10, 0)
+    assert sorted(train) == list(range(10)) and len(validation) == 0
 
 
-@pytest.mark.parametrize(("count", "share"), [(5, 0.01), (1, 0.9), (10, 1.0), (10, -0.1)])
-def test_split_that_leaves_a_side_empty_is_refused(count, share):
+@pytest.mark.parametrize(("count", "fraction"), [(5, 0.01), (1, 0.9), (10, 1.0), (10, -0.1)])
+def test_split_with_an_empty_side_is_refused(count, fraction):
     with pytest.raises(UserError, match="--val-split"):
-        split(count, share)
+        split(count, fraction)
 
 
-def test_cache_holds_what_the_files_hold(data, tmp_path):
-    pairs = load_pairs(data, tmp_path / "cache", workers=1)
-    assert pairs.images.shape == (6, 3, 512, 512) and pairs.masks.shape == (6, 512, 512)
+def test_cache_contains_the_pixels_of_the_files(data):
+    pairs = load(data)
     for i, (image, mask) in enumerate(find_pairs(data)):
-        assert np.array_equal(pairs.images[i], np.asarray(Image.open(image).convert("RGB")).transpose(2, 0, 1))
-        assert np.array_equal(pairs.masks[i], np.asarray(Image.open(mask))) and pairs.names[i] == image.stem
+        assert np.array_equal(pairs.images[i], read_image(image).transpose(2, 0, 1))
+        assert np.array_equal(pairs.masks[i], read_mask(mask)) and pairs.names[i] == image.stem
 
 
-def test_cache_is_made_where_the_system_reserves_no_blocks(data, tmp_path, monkeypatch):
-    monkeypatch.delattr("os.posix_fallocate")
-    held = load_pairs(data, tmp_path / "cache", workers=1)
-    assert np.array_equal(held.images[5], np.asarray(Image.open(find_pairs(data)[5][0])).transpose(2, 0, 1))
+def test_cache_is_not_used_for_changed_files(data):
+    load(data)
+    mask_image(np.full((512, 512), 3, np.uint8)).save(find_pairs(data)[0][1])
+    assert (load(data).masks[0] == 3).all()
 
 
-def test_cache_is_made_once_and_not_used_for_other_files(data, tmp_path):
-    load_pairs(data, tmp_path / "cache", workers=1)
-    (first,) = (tmp_path / "cache").iterdir()
-    made = first.stat().st_mtime_ns
-    load_pairs(data, tmp_path / "cache", workers=1)
-    assert first.stat().st_mtime_ns == made
-    _, mask = find_pairs(data)[0]
-    write_mask(mask, np.full((512, 512), 3, np.uint8))
-    assert (load_pairs(data, tmp_path / "cache", workers=1).masks[0] == 3).all()
+def test_truncated_cache_is_built_again_and_a_whole_one_is_not(data):
+    load(data)
+    (cache,) = (data.parent / "cache").iterdir()
+    content, built = cache.read_bytes(), cache.stat().st_mtime_ns
+    load(data)
+    assert cache.stat().st_mtime_ns == built
+    os.truncate(cache, len(content) // 2)
+    load(data)
+    assert cache.read_bytes() == content
 
 
-def test_cache_cut_short_is_made_again(data, tmp_path, capfd):
-    load_pairs(data, tmp_path / "cache", workers=1)
-    (path,) = (tmp_path / "cache").iterdir()
-    whole = path.read_bytes()
-    os.truncate(path, len(whole) // 2)
-    load_pairs(data, tmp_path / "cache", workers=1)
-    assert path.read_bytes() == whole and "cut short" in capfd.readouterr().err
+@pytest.mark.parametrize("fix_sides", [True, False])
+def test_reversed_masks_are_repaired_unless_disabled(data, fix_sides):
+    pairs = load(data)
+    assert pairs.reversed.tolist() == [False, False, True]
+    batches = Batches(pairs, np.array([2, 0]), torch.device("cpu"), fix_sides)
+    _, masks = batches.read(np.array([0, 1]))
+    assert np.array_equal(masks[0], FACE if fix_sides else swap_sides(FACE)) and np.array_equal(masks[1], FACE)
 
 
-def test_reversed_masks_are_repaired_for_training_only(data, tmp_path):
-    from sides import swap_sides
-
-    _, path = find_pairs(data)[2]
-    right = np.asarray(Image.open(path))
-    write_mask(path, swap_sides(right))
-    pairs = load_pairs(data, tmp_path / "cache", workers=1)
-    assert pairs.reversed.tolist() == [False, False, True, False, False, False]
-    assert np.array_equal(pairs.batch(np.array([2]))[1][0], right)
-    assert np.array_equal(pairs.batch(np.array([2]), fix_sides=False)[1][0], swap_sides(right))
+# Left eye, brow and ear are 4, 6, 8; the third line disagrees, and the last has equal centroids.
+@pytest.mark.parametrize("mask", ["5 0 4", "4 1 7", "8 7 4 5 6 9", "0 1 13", "4 5 4"])
+def test_masks_are_not_reversed(mask):
+    assert not reversed_sides(np.array([mask.split()], np.uint8))
 
 
-def spoil_lonely(train):
-    next((train / "masks").iterdir()).unlink()
+@pytest.mark.parametrize("mask", ["4 0 5", "8 6 4 5 7 9", "4 0 5 4"])
+def test_masks_are_reversed(mask):
+    assert reversed_sides(np.array([mask.split()], np.uint8))
 
 
-def spoil_damaged(train):
-    path = sorted((train / "images").iterdir())[0]
-    path.write_bytes(path.read_bytes()[:3000])
+FAULTS = {
+    "no partner": lambda image, mask: mask.unlink(),
+    "cannot read image": lambda image, mask: image.write_bytes(image.read_bytes()[:3000]),
+    "label 200": lambda image, mask: mask_image(np.full((512, 512), 200, np.uint8)).save(mask),
+    "512 x 100": lambda image, mask: mask_image(np.zeros((100, 512), np.uint8)).save(mask),
+    "colours": lambda image, mask: mask_image(FACE).convert("RGB").save(mask),
+}
 
 
-def spoil_label(train):
-    write_mask(sorted((train / "masks").iterdir())[0], np.full((512, 512), 200, np.uint8))
-
-
-def spoil_size(train):
-    write_mask(sorted((train / "masks").iterdir())[0], np.zeros((100, 512), np.uint8))
-
-
-def spoil_empty(train):
-    for path in (train / "images").iterdir():
-        path.unlink()
-
-
-@pytest.mark.parametrize(
-    ("spoil", "told"),
-    [
-        (spoil_lonely, "lack a partner"),
-        (spoil_damaged, "cannot read image"),
-        (spoil_label, "label 200"),
-        (spoil_size, "512 x 100"),
-        (spoil_empty, "no images"),
-    ],
-)
-def test_spoilt_data_is_named_and_leaves_no_cache(data, tmp_path, spoil, told):
-    spoil(data / "train")
-    with pytest.raises(UserError, match=told):
-        load_pairs(data, tmp_path / "cache", workers=1)
-    assert not list(tmp_path.glob("cache/*"))
-
-
-def test_images_of_rare_labels_are_drawn_more_often():
-    masks = np.zeros((40, 4, 4), np.uint8)
-    masks[0, 0, 0] = 14  # in one image of forty
-    masks[:20, 1] = 1
-    factors = repeat_factors(masks, np.arange(40), 0.4)
-    assert factors[0] == pytest.approx(4) and (factors[1:] == 1).all()
-    pairs = Pairs(None, masks, np.zeros(40, bool), [""] * 40)
-    batches = Batches(pairs, np.arange(40), torch.device("cpu"), True, 0.4)
-    drawn = np.stack([batches.order((0, epoch)) for epoch in range(50)])
-    assert drawn.shape == (50, 40) and (drawn == 0).sum(1).mean() == pytest.approx(4 * 40 / 43, abs=0.3)
-    assert sorted(Batches(pairs, np.arange(40), torch.device("cpu"), True).order((0, 1))) == list(range(40))
+@pytest.mark.parametrize("error", FAULTS)
+def test_faulty_pairs_are_refused_and_leave_no_cache(data, error):
+    FAULTS[error](*find_pairs(data)[0])
+    with pytest.raises(UserError, match=error):
+        load(data)
+    assert not list(data.parent.glob("cache/*"))

@@ -1,81 +1,125 @@
-"""The networks have the parameters they must have and compute what a literal evaluation computes."""
+"""The networks: parameter counts, the reference's own output, and equality with the literal evaluations."""
 
+import json
+import re
+import zlib
+from pathlib import Path
+
+from common import UserError
+
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from checks import plain_microunet, plain_segformer
-from errors import UserError
-from model import MicroSegFormer, MicroUNet, build
-from parameters import PARAM_LIMIT, count_parameters
+from checks.references import plain_forward
+from model import PARAM_LIMIT, MicroSegFormer, MicroUNet, _Depthwise, build, count_parameters, model_arguments
+
+REFERENCE = Path(__file__).with_name("reference")
+# The reference's names of weights, as patterns, and ours; numbered modules count from 1 there.
+NAMES = {
+    r"patch_embed(\d)\.proj": r"embeddings.\1",
+    r"patch_embed(\d)\.norm": r"embedding_norms.\1",
+    r"block(\d)": r"stages.\1",
+    r"^norm(\d)": r"norms.\1",
+    r"linear_c(\d)": r"decode.\1",
+    r"linear_fuse\.0": "fuse",
+    r"linear_fuse\.2": "mix",
+    r"conv_seg": "classifier",
+    r"attn\.sr": "attention.reduce",
+    r"attn": "attention",
+    r"mlp\.fc1": "mlp.0",
+    r"mlp\.fc2": "mlp.3",
+    r"dw_conv3x3": "depthwise",
+    r"pw_conv": "pointwise",
+    r"lmsa\.bn": "lmsa.norm",
+    r"lmsa\.fc": "lmsa.gate",
+    r"decoder\.": "",
+    r"^(\w+)\.([1-4])\b": lambda match: f"{match[1]}.{int(match[2]) - 1}",
+}
+WIDE = {"dense": 2, "lmsa": [0, 2], "kernel": 5, "decoder_kernel": 3, "expansion": 2}
+NETWORKS = [(MicroSegFormer, {}), (MicroSegFormer, {"lmsa": False}), (MicroUNet, {}), (MicroUNet, WIDE)]
+
+
+def our_name(name):
+    for pattern, ours in NAMES.items():
+        name = re.sub(pattern, ours, name)
+    return name
+
+
+def reference_weight(name, shape):
+    """The weight that the rule of the reference's README gives a name."""
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    x = rng.standard_normal(shape)
+    if name.endswith("running_var"):
+        x = 0.5 + 1.5 * rng.random(shape)
+    else:
+        x = 1 + 0.1 * x if re.search(r"(norm\d?|bn)\.weight$", name) else 0.05 * x
+    return torch.from_numpy(x.astype(np.float32))
+
+
+@pytest.mark.parametrize("key", ["lmsa_eval", "lmsa_train", "plain_eval", "plain_train"])
+def test_logits_equal_those_of_the_reference_code(key):
+    shapes = json.loads((REFERENCE / "weights.json").read_text())
+    names = [name for name in shapes if key.startswith("lmsa") or ".lmsa." not in name]
+    model = MicroSegFormer(lmsa=key.startswith("lmsa"), dropout=0.0)
+    state = {our_name(name): reference_weight(name, shapes[name]) for name in names}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert set(missing) <= {"lmsa.norm.num_batches_tracked"} and not unexpected
+    given = np.random.default_rng(0).random((2, 3, 96, 160)).astype(np.float32)
+    image = torch.from_numpy(given).double() / 4 + 0.5  # undoes our standardisation
+    with torch.no_grad():
+        logits = model.double().train(key.endswith("train"))(image)[:, :, ::8, ::8].numpy()
+    assert np.abs(logits - np.load(REFERENCE / "logits.npz")[key]).max() < 1e-5
 
 
 @pytest.mark.parametrize(("lmsa", "count"), [(True, 1_747_923), (False, 1_721_939)])
-def test_reference_has_exactly_its_parameters(lmsa, count):
+def test_reference_has_its_number_of_parameters(lmsa, count):
     assert count_parameters(MicroSegFormer(lmsa=lmsa)) == count
 
 
-def test_successor_is_below_the_limit():
+def test_microunet_is_below_the_limit():
     assert count_parameters(MicroUNet()) < PARAM_LIMIT == 1_821_085
 
 
-@pytest.mark.parametrize(
-    ("kind", "settings", "plain"),
-    [
-        (MicroSegFormer, {}, plain_segformer),
-        (MicroSegFormer, {"lmsa": False}, plain_segformer),
-        (MicroUNet, {}, plain_microunet),
-    ],
-)
+@pytest.mark.parametrize(("kind", "settings"), NETWORKS)
 @pytest.mark.parametrize("training", [True, False])
-def test_economical_evaluation_equals_the_literal_one(kind, settings, plain, training):
+def test_network_equals_its_literal_evaluation(kind, settings, training):
     torch.manual_seed(0)
-    model = kind(dropout=0.0, **settings).double()  # where rounding cannot hide a mistake, nor look like one
-    for parameter in model.parameters():  # biases and norms start at 0 and 1, which would hide a mistake
+    model = kind(dropout=0.0, **settings).double().train(training)
+    for parameter in model.parameters():  # biases and norms start at 0 and 1, which would hide errors
         parameter.data += 0.05 * torch.randn_like(parameter)
-    model.train(training)
-    image = torch.rand(2, 3, 96, 128, dtype=torch.double)
-    outcomes = []
-    for forward in (model, lambda image: plain.plain_forward(model, image)):
-        logits = forward(image)
+    image, results = torch.rand(2, 3, 96, 64, dtype=torch.double), []
+    for logits in (model(image), plain_forward(model, image)):
         gradients = torch.autograd.grad((logits * image.mean(1, keepdim=True)).mean(), list(model.parameters()))
-        outcomes.append((logits.detach(), torch.cat([g.flatten() for g in gradients])))
-    (logits, gradients), (plain_logits, plain_gradients) = outcomes
-    assert (logits - plain_logits).abs().max() < 1e-9 * plain_logits.abs().max()
-    assert (gradients - plain_gradients).norm() < 1e-9 * plain_gradients.norm()
+        results.append((logits.detach(), torch.cat([g.flatten() for g in gradients])))
+    for ours, expected in zip(*results, strict=True):
+        assert (ours - expected).norm() < 1e-9 * expected.norm()
 
 
-@pytest.mark.parametrize(("kind", "plain"), [(MicroSegFormer, plain_segformer), (MicroUNet, plain_microunet)])
-def test_single_precision_agrees_with_the_literal_evaluation(kind, plain):
-    torch.manual_seed(0)
-    model, image = kind().eval(), torch.rand(1, 3, 96, 128)
-    with torch.no_grad():
-        assert (model(image) - plain.plain_forward(model, image)).abs().max() < 1e-4
+def test_depthwise_gradients_equal_autograd():
+    x, weight = torch.randn(2, 6, 9, 11, requires_grad=True), torch.randn(6, 1, 5, 5, requires_grad=True)
+    outputs = _Depthwise.apply(x, weight), F.conv2d(x, weight, padding=2, groups=6)
+    ours, expected = (torch.autograd.grad((y * y.detach().cos()).sum(), (x, weight)) for y in outputs)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(ours, expected, strict=True))
 
 
-@pytest.mark.parametrize("arguments", [{"decoder": [32, 48, 64]}, {"lmsa": [9]}, {"lmsa": [-1]}, {"lmsa": 1}])
-def test_a_decoder_that_does_not_fit_is_refused(arguments):
-    with pytest.raises(UserError, match="cannot be made"):
-        build("microunet", **arguments)
+@pytest.mark.parametrize(("kind", "settings"), NETWORKS)
+def test_every_parameter_is_used(kind, settings):
+    model = kind(**settings)
+    model(torch.rand(2, 3, 64, 64)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-def test_dropout_acts_in_training_only():
-    torch.manual_seed(0)
-    model, image = MicroSegFormer(dropout=0.5), torch.rand(1, 3, 64, 64)
+@pytest.mark.parametrize("kind", [MicroSegFormer, MicroUNet])
+def test_dropout_acts_in_training_only(kind):
+    model, image = kind(dropout=0.5), torch.rand(2, 3, 64, 64)
     assert not torch.equal(model(image), model(image))
     model.eval()
     assert torch.equal(model(image), model(image))
 
 
-@pytest.mark.parametrize("kind", [MicroSegFormer, MicroUNet])
-def test_logits_at_both_sizes(kind):
-    model, image = kind().eval(), torch.rand(1, 3, 64, 96)
-    with torch.no_grad():
-        assert model(image).shape == (1, 19, 64, 96)
-        assert model(image, full_size=False).shape == (1, 19, 64 // model.stride, 96 // model.stride)
-
-
-@pytest.mark.parametrize("kind", [MicroSegFormer, MicroUNet])
-def test_every_parameter_is_used(kind):
-    model = kind()
-    model(torch.rand(2, 3, 64, 64)).square().mean().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "k" not in n)
+@pytest.mark.parametrize("text", ['{"decoder": [9]}', '{"lmsa": [9]}', '{"kernel": 4}', '{"wings": 2}', "[1]", "{"])
+def test_impossible_arguments_are_refused(text):
+    with pytest.raises(UserError, match="arguments|--model-args"):
+        build("microunet", **model_arguments("microunet", text=text))

@@ -1,7 +1,9 @@
-"""Prediction: views, sizes, modes, and what is refused."""
+"""Masks of image files of every kind, and the files, images and checkpoints that are refused."""
 
-import subprocess
+import json
 import sys
+
+from common import UserError, run_main
 
 import numpy as np
 import pytest
@@ -9,226 +11,178 @@ import torch
 from PIL import Image
 
 import checkpoint
-import views
-from ensemble_tta import average_weights
-from errors import UserError
+import ensemble_tta
+import predict
 from images import read_image
-from labels import FLIP, PALETTE
+from labels import NAMES, PALETTE
 from model import build
-from views import input_size, label_map, log_probabilities, parse_views, resize
-
-
-def run(script, *args):
-    return subprocess.run([sys.executable, script, *map(str, args)], capture_output=True, text=True)
+from photo import parse_labels
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Two checkpoints of an untrained network that looks at 64 pixels."""
+    """A folder of checkpoints of untrained networks: a.pt and b.pt for 64 pixels, late.pt for 96."""
     folder = tmp_path_factory.mktemp("weights")
-    for name, seed in (("a", 0), ("b", 1)):
-        torch.manual_seed(seed)
-        model = build("microunet")
-        content = {"model": "microunet", "model_args": {}, "size": 64, "state_dict": model.state_dict()}
-        checkpoint.save(folder / f"{name}.pt", content)
+    for name, size in (("a", 64), ("b", 64), ("late", 96)):
+        content = {"model": "microunet", "model_args": {}, "size": size, "validated": name == "late"}
+        checkpoint.save(folder / f"{name}.pt", content | {"state_dict": build("microunet").state_dict()})
     return folder
 
 
-def test_views_by_name_and_number():
-    assert parse_views("") == (False, (1.0,))
-    assert parse_views("flip") == (True, (1.0,))
-    assert parse_views("flip,scales") == (True, (0.75, 1.0, 1.25))
-    assert parse_views("1, 1.5") == (False, (1.0, 1.5))
-    for wrong in ("flop", "0", "nan", "99"):
-        with pytest.raises(UserError, match="--views"):
-            parse_views(wrong)
+@pytest.fixture
+def run(weights, tmp_path, monkeypatch, capsys):
+    """Call predict.py or ensemble_tta.py in a folder that contains a.png: (exit status, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    Image.effect_noise((40, 30), 90).convert("RGB").save("a.png")
+
+    def call(flags, script=predict, checkpoints=("a",)):
+        paths = [str(weights / f"{name}.pt") for name in checkpoints]
+        monkeypatch.setattr(sys, "argv", ["script", "--output=out", *flags.split(), "--weights", *paths])
+        with pytest.raises(SystemExit) as ended:
+            run_main(script.main)
+        return ended.value.code or 0, capsys.readouterr().err
+
+    return call
 
 
-def test_flipped_view_makes_the_mask_of_a_mirrored_image_the_mirrored_mask(weights):
-    model, _ = checkpoint.load_model(weights / "a.pt")
-    images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
-    here, there = (log_probabilities([model], x, 64, (True, (1.0,))) for x in (images, images.flip(3)))
-    assert torch.allclose(here, there[:, FLIP].flip(3), atol=1e-4)
-
-
-def test_probabilities_add_up_to_one(weights):
-    models = [checkpoint.load_model(weights / f"{name}.pt")[0] for name in "ab"]
-    images = torch.randint(0, 256, (1, 3, 80, 64), dtype=torch.uint8)
-    log_p = log_probabilities(models, images, 64, parse_views("flip,scales"))
-    assert torch.allclose(log_p.exp().sum(1), torch.ones(()), atol=1e-4)
-    assert label_map(log_p, 80, 64).shape == (1, 80, 64)
-
-
-@pytest.mark.parametrize("model", ["microsegformer", "microunet"])
-def test_images_a_few_at_a_time_give_the_logits_of_all_at_once(model, monkeypatch):
-    network, images = build(model).eval(), torch.rand(5, 3, 64, 96)
-    with torch.inference_mode():
-        whole = network(images, full_size=False)
-        monkeypatch.setattr(views, "PART_PIXELS", 2 * 64 * 96)
-        parts = views.logits(network, images)
-    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
-
-
-def test_labels_are_the_likeliest_of_the_upsampled_maps(monkeypatch):
-    log_p = torch.randn(3, 19, 20, 24)
-    full = torch.nn.functional.interpolate(log_p, size=(90, 70), mode="bilinear", align_corners=False)
-    assert torch.equal(label_map(log_p, 90, 70), full.argmax(1).byte())
-    monkeypatch.setattr(views, "WHOLE_PIXELS", 1)
-    assert torch.equal(label_map(log_p, 90, 70), full.argmax(1).byte())
-
-
-def test_input_keeps_the_shape_of_the_picture():
-    assert input_size(512, 512, 256) == (256, 256)
-    assert input_size(512, 512, 256, 1.25) == (320, 320)
-    assert input_size(200, 800, 256) == (128, 512)
-    assert input_size(1, 5000, 256)[0] == 32
-
-
-def test_resize_averages_areas():
-    images = torch.randint(0, 256, (1, 3, 12, 12), dtype=torch.uint8)
-    wanted = images.float().div(255).view(1, 3, 4, 3, 4, 3).mean((3, 5))
-    assert torch.allclose(resize(images, 4, 4), wanted, atol=1e-6)
-    assert torch.allclose(resize(images, 12, 12), images.float() / 255)
-    assert resize(images, 5, 7).shape == (1, 3, 5, 7) and resize(images, 24, 30).shape == (1, 3, 24, 30)
-
-
-MODES = ["RGB", "RGBA", "LA", "L", "P", "1", "CMYK", "I;16", "F"]
-
-
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "1", "CMYK", "I;16", "F"])
 def test_every_mode_is_read_as_rgb(tmp_path, mode):
     grey = np.tile(np.linspace(0, 255, 32).astype(np.uint8), (16, 1))
-    image = Image.fromarray(grey)
-    if mode == "I;16":
-        image = Image.fromarray(grey.astype(np.uint16) * 257)
-    elif mode == "F":
-        image = Image.fromarray(grey.astype(np.float32))
+    if mode in ("I;16", "F"):
+        image = Image.fromarray(grey.astype(np.uint16) * 257 if mode == "I;16" else grey.astype(np.float32))
     else:
-        image = image.convert(mode)
-    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.tif" if mode in ("F", "I;16") else "a.png")
-    image.save(path)
-    pixels = read_image(path)
+        image = Image.fromarray(grey).convert(mode)
+    image.save(tmp_path / "a.tif")
+    pixels = read_image(tmp_path / "a.tif")
     assert pixels.shape == (16, 32, 3) and pixels.dtype == np.uint8
-    tolerance = 255 if mode == "1" else 12
-    assert abs(pixels[..., 0].astype(int) - grey).max() <= tolerance and pixels[:, -1].min() > 200
+    assert abs(pixels[..., 0].astype(int) - grey).max() <= (255 if mode == "1" else 1)
 
 
-@pytest.mark.parametrize(
-    ("values", "brightest"),
-    [(np.uint16([0, 1]), 1), (np.uint16([0, 300]), 1), (np.float32([0, 1]), 255), (np.float32([0, 300]), 255)],
-)
-def test_the_range_of_deep_greys_is_told_by_their_largest(tmp_path, values, brightest):
-    Image.fromarray(values[None]).save(tmp_path / "a.tif")
-    assert read_image(tmp_path / "a.tif")[0, :, 0].tolist() == [0, brightest]
+def test_transparency_is_blended_over_white(tmp_path):
+    Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(tmp_path / "a.png")
+    assert (read_image(tmp_path / "a.png") == 255).all()
 
 
-def test_exif_orientation_is_followed(tmp_path):
-    image = Image.new("RGB", (20, 10), "white")
+# How EXIF orientations store an upright image: transposed, then reversed vertically, horizontally.
+@pytest.mark.parametrize(("orientation", "stored"), enumerate(["", "h", "vh", "v", "t", "tv", "tvh", "th"], 1))
+def test_exif_orientation_is_applied(tmp_path, orientation, stored):
+    upright = pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    pixels = pixels.transpose(1, 0, 2) if "t" in stored else pixels
+    pixels = pixels[:: -1 if "v" in stored else 1, :: -1 if "h" in stored else 1]
     exif = Image.Exif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "a.jpg", exif=exif)
-    assert read_image(tmp_path / "a.jpg").shape == (20, 10, 3)
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(pixels)).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(read_image(tmp_path / "a.png"), upright)
 
 
-def test_masks_have_the_picture_s_size_and_the_palette(weights, tmp_path):
-    (tmp_path / "in").mkdir()
-    for name, size in (("wide", (90, 40)), ("tiny", (1, 1))):
-        Image.new("RGB", size, "red").save(tmp_path / "in" / f"{name}.png")
-    done = run(
-        "predict.py",
-        "--input",
-        tmp_path / "in",
-        "--output",
-        tmp_path / "out",
-        "--weights",
-        weights / "a.pt",
-        "--overlay",
-    )
-    assert done.returncode == 0, done.stderr
-    with Image.open(tmp_path / "out" / "wide.png") as mask:
-        assert (mask.mode, mask.size) == ("P", (90, 40)) and mask.getpalette()[: len(PALETTE)] == PALETTE
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "wide.png", "wide-overlay.png", "tiny.png", "tiny-overlay.png"
-    }  # fmt: skip
+def test_files_of_a_prediction_agree(run, tmp_path):
+    status, warning = run("--input=a.png --json --cutout=head --overlay")
+    assert status == 0 and "no face found" in warning
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"a.png", "a-overlay.png", "a-cutout.png", "a.json"}
+    image, cutout = (Image.open(tmp_path / "out" / name) for name in ("a.png", "a-cutout.png"))
+    assert (image.mode, image.size) == ("P", (40, 30)) and image.getpalette()[: len(PALETTE)] == PALETTE
+    mask = np.asarray(image)
+    assert np.array_equal(np.asarray(cutout)[..., 3] > 0, np.isin(mask, parse_labels("head")))
+    record, counts = json.loads((tmp_path / "out/a.json").read_text()), np.bincount(mask.ravel(), minlength=19)
+    assert {k: v["area"] for k, v in record["labels"].items()} == {NAMES[i]: n for i, n in enumerate(counts) if n}
 
 
-def test_a_bad_image_is_named_and_the_others_are_done(weights, tmp_path):
-    (tmp_path / "in").mkdir()
-    Image.new("RGB", (40, 40)).save(tmp_path / "in" / "good.png")
-    (tmp_path / "in" / "bad.jpg").write_bytes(b"no image")
-    (tmp_path / "in" / "phone.heic").write_bytes(b"no image to Pillow")
-    asked = ("--input", tmp_path / "in", "--output", tmp_path / "out", "--whole")
-    done = run("predict.py", *asked, "--weights", weights / "a.pt")
-    assert done.returncode == 2 and "bad.jpg" in done.stderr and done.stderr.count("\n") == 2
-    assert "save it as JPEG" in done.stderr.splitlines()[1]
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["good.png"]
+def test_unreadable_images_are_named_and_the_others_parsed(run, tmp_path):
+    for name in ("bad.jpg", "phone.heic"):
+        (tmp_path / name).write_bytes(b"no image")
+    status, error = run("--input=. --whole")
+    first, second = error.splitlines()
+    assert status == 2 and "bad.jpg" in first and "convert it to JPEG" in second
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["a.png"]
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("flags", "error"),
     [
-        (b"", "damaged"),
-        (b"\x80\x04junk", "damaged"),
-        ("truncated", "damaged"),
-        ({"weights": 1}, "lacks"),
-        ({"model": "other", "model_args": {}, "state_dict": {}, "size": 64}, "unknown network"),
-        ({"model": "microunet", "model_args": {"wings": 2}, "state_dict": {}, "size": 64}, "does not fit"),
-        ({"model": "microsegformer", "model_args": {}, "state_dict": {}, "size": 64}, "another network"),
+        ("--input=a.png --box=1,2,3", "x,y,w,h"),
+        ("--input=a.png --box=50,0,9,9", "40 x 30"),
+        ("--input=a.png --box=0,0,9,9 --whole", "not allowed with"),
+        ("--input=a.png --cutout=heir", "no label heir"),
+        ("--input=a.png --size=100", "--size 100"),
+        ("--input=a.png --output=.", "would replace it"),
+        ("--input=. --overlay", "would both become a-overlay.png"),
+        ("--input=nowhere", "nowhere"),
     ],
 )
-def test_bad_checkpoints_are_refused(weights, tmp_path, content, told):
-    path = tmp_path / "bad.pt"
-    if content == "truncated":
-        path.write_bytes((weights / "a.pt").read_bytes()[:100_000])
-    elif isinstance(content, bytes):
-        path.write_bytes(content)
-    else:
-        torch.save(content, path)
-    with pytest.raises(UserError, match=told):
-        checkpoint.load_model(path)
+def test_invalid_arguments_are_one_line_and_status_2(run, tmp_path, flags, error):
+    content = (tmp_path / "a-overlay.png").write_bytes((tmp_path / "a.png").read_bytes())
+    status, printed = run(flags)
+    assert status == 2 and error in printed and printed.count("\n") == 1
+    assert (tmp_path / "a.png").stat().st_size == content
 
 
-def test_code_in_a_checkpoint_does_not_run(tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "sprung"), "w"))
-
-    torch.save({"state_dict": Trap(), "model": "microunet", "model_args": {}}, tmp_path / "trap.pt")
-    with pytest.raises(UserError):
-        checkpoint.load(tmp_path / "trap.pt")
-    assert not (tmp_path / "sprung").exists()
-
-
-def test_files_that_would_take_one_name_are_refused(weights, tmp_path):
-    for name in ("a.png", "a-overlay.png"):
-        Image.new("RGB", (40, 40)).save(tmp_path / name)
-    arguments = ("predict.py", "--input", tmp_path, "--output", tmp_path / "out", "--weights", weights / "a.pt")
-    done = run(*arguments, "--overlay")
-    assert done.returncode == 2 and "would both become a-overlay.png" in done.stderr
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"size": 65}, "size 65"),
+        ({"size": "64"}, "size is not"),
+        ({"state_dict": {"a": 1}}, "more than tensors"),
+        ({"model": "other"}, "unknown network"),
+        ({"model_args": {"wings": 2}}, "does not fit"),
+        ({"model": "microsegformer"}, "does not fit"),
+    ],
+)
+def test_altered_checkpoints_are_refused(weights, tmp_path, change, error):
+    torch.save(checkpoint.load(weights / "a.pt") | change, tmp_path / "bad.pt")
+    with pytest.raises(UserError, match=error):
+        checkpoint.load_model(tmp_path / "bad.pt")
 
 
-def test_averaged_weights_are_the_mean(weights):
-    content = average_weights([weights / "a.pt", weights / "b.pt"])
-    parts = [checkpoint.load(weights / f"{name}.pt")["state_dict"]["classifier.weight"] for name in "ab"]
-    assert torch.allclose(content["state_dict"]["classifier.weight"], (parts[0] + parts[1]) / 2)
+@pytest.mark.parametrize("length", [0, 10, 100_000])
+def test_truncated_checkpoints_are_refused(weights, tmp_path, length):
+    (tmp_path / "bad.pt").write_bytes((weights / "a.pt").read_bytes()[:length])
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.load(tmp_path / "bad.pt")
 
 
-def test_an_average_is_for_the_largest_size_and_knows_whether_all_were_validated(weights, tmp_path):
+def test_weights_that_are_not_finite_are_refused(weights, tmp_path):
     content = checkpoint.load(weights / "a.pt")
-    checkpoint.save(tmp_path / "late.pt", {**content, "size": 96, "validated": True})
-    late = tmp_path / "late.pt"
-    for paths in ([late, weights / "a.pt"], [weights / "a.pt", late]):
-        assert average_weights(paths)["size"] == 96
-    assert average_weights([late, late])["validated"] and not average_weights([late, weights / "a.pt"])["validated"]
-    done = run("ensemble_tta.py", "--input", "x", "--output", tmp_path, "--weights", weights / "a.pt", late)
-    assert done.returncode == 2 and "give one with --size" in done.stderr
+    content["state_dict"]["classifier.bias"][0] = torch.inf
+    checkpoint.save(tmp_path / "bad.pt", content)
+    with pytest.raises(UserError, match="not finite"):
+        checkpoint.load_model(tmp_path / "bad.pt")
 
 
-def test_an_ensemble_says_it_may_not_be_submitted(weights, tmp_path):
-    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
-    done = run(
-        "ensemble_tta.py", "--input", tmp_path / "a.png", "--output", tmp_path / "out", "--views", "flip",
-        "--weights", weights / "a.pt", weights / "b.pt",
-    )  # fmt: skip
-    assert done.returncode == 0 and "forbids" in done.stderr and (tmp_path / "out/a.png").is_file()
+class Trap:
+    def __reduce__(self):
+        return (open, ("created", "w"))
+
+
+def test_code_in_a_checkpoint_does_not_run(weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(checkpoint.load(weights / "a.pt") | {"extra": Trap()}, "trap.pt")
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.load("trap.pt")
+    assert not (tmp_path / "created").exists()
+
+
+def test_average_is_the_mean_of_the_weights_for_the_largest_size(weights):
+    paths = [weights / f"{name}.pt" for name in ("a", "late")]
+    average = ensemble_tta.average_weights(paths)
+    first, second = (checkpoint.load(path)["state_dict"]["classifier.weight"] for path in paths)
+    assert torch.allclose(average["state_dict"]["classifier.weight"], (first + second) / 2)
+    assert average["size"] == 96 and not average["validated"]
+
+
+def test_ensemble_warns_that_it_may_not_be_submitted(run, tmp_path):
+    status, warning = run("--input=a.png --whole --views=flip", ensemble_tta, "ab")
+    assert status == 0 and "forbids" in warning and (tmp_path / "out/a.png").is_file()
+
+
+def test_ensemble_of_two_sizes_needs_a_size(run):
+    status, error = run("--input=a.png", ensemble_tta, ("a", "late"))
+    assert status == 2 and "--size" in error
+
+
+def test_face_parser_takes_paths_images_and_arrays(run, weights):
+    parser = predict.FaceParser(weights / "a.pt", device="cpu")
+    with Image.open("a.png") as image:
+        masks = [parser(given, whole=True).mask for given in ("a.png", image, np.array(image))]
+    assert masks[0].shape == (30, 40) and all(np.array_equal(mask, masks[0]) for mask in masks)
+    with pytest.raises(UserError, match="uint8"):
+        parser(np.zeros((30, 40, 3)))

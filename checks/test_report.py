@@ -1,55 +1,54 @@
-"""The page of all runs: what it tells is what the folders hold, one damaged folder does not stop it, and a real
-browser shows and sorts it."""
+"""Leaderboard, page of all runs, course report and terminal output: their figures are those of the runs' files."""
 
+import html
+import io
 import json
 import re
+import shlex
+import shutil
 import subprocess
+import sys
+from pathlib import Path
+
+from common import UserError, duration, show_line, style
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import checkpoint
-import pictures
-import report
-import rundir
-from errors import UserError
-from labels import COLOURS, NUM_CLASSES
-from metrics import by_label, confusion, f_scores
+from data import swap_sides
+from evaluate import confusion, f_scores, label_scores
+from images import mask_image, read_mask
+from labels import NUM_CLASSES
 from model import build
 from options import parse
-from report_pdf import find_browser, run_browser
-from svg import confusion_matrix, curves, label_bars, ticks
-from synth import make_dataset
+from tools import course_report, report
+from tools.leaderboard import leaderboard, make_line, recipe_table, summary, survey, unfinished
+from tools.synth import make_dataset
+from train import lock, rounded
 
-BROWSER = find_browser()
-NASTY = """<b>"O'Neil" & co #1%"""
+NASTY = """<b>"O'Neil" & co #1%<!--<script>"""
+needs_browser = pytest.mark.skipif(not any(map(shutil.which, course_report.BROWSERS)), reason="no Chromium")
 
 
-def write_run(runs, name, scores, *flags):
-    """A run of as many epochs as scores, with all its records but no weights."""
-    folder = runs / name
-    folder.mkdir(parents=True)
-    args, _ = parse(["--name", name, "--runs", str(runs), "--sizes", f"32:1,64:{len(scores) - 1}", *flags])
-    record = {"args": vars(args), "parameters": 1_747_923, "commit": "0" * 40, "versions": {"python": "3"}}
+def write_run(runs, name, scores, *flags, names=("p", "q", "r", "s"), **record):
+    """A run with one validated epoch per score and all its files except weights."""
+    (folder := runs / name).mkdir(parents=True)
+    args, _ = parse(["--name", name, "--sizes", f"32:1,64:{len(scores)}", "--patience", "0", *flags])
+    record = {"parameters": 1_747_923, "commit": "0" * 40, "versions": {"python": "3"}, "args": vars(args)} | record
     (folder / "args.json").write_text(json.dumps(record))
-    rng = np.random.default_rng(len(name))
-    truth = rng.integers(0, NUM_CLASSES, (4, 20, 20))
-    truth[truth == 3] = 1
-    guess = np.where(rng.random(truth.shape) < 0.7, truth, 1)
-    confusions = np.stack([confusion(g, t) for g, t in zip(guess, truth, strict=True)])
-    lines = [
-        {"epoch": i, "size": 64, "lr": 1e-3, "loss": 3.0 / i, "val_loss": 2.0 / i, "official": score,
-         "batch32": score / 2, "train_official": score + 0.01, "minutes": i / 2, "labels": []}
-        for i, score in enumerate(scores, 1)
-    ]  # fmt: skip
+    lines = []
+    for i, score in enumerate([*scores, scores[-1] / 2], 1):
+        lines.append(dict(epoch=i, lr=1e-3, loss=3 / i, val_loss=2 / i, official=score, batch32=score / 2, minutes=i))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    f, images = by_label(confusions)
-    best = {
-        "epoch": 1, "official": max(scores), "batch32": 0.5, "labels": rundir.plain(f),
-        "images_with_label": images.tolist(), "confusion": confusions.sum(0).tolist(),
-        "image_scores": {f"image{i}": rundir.plain(row) for i, row in enumerate(f_scores(confusions))},
-    }  # fmt: skip
+    rng = np.random.default_rng(len(name))
+    truth = rng.integers(0, NUM_CLASSES, (len(names), 20, 20))
+    truth[truth == 3] = 1
+    predictions = np.where(rng.random(truth.shape) < 0.7, truth, 1)
+    confusions = np.stack([confusion(*pair) for pair in zip(predictions, truth, strict=True)])
+    f, images = label_scores(confusions)
+    best = {"labels": rounded(f), "images_with_label": images.tolist(), "confusion": confusions.sum(0).tolist()}
+    best["image_scores"] = {name: rounded(row) for name, row in zip(names, f_scores(confusions), strict=True)}
     (folder / "best.json").write_text(json.dumps(best))
     return folder
 
@@ -57,193 +56,225 @@ def write_run(runs, name, scores, *flags):
 @pytest.fixture
 def runs(tmp_path):
     write_run(tmp_path, "low", [0.2, 0.5, 0.4], "--lr", "2e-3")
-    write_run(tmp_path, "high", [0.3, 0.9], "--lr", "1e-3", "--dice", "1")
-    write_run(tmp_path, NASTY, [0.6, 0.7], "--lr", "3e-3")
+    write_run(tmp_path, "high", [0.3, 0.9], "--lr", "1e-3", "--dice", "1", started="2026-01-31T00:00:00Z")
+    write_run(tmp_path, NASTY, [0.6, 0.7], "--lr", "3e-3", "--recipe", "cpu")
+    write_run(tmp_path, "synthetic", [0.95], pairs={"drawn": True})
     return tmp_path
 
 
-def test_one_damaged_run_is_named_and_the_others_are_shown(runs):
+def save_weights(folder, **content):
+    content |= {"model": "microunet", "model_args": {}, "size": 64, "state_dict": build("microunet").state_dict()}
+    checkpoint.save(folder / "best.pt", content)
+
+
+def page_data(runs):
+    return json.loads(re.search('id="data">(.*?)</script>', report.write_page(runs).read_text())[1])
+
+
+def test_leaderboard_has_real_faces_by_best_score_then_synthetic_ones(runs):
+    save_weights(runs / "low", official=0.5)
+    save_weights(runs / "high", validated=False)
+    with open(runs / "high/metrics.jsonl", "a") as file:
+        file.write('{"epoch": 4, "offi')  # a crash while writing
+    rows = [row.split() for row in leaderboard(survey(runs)[0]).replace(NASTY, "nasty").splitlines()[1:]]
+    assert [row[0] for row in rows] == ["high", "nasty", "low", "synthetic"]
+    assert " ".join(rows[0][1:]) == "0.9000 0.4500 2/3 1,747,923 1.0e-03 1 yes 3.0 2026-01-31 all pairs"
+    assert (rows[1][-1], rows[2][-1], rows[3][-2:]) == ("-", "yes", ["synthetic", "faces"])
+
+
+def test_unfinished_runs_are_listed_with_the_command_that_resumes_them(tmp_path):
+    for name, *flags in [("cut",), ("met", "--target", "0.5"), ("stale", "--patience", "2"), ("gone",), ("busy",)]:
+        folder = write_run(tmp_path, name, [0.5, 0.6, 0.3], *flags, "--sizes", "64:9")
+        (folder / "last.pt").touch() if name != "gone" else None
+    write_run(tmp_path, "done", [0.5])
+    lock(tmp_path / "busy")
+    assert survey(tmp_path, unfinished)[0] == [
+        "unfinished: busy, 4 of 9 epochs, running",
+        f"unfinished: cut, 4 of 9 epochs, make resume NAME={tmp_path}/cut",
+        "unfinished: gone, 4 of 9 epochs, no last.pt to resume from",
+    ]
+
+
+def test_recipes_show_our_best_run_of_the_current_settings(tmp_path):
+    args = vars(parse(["--recipe", "cpu"])[0])
+    for name, score, changes in [("a", 0.7, {}), ("b", 0.75, {"seed": 7}), ("other", 0.9, {"lr": 0.5})]:
+        write_run(tmp_path, name, [score], args=args | changes)
+    write_run(tmp_path, "synthetic", [0.99], args=args, pairs={"drawn": True})
+    rows = {line.split()[0]: line.split()[1:4] for line in recipe_table(survey(tmp_path)[0]).splitlines()}
+    assert rows["cpu"] == ["-", "0.3750", "0.7500"] and rows["lmsa_v1"] == ["0.6819", "-", "-"]
+
+
+def test_the_make_line_repeats_a_run():
+    given = ["--recipe", "search", "--name", "a", "--lr", "0.5", "--no-fix-sides", "--model-args", '{"attention": 0}']
+    line = make_line(vars(parse([*given, "--data", "d"])[0]) | {"lovasz": 1.0, "repeat_rare": 0.0})
+    command, recipe, flags = shlex.split(line.removeprefix("make "))
+    assert (command, recipe) == ("train", "RECIPE=search")
+    flags = shlex.split(flags.removeprefix("ARGS="))
+    assert flags[-2:] == ["--lovasz", "1.0"]  # a flag that was removed, since it was set
+    again = parse(["--recipe", "search", *flags[:-2]])[0]
+    assert vars(again) == vars(parse(given)[0]) | {"name": None}
+    assert make_line({"recipe": "gone", "lr": 0.5}) == 'make train ARGS="--lr 0.5"'
+
+
+def test_damaged_runs_are_named_and_the_others_shown(runs):
     damages = {
         "args.json": ["", "[]", '{"args": {}}', '{"args": {"sizes": "64", "epochs": 9, "lr": "fast"}}'],
         "metrics.jsonl": ['{"epoch": 1}', '{"epoch": 1, "lr": 1, "loss": NaN}', '{"epoch": 1, "lr": 1, "loss": []}'],
-        "best.json": ["{", "{}", '{"confusion": [[1]], "labels": [], "images_with_label": []}'],
-    }  # fmt: skip
-    names = []
+        "best.json": ["{", "{}", '{"confusion": [[1]], "labels": [], "images_with_label": [], "image_scores": {}}'],
+    }
     for file, contents in damages.items():
         for i, content in enumerate(contents):
-            names.append(f"bad-{file}-{i}")
-            (write_run(runs, names[-1], [0.1, 0.2]) / file).write_text(content)
-    html = report.page(runs)
-    unreadable = re.search(r"Unreadable: (.*)</p>", html)[1]
-    assert all(name in unreadable for name in names)
-    assert html.count('<details class="run"') == 3 and "low" not in unreadable
-
-
-def test_runs_stand_by_score_and_names_are_escaped(runs):
-    html = report.page(runs)
-    values = re.findall(r'<td class="word name" data-v="([^"]*)"', html)
-    assert [report.text("high"), report.text(NASTY), "low"] == values
-    assert NASTY not in html and "<b>&quot;" not in html
-
-
-def test_settings_that_differ_from_the_defaults_are_named(runs):
-    html = report.page(runs)
-    section = re.search(r'id="run:high".*?All arguments', html, re.S)[0]
-    *chips, again = re.findall(r"<code>(.*?)</code>", section)
-    assert chips == ["sizes 32:1,64:1", "lr 0.001", "dice 1.0"]
-    assert again == "make train ARGS=&quot;--sizes 32:1,64:1 --lr 0.001 --dice 1.0&quot;"
-
-
-def test_the_page_reloads_itself_while_a_training_holds_a_run(runs):
-    assert "refresh" not in report.page(runs).split("<style>")[0]
-    rundir._lock(runs / "low")
-    html = report.page(runs)
-    assert '<meta http-equiv="refresh" content="30"' in html.split("<style>")[0]
-    assert 'data-seconds="30">In training: low.' in html
-    rundir.close_run()
-    assert not rundir.in_training(runs / "low")
-
-
-def test_curves_hold_the_records_points_where_the_axes_say():
-    lines = [{"epoch": i, "loss": 4.0 / i, "lr": 1e-3, "official": i / 10} for i in (1, 2, 4)]
-    drawn = curves(lines, [(64, 2), (128, 2)], "a")
-    place, points = re.search(
-        r'data-key="official".*?class="line validation" d="M([^"]*)" transform="([^"]*)"', drawn
-    ).groups()[::-1]
-    assert points == "1 0.1L2 0.2L4 0.4"
-    x0, y0, across, up = (float(n) for n in re.findall(r"-?[\d.]+(?:e-?\d+)?", place))
-    box = re.search(r'data-key="official" data-x="0 4" data-y="0.1 0.4" data-box="(\S+) (\S+) (\S+) (\S+)"', drawn)
-    left, top, width, height = map(float, box.groups())
-    assert (x0 + 4 * across, y0 + 0.4 * up) == pytest.approx((left + width, top), abs=0.1)
-    assert (x0, y0 + 0.1 * up) == pytest.approx((left, top + height), abs=0.1)
-    assert "64 px" in drawn and "128 px" in drawn
-
-
-def test_ticks_are_round_and_inside():
-    assert ticks(0.6986, 0.8408) == [0.7, 0.75, 0.8]
-    assert ticks(0, 200, 8) == [0, 50, 100, 150, 200]
-
-
-def test_bars_are_as_long_as_f_in_the_labels_colours():
-    f = [None if i == 3 else i / 20 for i in range(NUM_CLASSES)]
-    drawn = label_bars(f, range(NUM_CLASSES), "a")
-    bars = re.findall(r'class="bar" fill="#(\w{6})"[^>]* width="([\d.]+)"', drawn)
-    assert [colour for colour, _ in bars] == [bytes(COLOURS[i]).hex() for i in range(NUM_CLASSES) if i != 3]
-    assert float(bars[-1][1]) / float(bars[1][1]) == pytest.approx(18, rel=1e-3)
-
-
-def test_confusion_matrix_is_in_percent_of_the_row():
-    counts = np.zeros((NUM_CLASSES, NUM_CLASSES), int)
-    counts[1, 1], counts[1, 13] = 75, 25
-    drawn = confusion_matrix(counts, "a")
-    assert re.findall(r">(\d+)</text>", drawn) == ["75", "25"]
+            (write_run(runs, f"bad-{file}-{i}", [0.1]) / file).write_text(content)
+    data = page_data(runs)
+    assert not re.search("<b>&?[\"']|<!--<", (runs / "index.html").read_text())  # no name becomes markup
+    assert [name for name, _ in data["unreadable"]] == [path.name for path in sorted(runs.glob("bad-*"))]
+    assert [run["name"] for run in data["runs"]] == ["high", NASTY, "low", "synthetic"]
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
-    """A run with weights and its data: what a training of no effect would leave."""
-    root = tmp_path_factory.mktemp("drawn")
-    make_dataset(root / "data", train=4, dev=0, test=0, workers=1)
-    folder = write_run(root / "runs", "a", [0.5, 0.6], "--data", str(root / "data"), "--model", "microunet")
-    best = json.loads((folder / "best.json").read_text())
-    names = sorted(p.stem for p in (root / "data/train/images").iterdir())
-    best["image_scores"] = dict(zip(names, best["image_scores"].values(), strict=True))
-    (folder / "best.json").write_text(json.dumps(best))
-    model = build("microunet")
-    content = {"model": "microunet", "model_args": {}, "size": 64, "state_dict": model.state_dict()}
-    checkpoint.save(folder / "best.pt", content)
+def scored(tmp_path_factory):
+    """A run with weights and six synthetic pairs, one of them with left and right reversed in its mask."""
+    root = tmp_path_factory.mktemp("scored")
+    make_dataset(root / "data", train=6, dev=0, test=0, workers=1)
+    paths = sorted((root / "data/train/masks").iterdir())
+    flags = "--data", str(root / "data"), "--model", "microunet"
+    folder = write_run(root / "runs", "a", [0.5], *flags, names=[p.stem for p in paths], parameters=1_758_835)
+    mask_image(swap_sides(read_mask(paths[2]))).save(paths[2])
+    save_weights(folder, validated=True)
     return folder
 
 
-def test_pictures_are_the_worst_and_best_and_of_these_weights(drawn):
-    pictures.draw_pictures(drawn)
-    held, seen = pictures.read_pictures(drawn)
-    scores = json.loads((drawn / "best.json").read_text())["image_scores"]
-    order = sorted(scores, key=lambda name: np.mean([f for f in scores[name] if f is not None]))
-    assert [p["name"] for p in held] == [*order[:2], *order[:1:-1]]
-    assert [p["worst"] for p in held] == [True, True, False, False]
-    assert all(len(p["panels"]) == 4 for p in held)
-    html = report.page(drawn.parent)
-    assert html.count("<figure><div") == 4 and held[0]["panels"][0] in html
-    assert seen and pictures.SEEN in html  # these weights name no score of their own
-    checkpoint.save(drawn / "best.pt", checkpoint.load(drawn / "best.pt") | {"official": 0.5})
-    with pytest.raises(UserError, match="no pictures of these weights yet"):
-        pictures.read_pictures(drawn)
-    pictures.draw_pictures(drawn)
-    assert pictures.SEEN not in report.page(drawn.parent)
+def test_images_are_ranked_and_reversed_masks_listed_apart(scored):
+    data = page_data(scored.parent)["runs"][0]["pictures"]
+    scores = {name: report.image_score(row) for name, row in report.read_best(scored)["image_scores"].items()}
+    flawed = sorted(scores)[2]
+    order = sorted(scores.keys() - {flawed}, key=scores.get)
+    groups = [[p["name"] for p in data["pictures"] if p["group"] == key] for key in ("lowest", "highest", "reversed")]
+    assert groups == [order[:3], order[:2:-1], [flawed]]
+    assert (data["reversed"], data["images"]) == (1, 6)
+    assert data["score_without_reversed"] == pytest.approx(np.mean([scores[name] for name in order]))
 
 
-def test_missing_weights_and_data_are_said_in_a_line(drawn, runs):
-    assert "no weights (best.pt)" in report.page(runs)
-    (runs / "high/best.pt").write_bytes((drawn / "best.pt").read_bytes())
-    with pytest.raises(UserError, match="images this run was scored on"):
-        pictures.draw_pictures(runs / "high")
+def test_images_are_predicted_again_only_if_the_weights_change(scored, monkeypatch):
+    save_weights(scored, validated=True, epoch=2)
+    assert report.read_pictures(scored) is None
+    command = [sys.executable, "-m", "tools.report", "--runs", str(scored.parent), "--name", "a", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith(f"{scored.parent}/index.html: ")
+    assert report.read_pictures(scored)
+    monkeypatch.setattr(report, "draw_pictures", None)
+    assert page_data(scored.parent)["runs"][0]["pictures"]
 
 
-def test_error_map_colours_wrong_pixels_alone():
-    pixels = np.full((4, 4, 3), 100, np.uint8)
-    wrong = np.zeros((4, 4), bool)
-    wrong[1, 2] = True
-    drawn = pictures.error_map(pixels, wrong)
-    assert drawn[1, 2].tolist() == list(pictures.WRONG)
-    assert (drawn[~wrong] == drawn[0, 0]).all() and np.ptp(drawn[0, 0]) == 0
+def test_missing_data_leaves_out_the_images_with_a_warning(scored, runs, capsys):
+    (runs / "high/best.pt").write_bytes((scored / "best.pt").read_bytes())
+    assert page_data(runs)["runs"][0]["pictures"] is None
+    assert "no images of high: none of " in capsys.readouterr().err
 
 
-def test_git_ignores_what_shows_pictures_of_the_dataset():
-    files = ["runs/index.html", *(f"runs/a/{name}" for name in ("pictures.json", "report.html", "report.pdf"))]
-    if subprocess.run(["git", "rev-parse"], capture_output=True).returncode:
+def test_git_ignores_images_of_the_dataset_and_committed_runs_are_readable():
+    if subprocess.run(["git", "ls-files", "--error-unmatch", "runs/release/args.json"], capture_output=True).returncode:
         pytest.skip("no git checkout")
-    ignored = subprocess.run(["git", "check-ignore", *files], capture_output=True, text=True).stdout.split()
-    assert ignored == files
+    files = ["runs/index.html", *(f"runs/a/{name}" for name in ("pictures.json", "report.html", "report.pdf"))]
+    assert subprocess.run(["git", "check-ignore", *files], capture_output=True, text=True).stdout.split() == files
+    assert not survey("runs", report.read_run)[1] and summary(Path("runs/release"))["weights"] == "all pairs"
 
 
-def in_browser(page, script, *flags):
-    """(DOM after the page and then `script` have run, what the console said)."""
-    copy = page.with_name("driven.html")
-    copy.write_text(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
-    dom, log = run_browser(
-        BROWSER, "--enable-logging=stderr", "--virtual-time-budget=3000", *flags, "--dump-dom", copy.as_uri()
-    )
-    return dom, [line for line in log.splitlines() if "CONSOLE" in line]
+def in_browser(path, script):
+    """(what `script` returns on the loaded page, lines of the console)."""
+    copy = path.with_name("driven.html")
+    end = f"<script>document.title = JSON.stringify((() => {{ {script} }})());</script></body>"
+    copy.write_text(path.read_text().replace("</body>", end))
+    flags = "--enable-logging=stderr", "--virtual-time-budget=3000", "--allow-file-access-from-files", "--dump-dom"
+    dom, log = course_report.browse(*flags, copy.as_uri())
+    title = html.unescape(re.search("<title>(.*?)</title>", dom)[1])
+    return json.loads(title), [line for line in log.splitlines() if "CONSOLE" in line]
 
 
-@pytest.mark.skipif(not BROWSER, reason="no Chromium")
-def test_a_click_sorts_and_two_runs_are_laid_over_each_other(runs):
-    page = report.write_page(runs)
+@needs_browser
+def test_the_page_sorts_filters_and_compares(runs):
     script = """
-      const click = name => [...document.querySelectorAll("th button")].find(b => b.textContent === name).click();
-      const order = () => all(board.tBodies[0], "tr").map(r => r.cells[6].dataset.v).join(" ");
-      const seen = [order()];
-      click("LR"); seen.push(order()); click("LR"); seen.push(order());
-      picks[1].value = "run:low"; picks[1].dispatchEvent(new Event("change"));
-      seen.push(over.querySelectorAll("path.line.a").length, over.querySelectorAll("path.line.b").length);
-      seen.push(over.querySelectorAll("rect.bar.b").length, over.querySelectorAll("rect.bar").length);
-      seen.push(document.documentElement.scrollWidth <= innerWidth);
-      document.body.dataset.seen = seen.join(" | ");"""
-    dom, console = in_browser(page, script)
+      const all = selector => [...document.querySelectorAll(selector)];
+      const names = () => all("#board tbody .name").map(cell => cell.textContent[0]).join("");
+      const click = name => all("#board button").find(button => button.textContent === name).click();
+      const seen = [names()];
+      for (const head of ["LR", "LR", "official"]) { click(head); seen.push(names()); }
+      $("#filter").value = "CPU"; $("#filter").dispatchEvent(new Event("input")); seen.push(names());
+      picks[1].value = 2; picks[1].dispatchEvent(new Event("change"));
+      seen.push(all("#compared .panel").map(panel => panel.dataset.range), all("#compared .bar").length);
+      seen.push($("#differences").textContent);
+      return seen;"""
+    seen, console = in_browser(report.write_page(runs), script)
     assert console == []
-    seen = re.search(r'data-seen="([^"]*)"', dom)[1].split(" | ")
-    assert seen[:3] == ["0.001 0.003 0.002", "0.003 0.002 0.001", "0.001 0.002 0.003"]
-    assert seen[3:] == ["5", "5", "18", "36", "true"]
+    assert seen[:5] == ["h<ls", "<lhs", "shl<", "sh<l", "<"]
+    assert seen[5:7] == [["0 3", "0.2 1", "0 0.001"], 36]
+    assert seen[7].startswith("official score0.90000.5000") and "lr0.0010.002" in seen[7]
 
 
-@pytest.mark.skipif(not BROWSER, reason="no Chromium")
-def test_the_page_fits_a_phone_and_a_broken_script_would_be_seen(runs):
-    page = report.write_page(runs)
-    frame = runs / "phone.html"
-    frame.write_text(f'<body><iframe width="390" height="800" src="{page.name}"></iframe></body>')
-    script = """onload = () => { const inner = document.querySelector("iframe").contentDocument.documentElement;
-      document.body.dataset.seen = [inner.clientWidth > 360, inner.scrollWidth - inner.clientWidth,
-        inner.querySelectorAll("#over svg").length].join(" "); nonsense(); }"""
-    dom, console = in_browser(frame, script, "--allow-file-access-from-files")
-    assert 'data-seen="true 0 2"' in dom
-    assert len(console) == 1 and "nonsense is not defined" in console[0]
+@needs_browser
+def test_the_page_fits_a_phone(runs):
+    frame = report.write_page(runs).with_name("phone.html")
+    frame.write_text('<body><iframe width="420" height="800" src="index.html"></iframe></body>')
+    script = """onload = () => { const page = document.querySelector("iframe").contentDocument;
+      document.title = JSON.stringify([page.documentElement.scrollWidth, page.querySelectorAll("svg").length]); }"""
+    (width, charts), console = in_browser(frame, script)
+    assert console == [] and width <= 420 and charts == 5
 
 
-@pytest.mark.skipif(not BROWSER, reason="no Chromium")
-def test_the_page_is_drawn(runs):
-    page, shot = report.write_page(runs), runs / "shot.png"
-    run_browser(BROWSER, "--window-size=1280,1600", f"--screenshot={shot}", page.as_uri())
-    colours = {colour for _, colour in Image.open(shot).convert("RGB").getcolors(2**24)}
-    # The lines of both runs, and labels' colours.
-    assert {(0, 114, 178), (213, 94, 0), COLOURS[13], COLOURS[17]} <= colours
+def test_the_draft_states_the_figures_of_the_run(scored):
+    save_weights(scored, validated=False)
+    page = course_report.write_draft(scored, "A & B", "A12345678B").read_text()
+    assert "(official score): 0.5000</b>, from one view per image" in page and "Parameters: 1,758,835" in page
+    assert "A &amp; B · A12345678B" in page and "Differences below 0.004 say nothing" in page and "dice 1.5" in page
+    *modules, total = [int(n.replace(",", "")) for n in re.search("<pre>(.*?)<", page, re.DOTALL)[1].split()[1::2]]
+    assert sum(modules) == total == 1_758_835
+    assert "trained on all pairs" in page and "<td>a</td><td>unknown</td>" in page  # not in a git checkout
+
+
+def test_the_draft_marks_the_repositorys_records_and_synthetic_faces(runs):
+    for command in (["init", "-q"], ["add", "high"]):
+        subprocess.run(["git", *command], cwd=runs, check=True)
+    page = course_report.write_draft(runs / "high", None, None).read_text()
+    assert "<td>high</td><td>repository</td>" in page and "<td>low</td><td>own</td>" in page
+    assert "<td>synthetic</td>" not in page
+    assert "say nothing about real ones" in course_report.write_draft(runs / "synthetic", None, None).read_text()
+
+
+def test_an_edited_draft_is_kept(runs):
+    path = course_report.write_draft(runs / "high", "Ada", None)
+    course_report.write_draft(runs / "high", "Ada", None)
+    path.write_text(path.read_text().replace("Ada", "Ada Lovelace"))
+    with pytest.raises(UserError, match="was edited"):
+        course_report.write_draft(runs / "high", "Ada", None)
+    course_report.write_draft(runs / "high", "Ada", None, overwrite=True)
+    assert "Lovelace" not in path.read_text()
+
+
+def test_a_network_of_another_version_is_refused(tmp_path):
+    with pytest.raises(UserError, match="check out 000000000000"):
+        course_report.write_draft(write_run(tmp_path, "a", [0.5], parameters=1), None, None)
+
+
+@needs_browser
+def test_the_draft_prints_on_few_pages(scored, monkeypatch):
+    pytest.importorskip("pypdf")
+    for flags in ([], ["--pdf"]):
+        monkeypatch.setattr("sys.argv", ["", "--runs", str(scored.parent), "--name", "a", *flags, "--overwrite"])
+        course_report.main()
+    assert 2 <= course_report.count_pages(scored / "report.pdf") <= 5
+    monkeypatch.setattr(course_report, "BROWSERS", ())
+    with pytest.raises(UserError, match="no Chromium"):
+        course_report.main()
+
+
+def test_colours_and_progress_lines_are_for_terminals_only(monkeypatch):
+    for name, value in {"COLUMNS": "20", "TERM": "xterm", "NO_COLOR": ""}.items():
+        monkeypatch.setenv(name, value)
+    screen, pipe = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    for stream in (screen, pipe):
+        show_line("x" * 50, stream)
+        show_line("", stream)
+    assert (screen.getvalue(), pipe.getvalue()) == (f"\r{'x' * 19}\r{' ' * 19}\r", "")
+    assert [style("a", "good", stream) for stream in (screen, pipe)] == ["\x1b[32ma\x1b[0m", "a"]
+    assert [duration(seconds) for seconds in (89, 90, 11100)] == ["89 s", "2 min", "3 h 05 min"]

@@ -1,90 +1,34 @@
-"""package.py, solution.py and check_submission.py: a packed zip is sound, and every fault of another is named.
+"""Submission, its checker, the course zip, the release and sweeps. The network is untrained, the images are noise."""
 
-    make test
-    python -m pytest checks/test_submission.py
-
-The network is untrained and sees 64 pixels; the three images are noise.
-"""
-
-import contextlib
 import io
 import pickle
+import re
+import shlex
 import stat
-import struct
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
+
+from common import UserError, run_main
 
 import numpy as np
+import pypdf
 import pytest
 import torch
 from PIL import Image
 
-import check_submission
 import checkpoint
-import package
-from check_submission import judge
-from errors import UserError, run_main
+from images import mask_image
 from labels import PALETTE
-from model import build
-from parameters import PARAM_LIMIT
-from predict import mask_of
-from views import parse_views
+from model import PARAM_LIMIT, build
+from tools import check_submission, package, release, report_zip, sweep
+from tools.check_submission import judge, read_zip
+from tools.package import make_submission, write_zip
 
-
-@contextlib.contextmanager
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with three images, a half-precision checkpoint whose masks vary, and the zip packed of them."""
-    root = tmp_path_factory.mktemp("submission")
-    (root / "images").mkdir()
-    for seed, name in enumerate("abc"):
-        grid = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), np.uint8)
-        Image.fromarray(grid).resize((512, 512), Image.Resampling.BICUBIC).save(root / "images" / f"{name}.jpg")
-    torch.manual_seed(0)
-    model = build("microsegformer")
-    torch.nn.init.normal_(model.classifier.weight, std=1.0)
-    checkpoint.save(
-        root / "best.pt",
-        {
-            "model": "microsegformer", "model_args": {}, "size": 64, "epoch": 1,
-            "state_dict": {k: t.half() if t.is_floating_point() else t for k, t in model.state_dict().items()},
-        },
-    )  # fmt: skip
-    assert package.make_submission(root / "best.pt", root / "images", "test", root / "sound.zip", "flip", run=1) == 0
-    return root
-
-
-@pytest.fixture(scope="module")
-def sound(place):
-    """The packed zip's contents, {name: bytes}."""
-    with zipfile.ZipFile(place / "sound.zip") as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
-
-
-def packed(path, entries):
-    package.write_zip(path, entries)
-    return path
-
-
-def failed(findings):
-    """Details of all faults as one text."""
-    return "\n".join(f"{f.check}: {f.detail}" for f in findings if f.status == "FAIL")
-
-
-def mask_bytes(labels, mode="P", palette=PALETTE):
-    image, file = Image.fromarray(labels), io.BytesIO()
-    if palette:
-        image.putpalette(palette)
-    image.convert(mode).save(file, format="PNG")
-    return file.getvalue()
+ROOT = Path(__file__).parent.parent
+IMAGES, WEIGHTS, CKPT = "data/test/images", "runs/a/best.pt", "solution/ckpt.pth"
+LABELS = np.zeros((512, 512), np.uint8)
 
 
 def saved(content):
@@ -93,166 +37,264 @@ def saved(content):
     return file.getvalue()
 
 
-def test_packed_masks_are_those_of_predict(place, sound):
-    names = {f"masks/{name}.png" for name in "abc"} | {f"solution/{name}" for name in check_submission.FILES}
-    assert sound.keys() == names
-    model, info = checkpoint.load_model(place / "best.pt")
-    for name in "abc":
-        with one_thread():
-            _, expected = mask_of([model], place / "images" / f"{name}.jpg", info["size"], parse_views("flip"), "cpu")
-        with Image.open(io.BytesIO(sound[f"masks/{name}.png"])) as image:
-            assert np.array_equal(np.array(image), expected)
-        assert len(np.unique(expected)) > 2
+def mask_bytes(labels, mode="P", palette=PALETTE):
+    image, file = mask_image(labels), io.BytesIO()
+    image.putpalette(palette)
+    image.convert(mode).save(file, format="PNG")
+    return file.getvalue()
 
 
-def test_packing_again_gives_the_same_bytes_and_dev_holds_masks_alone(place, sound, tmp_path):
-    weights, images = place / "best.pt", place / "images"
-    assert package.make_submission(weights, images, "test", tmp_path / "again.zip", "flip", run=0) == 0
-    assert (tmp_path / "again.zip").read_bytes() == (place / "sound.zip").read_bytes()
-    assert package.make_submission(weights, images, "dev", tmp_path / "dev.zip", "flip", run=1) == 0
-    with zipfile.ZipFile(tmp_path / "dev.zip") as archive:
-        assert {name: archive.read(name) for name in archive.namelist()} == {
-            name: content for name, content in sound.items() if name.startswith("masks/")
-        }
+def pdf(path, pages, width=594.96):
+    writer = pypdf.PdfWriter()
+    for _ in range(pages):
+        writer.add_blank_page(width, 841.92)
+    writer.write(path)
+    return path
 
 
-def test_failed_proof_leaves_the_former_zip(place, tmp_path, monkeypatch, capsys):
-    (tmp_path / "kept.zip").write_bytes(b"former")
+def faults(place, entries=None, phase="test", run=0):
+    """The failed checks of judged.zip, written with these entries first, as text, one per line."""
+    if entries is not None:
+        write_zip(place / "judged.zip", entries)
+    findings = judge(place / "judged.zip", place / IMAGES, phase, run)
+    return "\n".join(f"{check}: {detail}" for status, check, detail in findings if status == "FAIL")
+
+
+def exit_status(monkeypatch, main, *flags):
+    monkeypatch.setattr(sys, "argv", ["x", *map(str, flags)])
+    with pytest.raises(SystemExit) as ended:
+        run_main(main)
+    return ended.value.code or 0
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with data/test/images, a run runs/a in half precision whose masks vary, and its submission."""
+    root = tmp_path_factory.mktemp("submission")
+    images, run = root / IMAGES, root / "runs" / "a"
+    images.mkdir(parents=True)
+    run.mkdir(parents=True)
+    for seed, name in enumerate("abc"):
+        grid = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), np.uint8)
+        Image.fromarray(grid).resize((512, 512)).save(images / f"{name}.jpg")
+    torch.manual_seed(0)
+    model = build("microsegformer")
+    torch.nn.init.normal_(model.classifier.weight, std=1.0)
+    state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    checkpoint.save(run / "best.pt", {"model": "microsegformer", "model_args": {}, "size": 64, "state_dict": state})
+    (run / "args.json").write_text('{"args": {}, "versions": {"torch": "2.13.0", "numpy": "2.4.6"}}')
+    (run / "metrics.jsonl").write_text('{"official": 0.71236, "batch32": 0.60004}\n{"official": 0.7, "batch32": 0.6}\n')
+    assert make_submission(run / "best.pt", images, "test", run / "submission-test.zip", "flip", run=1) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def sound(place):
+    """The content of the submission, {name: bytes}."""
+    return read_zip(place / "runs" / "a" / "submission-test.zip")[0]
+
+
+def test_submission_contains_the_required_files_and_no_unused_module(sound):
+    command = [sys.executable, "-c", "import sys, tools.run; print(*sys.modules)"]
+    loaded = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert {f"{name}.py" for name in loaded if (ROOT / f"{name}.py").is_file()} == set(package.MODULES)
+    masks = {f"masks/{name}.png" for name in "abc"}
+    assert sound.keys() == masks | {f"solution/{name}" for name in (*check_submission.FILES, *package.MODULES)}
+    assert torch.load(io.BytesIO(sound[CKPT]), weights_only=True)["views"] == "flip"
+    assert all(len(np.unique(Image.open(io.BytesIO(sound[name])))) > 2 for name in masks)
+
+
+def test_same_content_gives_the_same_bytes_and_dev_contains_only_masks(place, sound, tmp_path, capsys):
+    run, target = place / "runs" / "a", tmp_path / "again.zip"
+    target.write_bytes(bytes(2_300_000))
+    assert make_submission(run / "best.pt", place / IMAGES, "test", target, "flip", run=0) == 0
+    assert re.search(rf"replacing {target} of 20\d\d-[\d-]+ [\d:]+, 2.3 MB", capsys.readouterr().out)
+    assert target.read_bytes() == (run / "submission-test.zip").read_bytes()
+    assert make_submission(run / "best.pt", place / IMAGES, "dev", place / "judged.zip", "flip", run=1) == 0
+    assert read_zip(place / "judged.zip")[0] == {k: v for k, v in sound.items() if k.startswith("masks/")}
+    assert faults(place, phase="dev") == ""
+
+
+def test_failed_check_keeps_the_old_zip(place, tmp_path, monkeypatch, capsys):
+    kept = tmp_path / "kept.zip"
+    kept.write_bytes(b"old")
     monkeypatch.setattr(check_submission, "TIME_LIMIT", 0.01)
-    assert package.make_submission(place / "best.pt", place / "images", "test", tmp_path / "kept.zip", run=1) == 1
-    assert (tmp_path / "kept.zip").read_bytes() == b"former"
+    assert make_submission(place / WEIGHTS, place / IMAGES, "test", kept, run=1) == 1 and kept.read_bytes() == b"old"
     assert "a.jpg: run.py took more than 0.01 s" in capsys.readouterr().out
 
 
-def test_too_many_parameters_are_not_packed(place, tmp_path):
-    arguments = {"widths": (16, 32, 64, 128, 160)}
-    content = {"model": "microunet", "model_args": arguments, "size": 64}
-    checkpoint.save(tmp_path / "big.pt", {**content, "state_dict": build("microunet", **arguments).state_dict()})
-    with pytest.raises(UserError, match="fewer than 1,821,085"):
-        package.make_submission(tmp_path / "big.pt", place / "images", "test", tmp_path / "big.zip")
-    assert not (tmp_path / "big.zip").exists()
+def test_too_many_parameters_are_refused(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(package, "PARAM_LIMIT", 1_747_923)
+    with pytest.raises(UserError, match="has 1,747,923 parameters; .* fewer than 1,747,923"):
+        make_submission(place / WEIGHTS, place / IMAGES, "test", tmp_path / "big.zip")
 
 
-def test_joined_file_holds_what_main_reaches_and_refuses_clashes(tmp_path, monkeypatch):
-    monkeypatch.setattr(package, "MODULES", ("low", "high"))
-    (tmp_path / "low.py").write_text(
-        "import json\nimport os\n\n\ndef run_main(main):\n    main()\n\n\ndef main():\n    print(json)\n\n\n"
-        "# why\nWORD = os.sep\n\n\ndef unused():\n    pass\n"
-    )
-    (tmp_path / "high.py").write_text("from low import WORD, run_main\n\n\ndef main():\n    print(WORD)\n")
-    text = package.join_sources(tmp_path)
-    assert "import os" in text and "# why\nWORD" in text
-    assert "json" not in text and "unused" not in text and "from low" not in text
-    ran = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
-    assert ran.stdout == "/\n", ran.stderr
-    (tmp_path / "high.py").write_text("from low import run_main\n\nWORD = 1\n\n\ndef main():\n    print(WORD)\n")
-    with pytest.raises(ValueError, match="two of the joined modules: WORD"):
-        package.join_sources(tmp_path)
+def test_default_weights_are_named(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(package, "make_submission", lambda weights, images, phase, target, *rest: print(target))
+    for name in ("none", "a"):
+        monkeypatch.setattr(checkpoint, "RELEASE", place / "runs" / name)
+        assert exit_status(monkeypatch, package.main, "--data", "data") == 0
+    lines, target = capsys.readouterr().out.splitlines(), "runs/a/submission-test.zip"
+    assert lines == ["weights: the best run, runs/a/best.pt", target, "weights: the release, runs/a/best.pt", target]
 
 
-LABELS = np.zeros((512, 512), np.uint8)
+UNSAFE = ("../masks/a.png", "masks/../../a.png", "/masks/a.png", "masks\\a.png", "C:/masks/a.png")
+MISFIT = {"model": "microunet", "model_args": {}, "state_dict": {"a": torch.zeros(1)}}
 FAULTS = {
-    "members: ../masks/a.png leads out": lambda z: z | {"../masks/a.png": b""},
-    "members: /masks/a.png has an absolute path": lambda z: z | {"/masks/a.png": b""},
-    "folders: all lies one folder too deep, in mine/": lambda z: {f"mine/{k}": v for k, v in z.items()},
-    "folders: no folder solution/": lambda z: {k: v for k, v in z.items() if k.startswith("masks/")},
-    "folders: folder code/ does not belong": lambda z: z | {"code/a.py": b""},
-    "folders: a.png lies at the top": lambda z: z | {"a.png": b""},
-    "names: masks/b.png is missing": lambda z: {k: v for k, v in z.items() if k != "masks/b.png"},
-    "names: masks/d.png belongs to no image": lambda z: z | {"masks/d.png": z["masks/a.png"]},
-    "masks: masks/a.png is of mode RGB": lambda z: z | {"masks/a.png": mask_bytes(LABELS, "RGB")},
-    "masks: masks/a.png is of mode L": lambda z: z | {"masks/a.png": mask_bytes(LABELS, "L", None)},
-    "masks: masks/a.png is 256 x 256, its image 512 x 512": lambda z: (
-        z | {"masks/a.png": mask_bytes(LABELS[:256, :256])}
-    ),
-    "masks: masks/a.png holds label 19": lambda z: z | {"masks/a.png": mask_bytes(LABELS + 19)},
-    "masks: masks/a.png has another palette": lambda z: (
-        z | {"masks/a.png": mask_bytes(LABELS + 2, palette=PALETTE[::-1])}
-    ),
-    "masks: masks/a.png is no readable PNG": lambda z: z | {"masks/a.png": z["masks/a.png"][:200]},
-    "solution: solution/run.py is missing": lambda z: {k: v for k, v in z.items() if k != "solution/run.py"},
-    "checkpoint: ckpt.pth is damaged": lambda z: z | {"solution/ckpt.pth": z["solution/ckpt.pth"][:-9999]},
-    'checkpoint: ckpt.pth has no "state_dict"': lambda z: z | {"solution/ckpt.pth": saved({"weights": {}})},
-    "checkpoint: its state_dict does not load": lambda z: (
-        z | {"solution/ckpt.pth": saved({"model": "microunet", "model_args": {}, "state_dict": {"a": torch.zeros(1)}})}
-    ),
+    **{f"members: {path} has an absolute path, a backslash or ..": (path, b"") for path in UNSAFE},
+    "folders: a.png does not belong at the top": ("a.png", b""),
+    "masks: masks/b.png is missing": ("masks/b.png", None),
+    "masks: masks/d.png belongs to no image": ("masks/d.png", b""),
+    "masks: masks/a.png has mode RGB": ("masks/a.png", mask_bytes(LABELS, "RGB")),
+    "masks: masks/a.png is 256 x 256, but": ("masks/a.png", mask_bytes(LABELS[:256, :256])),
+    "masks: masks/a.png contains label 19": ("masks/a.png", mask_bytes(LABELS + 19)),
+    "masks: masks/a.png has another palette": ("masks/a.png", mask_bytes(LABELS + 2, palette=PALETTE[::-1])),
+    "masks: masks/a.png is not a readable": ("masks/a.png", mask_bytes(LABELS)[:200]),
+    "solution: solution/requirements.txt is missing": ("solution/requirements.txt", None),
+    "checkpoint: ckpt.pth is damaged": (CKPT, saved(MISFIT)[:-99]),
+    'checkpoint: ckpt.pth has no "state_dict"': (CKPT, saved({"weights": {}})),
+    "checkpoint: ckpt.pth does not fit": (CKPT, saved(MISFIT)),
+    "checkpoint: ckpt.pth contains weights": (CKPT, saved({"state_dict": {"a": torch.tensor(np.nan)}})),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_fault_is_named_and_nothing_else(place, sound, tmp_path, fault):
-    text = failed(judge(packed(tmp_path / "bad.zip", FAULTS[fault](sound)), place / "images", "test"))
+def test_exactly_the_fault_is_reported(place, sound, fault):
+    changed = sound | dict([FAULTS[fault]])
+    text = faults(place, {name: data for name, data in changed.items() if data is not None})  # None removes the file
     assert text.startswith(fault) and "\n" not in text
 
 
-@pytest.mark.parametrize("count, fine", [(PARAM_LIMIT - 1, True), (PARAM_LIMIT, False)])
-def test_foreign_parameters_are_counted_without_buffers(place, sound, tmp_path, count, fine):
-    for more in ({}, {"model": "another", "model_args": {}}, {"model": {"w": 1}, "model_args": 0}):
-        state = {"w": torch.zeros(count), "bn.running_mean": torch.zeros(9), "bn.num_batches_tracked": torch.tensor(0)}
-        entries = sound | {"solution/ckpt.pth": saved({"state_dict": state, **more})}
-        text = failed(judge(packed(tmp_path / "foreign.zip", entries), place / "images", "test"))
-        assert text == "" if fine else text.startswith("parameters: 1,821,085 (counted by name")
+def test_missing_folders_are_reported(place, sound):
+    assert "folders: no folder solution/" in faults(place, {k: v for k, v in sound.items() if k.startswith("masks/")})
+    nested = faults(place, {f"mine/{name}": data for name, data in sound.items()})
+    assert "folders: no folder masks/" in nested and "folders: mine/ does not belong at the top" in nested
+    assert "folders: no folder masks/" in faults(place, {})
 
 
-def test_code_in_a_checkpoint_is_not_executed(place, sound, tmp_path):
-    marker = tmp_path / "executed"
+@pytest.mark.parametrize("count", [PARAM_LIMIT - 1, PARAM_LIMIT])
+@pytest.mark.parametrize("more", [{}, {"model": "another", "model_args": {}}, {"model": {"w": 1}, "model_args": 0}])
+def test_parameters_of_other_networks_are_counted_without_buffers(place, sound, count, more):
+    state = {"w": torch.zeros(count), "bn.running_mean": torch.zeros(9), "bn.num_batches_tracked": torch.tensor(0)}
+    text = faults(place, sound | {CKPT: saved({"state_dict": state, **more})})
+    assert text.startswith("checkpoint: ckpt.pth has 1,821,085 parameters") if count == PARAM_LIMIT else text == ""
 
+
+@pytest.mark.parametrize("write", [saved, lambda content: pickle.dumps(content, 2)])
+def test_code_in_a_checkpoint_is_not_executed(place, sound, tmp_path, write):
     class Hostile:
         def __reduce__(self):
-            return open, (str(marker), "w")
+            return open, (str(tmp_path / "executed"), "w")
 
-    for content in (saved({"state_dict": Hostile()}), pickle.dumps({"state_dict": Hostile()})):
-        entries = sound | {"solution/ckpt.pth": content}
-        text = failed(judge(packed(tmp_path / "code.zip", entries), place / "images", "test"))
-        assert text.startswith("checkpoint: ckpt.pth is damaged or holds more than plain tensors")
-        assert not marker.exists()
+    text = faults(place, sound | {CKPT: write({"state_dict": Hostile()})})
+    assert text.startswith("checkpoint: ckpt.pth is damaged or contains") and not (tmp_path / "executed").exists()
 
 
-def test_links_duplicates_bombs_and_macos_files(place, sound, tmp_path):
-    path = packed(tmp_path / "odd.zip", sound | {"__MACOSX/masks/._a.png": b"x"})
-    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+def test_links_duplicates_other_compression_and_macos_files(place, sound):
+    write_zip(place / "judged.zip", sound | {"__MACOSX/masks/._a.png": b"x"})
+    with zipfile.ZipFile(place / "judged.zip", "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
         link = zipfile.ZipInfo("solution/link")
         link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
         archive.writestr(link, "/etc/passwd")
-        archive.writestr("masks/a.png", sound["masks/a.png"])
-    findings = judge(path, place / "images", "test")
-    link, twin = "members: solution/link is a link or device, not a file", "members: masks/a.png is there twice"
-    assert failed(findings) == f"{link}\n{twin}"
-    assert any(f.status == "note" and "__MACOSX" in f.detail for f in findings)
-
-    path = packed(tmp_path / "bomb.zip", sound | {"solution/zeros": bytes(2**26)})
-    assert "members: solution/zeros claims to grow" in failed(judge(path, place / "images", "test"))
-    path.write_bytes(path.read_bytes().replace(struct.pack("<I", 2**26), struct.pack("<I", 999)))
-    assert "run: solution/zeros cannot be unpacked: " in failed(judge(path, place / "images", "test", run=1))
+        archive.writestr("masks/a.png", b"")
+        archive.writestr("solution/b", b"", zipfile.ZIP_BZIP2)
+    expected = ("link is a link or device", "masks/a.png occurs twice", "b is not compressed by deflate")
+    assert all(text in line for text, line in zip(expected, faults(place).splitlines(), strict=True))
 
 
-def test_run_py_is_alone_and_its_masks_are_compared(place, sound, tmp_path):
-    copy = b"import sys, shutil, pathlib\nname = pathlib.Path(sys.argv[2]).stem\nshutil.copy(name, sys.argv[4])\n"
-    given = {f"solution/{name}": sound[f"masks/{name}.png"] for name in "abc"}
+def test_bombs_are_not_unpacked(place, sound, tmp_path, monkeypatch):
+    monkeypatch.setattr(check_submission, "MAX_BYTES", 2**25)
+    text = faults(place, sound | {"solution/zeros": bytes(2**25)})
+    assert text.startswith("members: more than 10,000 files or 33,554,432 bytes unpacked")
+    lie = (place / "judged.zip").read_bytes().replace((2**25).to_bytes(4, "little"), (999).to_bytes(4, "little"))
+    (place / "judged.zip").write_bytes(lie)
+    with pytest.raises(UserError, match="is not a readable zip: Bad CRC-32"):
+        faults(place)
+    write_zip(tmp_path / "ckpt.pth", {"archive/data.pkl": bytes(2**25 + 1)})
+    text = faults(place, sound | {CKPT: (tmp_path / "ckpt.pth").read_bytes()})
+    assert text.startswith("checkpoint: ckpt.pth is damaged") and "33,554,432 bytes" in text
+
+
+def test_run_py_runs_alone_and_its_masks_are_compared(place, sound):
+    copy = b"import sys, shutil, pathlib\nshutil.copy(pathlib.Path(sys.argv[2]).stem, sys.argv[4])\n"
+    files = sound | {f"solution/{name}": sound[f"masks/{name}.png"] for name in "ab"} | {"solution/run.py": copy}
     labels = np.array(Image.open(io.BytesIO(sound["masks/c.png"])))
     labels[3, :7] = (labels[3, :7] + 1) % 19
-    given["solution/c"] = mask_bytes(labels)
-    path = packed(tmp_path / "copy.zip", sound | given | {"solution/run.py": copy})
-    assert failed(judge(path, place / "images", "test")) == ""
-    assert failed(judge(path, place / "images", "test", run=1)) == ""
-    expected = "run: c.jpg: run.py and masks/ differ in 7 of 262,144 pixels"
-    assert failed(judge(path, place / "images", "test", run=2)) == expected
-    path = packed(tmp_path / "leans.zip", sound | {"solution/run.py": b"import labels\n"})
-    text = failed(judge(path, place / "images", "test", run=1))
-    assert "ended with status 1: ModuleNotFoundError: No module named 'labels'" in text
+    files["solution/c"] = mask_bytes(labels)
+    assert faults(place, files, run=1) == ""
+    assert faults(place, files, run=2) == "run: c.jpg: run.py and masks/ differ in 7 of 262,144 pixels"
+    text = faults(place, {name: data for name, data in sound.items() if name != "solution/labels.py"}, run=1)
+    assert "ended with status 1" in text and "No module named 'labels'" in text
 
 
-@pytest.mark.parametrize("content, status", [(None, 2), (b"no zip", 2), ("sound", 0), ("short", 1)])
-def test_exit_status(place, tmp_path, monkeypatch, capsys, content, status):
-    path = tmp_path / "a.zip"
-    whole = (place / "sound.zip").read_bytes()
-    if content == "short":
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("masks/a.png", b"")
-    elif content:
-        path.write_bytes(whole if content == "sound" else content)
-    monkeypatch.setattr(sys, "argv", ["x", "--zip", str(path), "--images", str(place / "images")])
-    with pytest.raises(SystemExit) as ended:
-        run_main(check_submission.main)
-    assert ended.value.code == status
-    assert ("error: " in capsys.readouterr().err) is (status == 2)
+@pytest.mark.parametrize("name, status", [("none", 2), ("text", 2), ("empty", 1), ("runs/a/submission-test", 0)])
+def test_exit_status(place, monkeypatch, name, status):
+    (place / "text.zip").write_text("not a zip")
+    write_zip(place / "empty.zip", {})
+    flags = ("--zip", place / f"{name}.zip", "--data", place / "data")
+    assert exit_status(monkeypatch, check_submission.main, *flags) == status
+
+
+def test_course_zip_contains_everything_and_its_readme_reproduces_the_masks(place, sound, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    flags = ["--name", "a", "--data", "data", "--report", pdf(place / "report.pdf", 5), "--matric", "a12345678b"]
+    assert exit_status(monkeypatch, report_zip.main, *flags, "--out", tmp_path) == 0
+    with zipfile.ZipFile(tmp_path / "A12345678B.zip") as archive:
+        archive.extractall(tmp_path)
+    assert (tmp_path / "checkpoint/ckpt.pth").read_bytes() == sound[CKPT]
+    text = (tmp_path / "Readme.txt").read_text()
+    assert all(fact in text for fact in ("0.7124, the official", "masks average, flip", "1,747,923", "numpy 2.4.6"))
+    for path in re.findall(r"^  ([\w/.]+\w)[:,]", text, re.M):
+        assert (tmp_path / path).exists(), path
+    command = shlex.split(re.search(r"^  python (-m tools.run .*)", text, re.M)[1].replace("DATA", str(place / "data")))
+    subprocess.run([sys.executable, *command], cwd=tmp_path / "code", check=True)
+    for name in ("a.png", "b.png", "c.png"):
+        again = (tmp_path / "masks-again" / name).read_bytes()
+        assert again == (tmp_path / "masks" / name).read_bytes() == sound[f"masks/{name}"]
+
+
+def test_report_must_have_at_most_five_a4_pages(tmp_path):
+    assert report_zip.count_pages(pdf(tmp_path / "a.pdf", 5)) == 5
+    (tmp_path / "cut.pdf").write_bytes((tmp_path / "a.pdf").read_bytes()[:100])
+    for path, message in (
+        (pdf(tmp_path / "long.pdf", 6), "has 6 pages"),
+        (pdf(tmp_path / "letter.pdf", 1, 612), "page 1 of .* has 612 x 842"),
+        (tmp_path / "cut.pdf", "cannot read"),
+    ):
+        with pytest.raises(UserError, match=message):
+            report_zip.count_pages(path)
+
+
+def test_course_zip_refuses_other_weights_and_a_wrong_number(place, sound, tmp_path):
+    own = checkpoint.load(place / WEIGHTS)["state_dict"]
+    other = {"state_dict": own | {"classifier.bias": own["classifier.bias"] + 1}, "model": "other"}
+    write_zip(tmp_path / "other.zip", sound | {CKPT: saved(other)})
+    with pytest.raises(UserError, match="has other weights than the run"):
+        report_zip.read_submission(tmp_path / "other.zip", place / IMAGES, own)
+    with pytest.raises(UserError, match="a letter, eight digits and a letter"):
+        report_zip.matriculation("12345678B")
+
+
+def test_release_is_the_run_in_half_precision(place, tmp_path, monkeypatch):
+    made = tmp_path / "release"
+    made.mkdir()
+    (made / "best.json").write_text("of the previous release")
+    monkeypatch.setattr(checkpoint, "RELEASE", made)
+    state = build("microunet").state_dict()
+    checkpoint.save(tmp_path / "a.pt", {"model": "microunet", "model_args": {}, "size": 64, "state_dict": state})
+    flags = ("--name", "a", "--runs", place / "runs", "--weights", tmp_path / "a.pt")
+    assert exit_status(monkeypatch, release.main, *flags) == 0
+    assert {path.name for path in made.iterdir()} == {"best.pt", "args.json", "metrics.jsonl", "LICENCE.txt"}
+    half = checkpoint.load(made / "best.pt")["state_dict"]
+    assert {value.dtype for value in half.values()} == {torch.float16, torch.int64}
+    assert all(torch.allclose(half[key].float(), value.float(), 1e-3, 1e-7) for key, value in state.items())
+    assert exit_status(monkeypatch, release.main, "--name", made) == 2
+
+
+def test_sweep_expands_every_combination():
+    runs = dict(sweep.expand(["--dice=0.5 1", "--name=my run", "--sizes=64:1,96:2 128", "--overwrite"]))
+    assert list(runs) == ["dice0.5-sizes64_1+96_2", "dice0.5-sizes128", "dice1-sizes64_1+96_2", "dice1-sizes128"]
+    assert runs["dice1-sizes128"] == ["--dice=1", "--name=my run", "--sizes=128", "--overwrite"]
+    with pytest.raises(UserError, match="several values"):
+        dict(sweep.expand(["--dice=1"]))

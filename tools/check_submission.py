@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 import zipfile
-import zlib
 from pathlib import Path
 
 from common import ArgumentParser, UserError, printable, run_main, show_progress
@@ -32,12 +31,10 @@ from model import MODELS, PARAM_LIMIT, count_parameters
 MAX_BYTES, MAX_MEMBERS = 2**28, 10_000  # against decompression bombs; a valid zip unpacks to less than 20 MB
 TIME_LIMIT = 180  # seconds for one image, including the start of Python and torch
 SHOWN = 20  # faults printed per check
-# -E ignores PYTHONPATH, so that run.py sees only its own folder and the installed packages; -B writes no bytecode.
-PYTHON = (sys.executable, "-EB")
+PYTHON = (sys.executable, "-EB")  # -E ignores PYTHONPATH: only run.py's folder and installed packages; -B: no bytecode
 FILES = ("ckpt.pth", "requirements.txt", "run.py")
 MACOS = {"__MACOSX", ".DS_Store"}
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, OSError, EOFError, ValueError)
 
 
 def verdict(check, faults, success=""):
@@ -47,13 +44,12 @@ def verdict(check, faults, success=""):
 
 
 def find_fault(info):
-    """Why a member of a zip must not be unpacked; None if it may be."""
+    """Why a member of a zip must not be unpacked, or None."""
     if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
         return "is a link or device, not a file"
-    if info.filename.startswith("/") or "\\" in info.filename or ":" in info.filename.split("/")[0]:
-        return "has an absolute path or a backslash"
-    if ".." in info.filename.split("/"):
-        return "leaves the folder it is unpacked into"
+    parts = info.filename.split("/")
+    if ".." in parts or not parts[0] or ":" in parts[0] or "\\" in info.filename:
+        return "has an absolute path, a backslash or .. in its path"
     # zipfile unpacks the other methods without a limit.
     return None if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else "is not compressed by deflate"
 
@@ -74,7 +70,7 @@ def read_zip(source):
                 elif not info.is_dir() and not MACOS.intersection(info.filename.split("/")):
                     with archive.open(info) as file:
                         files[info.filename] = file.read(info.file_size)  # never more than it declares
-    except ZIP_ERRORS as error:
+    except (*DECODE_ERRORS, zipfile.BadZipFile) as error:
         raise UserError(f"{source} is not a readable zip: {error}") from None
     return files, faults
 
@@ -109,8 +105,8 @@ def read_labels(data, height, width):
 def check_masks(files, images):
     """({image: labels} of the valid masks, findings): one mask per image and no other file."""
     expected = {f"masks/{path.stem}.png": path for path in images}
-    extra = sorted(name for name in files.keys() - expected.keys() if name.startswith("masks/"))
-    masks, faults = {}, [f"{name} belongs to no image" for name in extra]
+    extra = sorted(files.keys() - expected.keys())
+    masks, faults = {}, [f"{name} belongs to no image" for name in extra if name.startswith("masks/")]
     for name, path in expected.items():
         try:
             if name not in files:
@@ -122,26 +118,24 @@ def check_masks(files, images):
 
 
 def count_checkpoint(data):
-    """The number of parameters in ckpt.pth's bytes, as text; executes nothing in them. UserError if they are invalid."""
+    """The number of parameters in ckpt.pth's bytes, as text; executes nothing in them. UserError if invalid."""
     try:
         if zipfile.is_zipfile(io.BytesIO(data)) and (faults := read_zip(io.BytesIO(data))[1]):
             raise ValueError(faults[0])
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # foreign bytes make the reader raise anything
-        reason = str(error).strip().split("\n")[0][:120]
-        raise UserError(f"ckpt.pth is damaged or contains more than tensors: {reason}") from None
+        raise UserError(f"ckpt.pth is damaged or contains more than tensors: {str(error)[:120]}") from None
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise UserError('ckpt.pth has no "state_dict" of tensors')
     count = sum(tensor.numel() for name, tensor in state.items() if not str(name).endswith(BUFFERS))
-    counted = "all tensors but batch norm statistics"
     if content.get("model") in list(MODELS) and "model_args" in content:
-        count, counted = count_parameters(restore(content, "ckpt.pth")), content["model"]
+        count = count_parameters(restore(content, "ckpt.pth"))
     if count >= PARAM_LIMIT:
-        raise UserError(f"{count:,} parameters ({counted}); fewer than {PARAM_LIMIT:,} are allowed")
+        raise UserError(f"ckpt.pth has {count:,} parameters; fewer than {PARAM_LIMIT:,} are allowed")
     if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
         raise UserError("ckpt.pth contains weights that are not finite")
-    return f"{count:,} parameters ({counted}), fewer than {PARAM_LIMIT:,}"
+    return f"{count:,} parameters, fewer than {PARAM_LIMIT:,}"
 
 
 def check_solution(files):
@@ -151,7 +145,7 @@ def check_solution(files):
     if "solution/ckpt.pth" in files:
         try:
             findings += verdict("checkpoint", [], count_checkpoint(files["solution/ckpt.pth"]))
-        except (UserError, RuntimeError) as error:  # torch raises RuntimeError for unusual tensors
+        except (UserError, RuntimeError) as error:  # torch raises the latter for unusual tensors
             findings += verdict("checkpoint", [str(error)])
     return findings
 
@@ -159,14 +153,13 @@ def check_solution(files):
 def execute(folder, image, target):
     """Execute folder/run.py on an image as the organisers do. UserError if it fails or takes too long."""
     command = [*PYTHON, "run.py", "--input", image, "--output", target, "--weights", "ckpt.pth"]
-    with open(folder.parent / "log", "wb+") as log:
-        try:
-            status = subprocess.call(command, cwd=folder, stdin=log, stdout=log, stderr=log, timeout=TIME_LIMIT)
-        except subprocess.TimeoutExpired:
-            raise UserError(f"run.py took more than {TIME_LIMIT} s") from None
-    if status or not target.is_file():
-        last = (folder.parent / "log").read_text(errors="replace").strip()[-2000:].split("\n")[-1]
-        raise UserError(f"run.py ended with status {status} or wrote no mask: {last}")
+    try:
+        done = subprocess.run(command, cwd=folder, input="", capture_output=True, errors="replace", timeout=TIME_LIMIT)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"run.py took more than {TIME_LIMIT} s") from None
+    if done.returncode or not target.is_file():
+        last = (done.stdout + done.stderr).strip().split("\n")[-1][-300:]
+        raise UserError(f"run.py ended with status {done.returncode} or wrote no mask: {last}")
 
 
 def check_run(files, masks, images, run):
@@ -187,15 +180,11 @@ def check_run(files, masks, images, run):
             except UserError as error:
                 faults.append(f"{path.name}: {error}")
             show_progress("running run.py", done, len(chosen), time.monotonic() - start)
-    seconds = (time.monotonic() - start) / len(chosen)
-    return verdict("run", faults, f"run.py predicts the same masks for {len(chosen)} images, {seconds:.1f} s each")
+    return verdict("run", faults, f"run.py predicts the same masks for {len(chosen)} images")
 
 
 def judge(zip_path, images_dir, phase, run=0):
-    """Findings [(ok or FAIL, check, detail), ...] on a zip for the images of a folder; phase is test or dev.
-
-    With run > 0 its run.py is executed on so many images. UserError if the zip or an image cannot be read.
-    """
+    """Findings [(ok or FAIL, check, detail), ...] on a zip, whose run.py predicts `run` images; phase: test, dev."""
     images = image_files(images_dir)
     files, faults = read_zip(zip_path)
     masks, of_masks = check_masks(files, images)
@@ -222,7 +211,7 @@ def main():
     parser.add_argument("--run", type=int, default=0, help="EXECUTE the zip's run.py on so many images")
     args = parser.parse_args()
     valid = show(judge(args.zip, find_data(args.data) / args.phase / "images", args.phase, args.run))
-    executed = "" if args.run > 0 else "; run.py was not executed, RUN=5 (--run 5) does that on 5 images"
+    executed = "" if args.run > 0 or args.phase == "dev" else "; RUN=5 (--run 5) also executes its run.py, on 5 images"
     print(f"{args.zip}: {'valid' if valid else 'NOT valid'} for the {args.phase} phase{executed}")
     return 0 if valid else 1
 

@@ -101,7 +101,8 @@ def main():
     default = "the release, " if weights.parent == checkpoint.RELEASE else "the best run, "
     print(f"weights: {'' if args.weights or args.name else default}{path}", flush=True)
     folder = checkpoint.find_run(args.name) if args.name else Path(path).parent
-    target = Path(args.zip or (folder if (folder / "args.json").is_file() else "build", f"submission-{args.phase}.zip"))
+    folder = folder if (folder / "args.json").is_file() else Path("build")
+    target = args.zip or folder / f"submission-{args.phase}.zip"
     images = find_data(args.data or checkpoint.run_args(weights).get("data")) / args.phase / "images"
     return make_submission(weights, images, args.phase, target, args.views, args.run)
 

@@ -3,8 +3,7 @@
 python3 run.py --input IMAGE.jpg --output MASK.png --weights ckpt.pth
 python3 run.py --input IMAGES --output MASKS --weights ckpt.pth
 
-A submission contains this file and the modules it imports in one folder; in the repository it is
-`python -m tools.run`. The checkpoint sets the input size and the views.
+In the repository: `python -m tools.run`. The checkpoint sets the input size and the views.
 """
 
 import time
@@ -28,14 +27,13 @@ def predict_file(model, path, size, views):
 
 def find_outputs(source, output):
     """[(image, mask path), ...]; creates the output folder. UserError if two images would have the same mask path."""
-    files, output = image_files(source), Path(output)
+    files, output, outputs = image_files(source), Path(output), {}
     if not Path(source).is_dir():
         if output.is_dir():
             raise UserError(f"--output {output} is a folder; give a file for the mask of one image")
         make_folder(output.parent)
         return [(files[0], output)]
     make_folder(output)
-    outputs = {}
     for path in files:
         if (first := outputs.setdefault(path.stem, path)) != path:
             raise UserError(f"{first} and {path} would both be written to {path.stem}.png; rename one")

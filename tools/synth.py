@@ -18,7 +18,6 @@ from data import SYNTHETIC, SYNTHETIC_MARKER
 from images import mask_image
 from labels import NAMES
 
-SPLITS = ("train", "dev", "test")
 SKINS = np.array([(250, 222, 202), (238, 196, 168), (222, 170, 132), (190, 134, 94), (142, 92, 62), (88, 56, 42)])
 HAIRS = np.array([(20, 17, 18), (48, 32, 26), (84, 54, 36), (150, 80, 40), (214, 176, 118), (200, 198, 196)])
 LOW = 280  # below the image's lower edge in every pose
@@ -81,31 +80,28 @@ class Face:
 
     def paint_body(self):
         """Paint clothes, then the hair that falls over them, then the neck."""
-        rng = self.rng
-        wide, slope, neckline, grey = rng.uniform((84, 135, 205, 60), (112, 185, 255, 240))
+        rng, neckline = self.rng, LOW
+        wide, slope, grey = rng.uniform((84, 125, 60), (112, 180, 240))
         if rng.random() < 0.6:
+            neckline = rng.uniform(205, 255)
             torso = [(0, slope), (wide, slope - 20), (wide + 70, slope + 12), (300, slope + 60), (300, LOW)]
             self.paint("cloth", rng.uniform(15, 240) + rng.normal(0, 45, 3), outline(torso), -90)
-        else:
-            neckline = LOW
-        if self.short_hair:
-            hair, low, end = rng.uniform((150, 140, -60), (180, 150, 0))
-        else:
-            hair, low, end = rng.uniform((160, 130, 110), (250, 260, 400))
+        limits = ((155, 140, -60), (190, 150, 0)) if self.short_hair else ((165, 140, 130), (270, 280, 450))
+        hair, low, end = rng.uniform(*limits)
         top = -210 if self.hat else -105 - hair - rng.uniform(0, 60)
         contour = outline([(0, top), (hair * 0.7, top + 25), (hair, -90), (low, end - 40), (low * 0.8, end)])
         self.paint("hair", self.hair, contour + rng.normal(0, self.curl, contour.shape), -60)
         neck = [(0, 60), (wide - 8, 60), (wide, slope - 10), (wide * 0.6, neckline - 10), (0, neckline)]
         self.paint("neck", self.skin * 0.92, outline(neck), -80)
-        self.shade((30, 12, 10), 150, 0, 140, wide, 74, -70)
         if rng.random() < 0.045:
-            x = np.linspace(-1, 1, 36)
-            self.paint("neck_l", [grey] * 3, band(wide * x, 197 - 40 * x**2, 203 - 40 * x**2), -75)
+            self.paint("neck_l", [grey] * 3, ellipse(0, 140, wide, 66), -75)
+            self.paint("neck", self.skin * 0.92, ellipse(0, 134, wide, 66), -75)
+        self.shade((30, 12, 10), 150, 0, 140, wide, 74, -70)
 
     def paint_head(self):
         rng, skin = self.rng, self.skin
         cheek, jaw, chin, wide, tip = rng.normal((141, 1, 178, 41, 55), (4, 0.06, 6, 4, 4))
-        ear = outline([(0, -44), (24, -30), (20, 12), (0, 42)]) * rng.normal(1, 0.1) + (cheek + 3, 0)
+        ear = outline([(0, -44), (24, -30), (20, 12), (0, 42)]) * rng.normal(1.1, 0.1) + (cheek + 3, 0)
         high, sweep, blush = rng.uniform(-198, -112), rng.normal(0, 0.25), rng.uniform(0, 80)
         face = [(0, high), (60, high + 6), (cheek - 16, high + 20), (cheek - 1, -68), (cheek, 5)]
         face = outline([*face, (cheek * jaw - 13, 72), (95 * jaw, 128), (48 * jaw, chin - 11), (0, chin)])
@@ -130,11 +126,10 @@ class Face:
         bow, iris = 1 - x**2, rng.uniform((60, 40, 20), (110, 120, 150))
         line, half = lift - arch * np.sin((x + 1) * 1.9) - 3 * x, thick * (1.06 - x.clip(0) ** 1.5)
         if rng.random() < 0.058:
-            rx, ry, rim, tint = rng.uniform((46, 30, 3, 0.3), (58, 44, 8, 1.1))
-            frame = rng.uniform(0, 110, 3)
-            self.paint("eye_g", frame, band([-142, 142], [-50, -50], [-46, -46]), -10)
+            rx, ry, rim, tint, grey = rng.uniform((46, 30, 3, 0.3, 0), (58, 44, 8, 1.1, 110))
+            self.paint("eye_g", [grey] * 3, band([-142, 142], [-50, -50], [-46, -46]), -10)
             for x_lens in (-63, 63):
-                self.paint("eye_g", frame, ellipse(x_lens, -38, rx, ry), 10)
+                self.paint("eye_g", [grey] * 3, ellipse(x_lens, -38, rx, ry), 10)
                 self.paint("eye_g", self.skin * tint, ellipse(x_lens, -38, rx - rim, ry - rim), 10)
         for side, eye, brow in ((-1, "r_eye", "r_brow"), (1, "l_eye", "l_brow")):
             across, corner = side * 61 + wide * x, -45 - side * slant * x
@@ -196,8 +191,7 @@ def draw_face(seed, size=512):
     strands = rng.standard_normal((40, 60) if face.curl > 2 else (5, rng.integers(90, 200)), np.float32)
     texture = np.asarray(Image.fromarray(strands).resize((size, size), Image.Resampling.BICUBIC))
     light += contrast * texture * np.isin(mask, (NAMES.index("hair"), NAMES.index("cloth")))
-    pixels = np.asarray(face.image.reduce(2)) * light[..., None]
-    pixels += rng.uniform(1, 6) * rng.standard_normal((size, size, 1))
+    pixels = np.asarray(face.image.reduce(2)) * light[..., None] + rng.normal(0, rng.uniform(1, 6), (size, size, 1))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), mask_image(mask)
 
 
@@ -209,7 +203,7 @@ def write_face(task):
         paths.append(root / split / "masks" / f"{split}_{number:05d}.png")
     if all(path.exists() for path in paths):
         return False
-    for path, image in zip(paths, draw_face((seed, SPLITS.index(split), number), size), strict=False):
+    for path, image in zip(paths, draw_face(seed, size), strict=False):
         with atomic(path) as temporary:
             image.save(temporary, "PNG" if path.suffix == ".png" else "JPEG", quality=90)
     return True
@@ -231,9 +225,9 @@ def make_dataset(root, train=200, dev=8, test=8, size=512, seed=0, workers=None)
         raise UserError(f"{root} contains other files or faces of another --seed or --size; choose another --out")
     write_text(marker, note)
     tasks = []
-    for split, count in zip(SPLITS, (train, dev, test), strict=True):
+    for index, (split, count) in enumerate((("train", train), ("dev", dev), ("test", test))):
         make_folder(root / split / "images")
-        tasks += [(root, split, number, seed, size) for number in range(count)]
+        tasks += [(root, split, number, (seed, index, number), size) for number in range(count)]
     make_folder(root / "train" / "masks")
     return sum(in_parallel(write_face, tasks, workers, "drawing"))
 

@@ -1,0 +1,269 @@
+"""tools/prepare.py, tools/audit.py and tools/synth.py, on tiny data sets made here."""
+
+import io
+import re
+import sys
+import zipfile
+
+from common import UserError, run_main
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import SYNTHETIC_MARKER, reversed_sides, swap_sides
+from images import mask_image
+from labels import COLOURS, NAMES, NUM_CLASSES, PALETTE
+from tools import audit, prepare, synth
+
+SIZE = 32
+LABELS = (np.arange(SIZE * SIZE).reshape(SIZE, SIZE) // 8 % NUM_CLASSES).astype(np.uint8)
+MASK = np.zeros((512, 512), np.uint8)
+MASK[200:260, 150:200], MASK[200:260, 300:350], MASK[300:400, 200:300] = 5, 4, 1
+SMALL = ("--train=3", "--dev=1", "--test=2", "--size=64")
+
+
+def encoded(image, kind="PNG"):
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def jpeg(seed=0, size=SIZE):
+    grid = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8))
+    return encoded(grid.resize((size, size)), "JPEG")
+
+
+def challenge():
+    names = ("train/images/a.jpg", "train/images/b.jpg", "test/images/t.jpg", "val/images/v.jpg")
+    masks = dict.fromkeys(("train/masks/a.png", "train/masks/b.png"), encoded(mask_image(LABELS)))
+    return masks | {name: jpeg(seed) for seed, name in enumerate(names)}
+
+
+def release():
+    """Three portraits: skin on the left half, hair on the upper half and over the skin."""
+    skin, hair = np.zeros((2, 64, 64), np.uint8)
+    skin[:, :32] = hair[:32] = 255
+    files = {f"CelebA-HQ-img/{number}.jpg": jpeg(number, 64) for number in (0, 1, 2000)}
+    for number in (0, 1, 2000):
+        for part, pixels in (("hair", hair), ("skin", skin)):
+            name = f"CelebAMask-HQ-mask-anno/{number // 2000}/{number:05d}_{part}.png"
+            files[name] = encoded(Image.fromarray(pixels).convert("RGB"))
+    return files
+
+
+def write(files, path):
+    """Write {name: bytes} to a folder or zip."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+    else:
+        for name, content in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(content)
+    return path
+
+
+def contents(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def run_prepare(raw, out, count=None):
+    return prepare.prepare(raw, out, count, SIZE, workers=1)[1]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a tool's main with these flags: (exit status, stdout, stderr)."""
+
+    def run(tool, *flags):
+        monkeypatch.setattr(sys, "argv", [tool.__name__, "--workers=1", *map(str, flags)])
+        with pytest.raises(SystemExit) as stop:
+            run_main(tool.main)
+        return stop.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize("raw", ["folder", "raw.zip"])
+def test_prepare_challenge(raw, tmp_path):
+    files = {f"top/{name}": content for name, content in challenge().items()}
+    files |= {"__MACOSX/top/train/images/._a.jpg": b"", "top/train/images/.hidden.jpg": b""}
+    run_prepare(write(files, tmp_path / raw), tmp_path / "out")
+    # Images of the right size are copied byte for byte.
+    assert contents(tmp_path / "out") == {name.replace("val/", "dev/"): data for name, data in challenge().items()}
+
+
+@pytest.mark.parametrize("raw", ["folder", "raw.zip"])
+def test_prepare_release_paints_in_label_order(raw, tmp_path):
+    run_prepare(write(release(), tmp_path / raw), tmp_path / "out")
+    skin, hair = NAMES.index("skin"), NAMES.index("hair")
+    with Image.open(tmp_path / "out/train/images/02000.jpg") as image:
+        assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (SIZE, SIZE))
+    with Image.open(tmp_path / "out/train/masks/02000.png") as mask:
+        assert mask.getpalette()[: len(PALETTE)] == PALETTE
+        assert np.array_equal(mask, np.kron([[hair, hair], [skin, 0]], np.ones((SIZE // 2, SIZE // 2))))
+    run_prepare(tmp_path / raw, tmp_path / "two", count=2)
+    assert [p.name for p in sorted((tmp_path / "two/train/images").iterdir())] == ["00000.jpg", "00001.jpg"]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Image.fromarray(LABELS),
+        Image.fromarray(np.array(COLOURS, np.uint8)[LABELS]),
+        mask_image(LABELS).remap_palette([*range(18, -1, -1)]),
+        mask_image(LABELS.repeat(2, 0).repeat(2, 1)),
+    ],
+)
+def test_prepare_keeps_labels(mask, tmp_path):
+    run_prepare(write(challenge() | {"train/masks/a.png": encoded(mask)}, tmp_path / "raw"), tmp_path / "out")
+    with Image.open(tmp_path / "out/train/masks/a.png") as image:
+        assert image.mode == "P" and np.array_equal(image, LABELS)
+
+
+def test_prepare_resumes(tmp_path):
+    raw = write(challenge(), tmp_path / "raw")
+    out = raw / "out"  # not read again
+    assert run_prepare(raw, out) == 6
+    (out / "train/masks/b.png").rename(out / "train/masks/.b.png.123.tmp")
+    assert run_prepare(raw, out) == 1
+    assert len(contents(out)) == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"train/images/a.jpg": b""}, "damaged image train/images/a.jpg"),
+        ({"train/masks/a.png": encoded(mask_image(LABELS))[:-60]}, "damaged image train/masks/a.png"),
+        ({"test/images/t.jpg": encoded(Image.new("L", (100, 100)))}, "damaged image test/images/t.jpg"),
+        ({"test/images/t.jpg": bytes(20000)}, "larger than"),
+        ({"train/masks/b.png": encoded(Image.new("RGB", (SIZE, SIZE), (1, 2, 3)))}, "b.png has labels above 18 or"),
+        ({"train/masks/b.png": encoded(Image.new("L", (SIZE, SIZE), 19))}, "b.png has labels above 18"),
+        ({"train/masks/b.png": encoded(Image.new("I;16", (SIZE, SIZE), 1))}, "b.png has mode I;16"),
+        ({"train/masks/b.png": jpeg()}, "b.png is a JPEG"),
+        ({"train/images/c.jpg": jpeg()}, "1 training images without a mask, such as c"),
+        ({"train/masks/c.png": b""}, "1 training masks without an image, such as c"),
+        ({"train/images/a.png": b""}, "train/images/a.jpg and train/images/a.png are the same"),
+        ({"../evil.jpg": b""}, "leads out"),
+        ({"train/images/..\\evil.jpg": b""}, "leads out"),
+        ({"CelebA-HQ-img/0.jpg": b""}, "must contain either"),
+        ({"CelebAMask-HQ-mask-anno/0/00000_nostril.png": b""}, "00000_nostril.png is not NUMBER_PART"),
+        ({"CelebAMask-HQ-mask-anno/0/00000_nose.png": encoded(Image.new("L", (9, 9)))}, "differ in size"),
+    ],
+)
+def test_prepare_refuses(changes, reason, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "MAX_BYTES", 19999)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64)  # Pillow refuses twice as many
+    base = release() if "mask-anno" in str(changes.keys()) else challenge()
+    with pytest.raises(UserError, match=reason):
+        run_prepare(write(base | changes, tmp_path / "raw.zip"), tmp_path / "out")
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Two pairs and one dev image without faults."""
+    mask = encoded(mask_image(MASK))
+    files = {f"train/masks/{name}.png": mask for name in "ab"}
+    files |= {f"train/images/{name}.jpg": jpeg(seed, 512) for seed, name in enumerate("ab")}
+    return write(files | {"dev/images/d.jpg": jpeg(2, 512)}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        ("train/images/c.jpg", jpeg(9, 512), "image without mask"),
+        ("train/masks/c.png", encoded(mask_image(MASK)), "mask without image"),
+        ("train/images/b.jpg", jpeg(1, 512)[:-200], "unreadable"),
+        ("dev/images/d.jpg", jpeg(2, 256), "not 512 x 512"),
+        ("train/masks/b.png", encoded(mask_image(MASK[:, :500].copy())), "not 512 x 512"),
+        ("dev/images/d.jpg", encoded(Image.new("L", (512, 512))), "image not RGB"),
+        ("train/masks/b.png", encoded(mask_image(MASK).convert("RGB")), "mask not a PNG of mode P or L"),
+        ("train/masks/b.png", encoded(Image.fromarray(MASK), "JPEG"), "mask not a PNG of mode P or L"),
+        ("train/masks/b.png", encoded(Image.new("L", (512, 512), 19)), "label above 18"),
+        ("train/masks/b.png", encoded(mask_image(swap_sides(MASK))), audit.REVERSED),
+        ("dev/images/copy.png", encoded(Image.open(io.BytesIO(jpeg(1, 512)))), "same pixels as {}/train/images/b.jpg"),
+    ],
+)
+def test_audit_finds_one_fault(name, content, fault, command, data):
+    assert audit.audit(data, workers=1)[0] == {}
+    write({name: content}, data)
+    assert audit.audit(data, workers=1)[0] == {fault.format(data): [data / name]}
+    status, out, _ = command(audit, "--data", data, "--list")
+    assert status == int(fault != audit.REVERSED) and f"{fault.format(data)} (1): {data / name}" in out
+
+
+def test_audit_counts_labels(command, data):
+    write({"train/masks/b.png": encoded(mask_image(0 * MASK))}, data)
+    # 100 x 100 pixels of skin in one of two masks
+    assert f" 1 skin {100 * 100**2 / 512**2 / 2:.2f} 50.0" in re.sub(" +", " ", command(audit, "--data", data)[1])
+
+
+@pytest.fixture(scope="module")
+def faces():
+    return [synth.draw_face(seed, 128) for seed in range(150)]
+
+
+def test_synth_format_and_seed(faces):
+    assert len({image.tobytes() for image, _ in faces}) == len(faces)
+    assert [image.tobytes() for image in faces[0]] == [image.tobytes() for image in synth.draw_face(0, 128)]
+    for image, mask in faces:
+        assert (image.mode, image.size, mask.mode, mask.size) == ("RGB", (128, 128), "P", (128, 128))
+        assert mask.getpalette()[: len(PALETTE)] == PALETTE and np.max(mask) < NUM_CLASSES
+        assert reversed_sides(np.asarray(mask)[:, ::-1])  # the person's left is at the image's right
+
+
+def test_synth_label_rates(faces):
+    # % of pixels and of masks in the challenge's masks, as tools/audit.py prints them
+    pixels = (28.7, 25.4, 2.1, 0.3, 0.2, 0.2, 0.4, 0.4, 0.5, 0.4, 0.3, 0.4, 0.7, 31.3, 1.1, 0.2, 0.01, 4.1, 3.3)
+    present = (100, 100, 100, 6, 97, 97, 97, 96, 53, 48, 57, 100, 100, 97, 5, 23, 4, 98, 60)
+    counts = np.array([np.bincount(np.ravel(mask), minlength=NUM_CLASSES) for _, mask in faces])
+    assert (counts.sum(0) > 0).all()
+    assert (abs(100 * (counts > 0).mean(0) - present) < 15).all()
+    ratio, common = 100 * counts.sum(0) / counts.sum() / pixels, np.array(present) > 40
+    assert (ratio[common] > 0.6).all() and (ratio[common] < 1.6).all()
+
+
+def test_synth_image_and_mask_agree(faces):
+    """The image changes more along the borders of the mask than along the same borders moved by 6 pixels."""
+    on, off = [], []
+    for image, mask in faces:
+        step = abs(np.diff(np.asarray(image.convert("L"), np.float32), axis=1))
+        border = np.diff(np.asarray(mask).astype(int), axis=1) != 0
+        on.append(step[border].mean())
+        off.append(step[np.roll(border, 6, axis=0)].mean())
+    assert np.mean(on) > 1.5 * np.mean(off)
+
+
+def test_synth_resumes(command, tmp_path):
+    root = tmp_path / "faces"
+    assert "6 faces written, 0 kept" in command(synth, "--out", root, *SMALL)[1]
+    made = contents(root)
+    assert len(made) == 3 + 3 + 1 + 2 + 1 and SYNTHETIC_MARKER in made
+    (root / "train/masks/train_00001.png").unlink()
+    assert "1 faces written, 5 kept" in command(synth, "--out", root, *SMALL)[1]
+    assert contents(root) == made
+    synth.make_dataset(tmp_path / "again", 3, 1, 2, 64, workers=2)
+    assert contents(tmp_path / "again") == made
+
+
+def test_mistakes_are_one_line_and_status_2(command, tmp_path):
+    raw, other = write(challenge(), tmp_path / "raw"), write({"train/images/mine.jpg": b""}, tmp_path / "other")
+    text, new, faces = write({"text.zip": b"no zip"}, tmp_path) / "text.zip", tmp_path / "new", tmp_path / "faces"
+    command(synth, "--out", faces, *SMALL)
+    for tool, flags, reason in (
+        (prepare, ("--raw", tmp_path / "missing", "--data", new), "cannot read"),
+        (prepare, ("--raw", text, "--data", new), "cannot read"),
+        (prepare, ("--raw", raw, "--data", tmp_path), "lies in the output"),
+        (prepare, ("--raw", raw, "--data", other), "1 files not from"),
+        (audit, ("--data", tmp_path / "missing"), "no data folder"),
+        (audit, ("--data", raw / "test"), "no such file or folder"),
+        (synth, ("--out", text / "faces"), "cannot create folder"),
+        (synth, ("--out", other), "other files"),
+        (synth, ("--out", faces, *SMALL, "--seed=1"), "another --seed"),
+        (synth, ("--out", new, "--size=5"), "--size 32"),
+    ):
+        status, out, error = command(tool, *flags)
+        assert (status, out, error.count("\n")) == (2, "", 1) and reason in error
+    assert not new.exists()

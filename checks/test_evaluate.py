@@ -1,0 +1,144 @@
+"""The official score, by hand and by the plain formula; networks and folders scored; views and label maps."""
+
+import json
+
+from common import UserError
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import views
+from data import Pairs, split
+from evaluate import batch_score, compare_folders, confusion, evaluate, held_out, label_scores, main, official_score
+from images import mask_image, resize
+from labels import FLIP
+from model import build
+from views import Views, input_size, label_map, log_probabilities, parse_views
+
+
+def plain_score(pred, true):
+    """The formula of the task, label by label."""
+    scores = []
+    for label in np.unique(true):
+        tp = np.sum((pred == label) & (true == label))
+        precision, recall = tp / (np.sum(pred == label) + 1e-7), tp / (np.sum(true == label) + 1e-7)
+        scores.append(2 * precision * recall / (precision + recall + 1e-7))
+    return np.mean(scores)
+
+
+def test_score_by_hand():
+    true, pred = np.uint8([[0, 0, 1, 1]]), np.uint8([[0, 1, 1, 5]])
+    # F is 2/3 for label 0 and 1/2 for label 1; label 5 is not in the truth.
+    assert official_score(confusion(pred, true)[None]) == pytest.approx((2 / 3 + 1 / 2) / 2, abs=1e-6)
+
+
+def test_score_equals_the_plain_formula():
+    rng = np.random.default_rng(0)
+    pairs = [rng.integers(0, rng.integers(2, 20), (2, 40, 30), np.uint8) for _ in range(20)]
+    confusions = np.stack([confusion(*pair) for pair in pairs])
+    assert official_score(confusions) == pytest.approx(np.mean([plain_score(*pair) for pair in pairs]), abs=1e-12)
+
+
+def test_batch_and_label_scores_by_hand():
+    # Two images of label 0 and one of label 1, all predicted as 0.
+    confusions = np.stack([confusion(np.zeros((2, 2), np.uint8), np.full((2, 2), k, np.uint8)) for k in (0, 0, 1)])
+    assert batch_score(confusions, batch=3) == pytest.approx((0.8 + 0) / 2, abs=1e-6)  # precision 8/12, recall 1
+    f, images = label_scores(confusions)
+    assert f[:2] == pytest.approx([1, 0], abs=1e-6) and np.isnan(f[2]) and images[:3].tolist() == [2, 1, 0]
+
+
+class Oracle(torch.nn.Module):
+    """Returns logits of stored masks, in order."""
+
+    def forward(self, images, full_size):
+        chosen, self.masks = self.masks[: len(images)], self.masks[len(images) :]
+        return F.one_hot(chosen.long(), 19).permute(0, 3, 1, 2).float() * 20
+
+
+@pytest.mark.parametrize("scale", [0.5, 2])  # logits coarser and finer than the masks
+def test_perfect_network_scores_1(scale):
+    masks = np.zeros((3, 64, 64), np.uint8)
+    masks[:, 10:40, 10:40], masks[:, 44:60, 44:60] = 1, 15
+    oracle = Oracle()
+    oracle.masks = F.interpolate(torch.from_numpy(masks)[None], scale_factor=scale)[0]
+    pairs = Pairs(np.zeros((3, 3, 64, 64), np.uint8), masks, np.zeros(3, bool), list("abc"))
+    confusions, losses = evaluate(oracle, pairs, np.arange(3), 64, torch.device("cpu"), batch=2)
+    assert official_score(confusions) > 0.98 and losses.max() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("flags", "validated", "seed", "warning"),
+    [({}, True, 7, ""), ({"split_seed": 42}, True, 42, "seen these"), ({}, False, 7, "all pairs")],
+)
+def test_a_run_is_scored_on_the_pairs_it_held_out(tmp_path, flags, validated, seed, warning):
+    (tmp_path / "args.json").write_text(json.dumps({"args": {"val_split": 0.1, "split_seed": 7}}))
+    indices, printed = held_out(tmp_path / "best.pt", {"validated": validated}, 100, **flags)
+    assert indices.tolist() == split(100, 0.1, seed)[1].tolist()
+    assert warning in printed and bool(printed) == bool(warning)
+
+
+def test_weights_without_a_run_are_scored_on_the_reference_split(tmp_path):
+    indices, _ = held_out(tmp_path / "a.pt", {"validated": True}, 100)
+    assert indices.tolist() == split(100)[1].tolist()
+
+
+def write_masks(root, **masks):
+    for name, mask in masks.items():
+        (root / name).mkdir()
+        if mask:
+            mask_image(np.uint8(mask)).save(root / name / "a.png")
+    return root / "pred", root / "true"
+
+
+def test_script_scores_folders_of_masks(tmp_path, monkeypatch, capsys):
+    pred, true = write_masks(tmp_path, pred=[[0, 13]], true=[[0, 13]])
+    monkeypatch.setattr("sys.argv", ["evaluate.py", f"--masks={pred}", f"--truth={true}"])
+    main()
+    assert "official score 1.0000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("truth", "error"), [(None, "a.png"), ([[200]], "label 200"), ([[0, 0]], "a.png")])
+def test_folders_that_do_not_match_are_refused(tmp_path, truth, error):
+    with pytest.raises(UserError, match=error):
+        compare_folders(*write_masks(tmp_path, pred=[[0]], true=truth))
+
+
+def test_views_are_parsed():
+    assert parse_views("") == Views(False, (1.0,)) and parse_views("flip, 1.5") == Views(True, (1.5,))
+    assert parse_views("flip,scales") == Views(True, (0.75, 1.0, 1.25))
+    for text in ("flop", "0", "nan", "99"):
+        with pytest.raises(UserError, match="--views"):
+            parse_views(text)
+
+
+def test_flipped_view_of_a_mirrored_image_is_mirrored():
+    network, images = build("microunet").eval(), torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    log_p, mirrored = (log_probabilities([network], x, 64, Views(flip=True)) for x in (images, images.flip(3)))
+    assert torch.allclose(log_p, mirrored[:, FLIP].flip(3), atol=1e-4)
+
+
+def test_averaged_probabilities_add_up_to_one():
+    networks, images = [build("microunet").eval(), build("microsegformer").eval()], torch.zeros(1, 3, 80, 64).byte()
+    log_p = log_probabilities(networks, images, 64, parse_views("flip,scales"))
+    assert torch.allclose(log_p.exp().sum(1), torch.ones(()), atol=1e-4)
+
+
+@pytest.mark.parametrize("pixels", [1, 1 << 22])  # label by label, and all labels at once
+def test_label_map_is_the_argmax_of_upsampled_maps(monkeypatch, pixels):
+    monkeypatch.setattr(views, "WHOLE_PIXELS", pixels)
+    log_p = torch.randn(3, 19, 20, 24)
+    full = F.interpolate(log_p, size=(90, 70), mode="bilinear", align_corners=False)
+    assert torch.equal(label_map(log_p, 90, 70), full.argmax(1).byte())
+
+
+def test_input_has_the_aspect_ratio_of_the_image():
+    assert input_size(512, 512, 256, 1.25) == (320, 320) and input_size(200, 800, 256) == (128, 512)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (12, 12), (5, 7), (24, 30)])
+def test_resize_averages_down_and_interpolates_up(size):
+    images = torch.randint(0, 256, (1, 3, 12, 12), dtype=torch.uint8)
+    expected = F.interpolate(images.float() / 255, size, mode="area" if size[0] <= 12 else "bilinear")
+    assert torch.allclose(resize(images, *size), expected, atol=1e-6)

@@ -1,0 +1,100 @@
+"""Check a data folder for unpaired, damaged, wrong and duplicate files, and print label statistics.
+
+python -m tools.audit --data data
+python -m tools.audit --data data --list > faults.txt
+
+Exit status 1 if there are faults. Masks with left and right reversed are no faults: training repairs them in memory.
+"""
+
+import hashlib
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from common import ArgumentParser, in_parallel, positive, printable, run_main
+
+import numpy as np
+from PIL import Image
+
+from data import SIZE, find_data, reversed_sides
+from images import DECODE_ERRORS, image_files
+from labels import NAMES, NUM_CLASSES
+
+REVERSED = "left and right reversed"
+
+
+def inspect(path):
+    """Check one image, or mask if its folder is `masks`; runs in a worker process.
+
+    Returns (faults, digest of an image's pixels or None, pixels (19,) of each label of a mask or None).
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except DECODE_ERRORS:
+        return ["unreadable"], None, None
+    faults = ["not 512 x 512"] if image.size != (SIZE, SIZE) else []
+    if path.parent.name == "images":
+        if image.mode != "RGB":
+            faults.append("image not RGB")
+        content = image.convert("RGB").tobytes() + str(image.size).encode()
+        return faults, hashlib.sha256(content).digest(), None
+    if image.format != "PNG" or image.mode not in ("P", "L"):
+        return [*faults, "mask not a PNG of mode P or L"], None, None
+    mask = np.array(image)
+    if mask.max() >= NUM_CLASSES:
+        return [*faults, "label above 18"], None, None
+    if reversed_sides(mask):
+        faults.append(REVERSED)
+    return faults, None, np.bincount(mask.ravel(), minlength=NUM_CLASSES)
+
+
+def audit(data, workers=None):
+    """Check DATA/train and, if they exist, DATA/dev and DATA/test.
+
+    Returns ({fault: [path, ...]}, pixels (M, 19) of each label of each readable mask). UserError if a folder is empty.
+    """
+    images, masks = (image_files(Path(data, "train", kind)) for kind in ("images", "masks"))
+    found = defaultdict(list)
+    for files, partners, fault in ((images, masks, "image without mask"), (masks, images, "mask without image")):
+        stems, partner_stems = Counter(path.stem for path in files), {path.stem for path in partners}
+        found[fault] += [path for path in files if path.stem not in partner_stems]
+        found["name used twice"] += [path for path in files if stems[path.stem] > 1]
+    files = images + masks
+    for split in ("dev", "test"):
+        if Path(data, split).is_dir():
+            files += image_files(Path(data, split, "images"))
+    first, pixels = {}, []
+    for path, (faults, digest, counts) in zip(files, in_parallel(inspect, files, workers, "checking"), strict=True):
+        if digest and first.setdefault(digest, path) != path:
+            faults.append(f"same pixels as {first[digest]}")
+        for fault in faults:
+            found[fault].append(path)
+        if counts is not None:
+            pixels.append(counts)
+    return {fault: paths for fault, paths in found.items() if paths}, np.array(pixels).reshape(-1, NUM_CLASSES)
+
+
+def main():
+    parser = ArgumentParser(description="Check a data folder and print label statistics.")
+    parser.add_argument("--data", help="folder with train/, dev/ and test/; default ./data, else synthetic faces")
+    parser.add_argument("--list", action="store_true", help="name every file, not only the first of each fault")
+    parser.add_argument("--workers", type=positive, help="processes; default one per core")
+    args = parser.parse_args()
+    data = find_data(args.data)
+    found, pixels = audit(data, args.workers)
+    print(f"{'label':<13} {'% of pixels':>11} {'% of masks':>11}")
+    if len(pixels):
+        fractions, present = 100 * (pixels / pixels.sum(1, keepdims=True)).mean(0), 100 * (pixels > 0).mean(0)
+        for label, name in enumerate(NAMES):
+            print(f"{label:>2} {name:<10} {fractions[label]:>11.2f} {present[label]:>11.1f}")
+    for fault, paths in found.items():
+        for path in paths if args.list else paths[:1]:
+            print(f"{printable(fault)} ({len(paths)}): {printable(str(path))}")
+    faults = sum(len(paths) for fault, paths in found.items() if fault != REVERSED)
+    repaired = len(found.get(REVERSED, []))
+    print(f"{data}: {len(pixels)} readable masks, {faults} faults, {repaired} reversed masks (repaired in training)")
+    return int(faults > 0)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,218 @@
+"""Make a data folder (train/images, train/masks, dev/images, test/images) from a download.
+
+python -m tools.prepare --raw challenge.zip
+python -m tools.prepare --raw CelebAMask-HQ --data data-hq --count 1000
+
+RAW is a folder or a zip: the challenge's data or the raw CelebAMask-HQ release (Lee et al., arXiv 1907.11922). The same
+command resumes an interrupted run.
+"""
+
+import functools
+import io
+import lzma
+import os
+import re
+import zipfile
+from pathlib import Path, PurePosixPath
+
+from common import ArgumentParser, UserError, atomic, in_parallel, make_folder, positive, run_main
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from data import SIZE
+from images import DECODE_ERRORS, IMAGE_SUFFIXES, labels_from_colours, mask_image, rgb_pixels
+from labels import NAMES, NUM_CLASSES
+
+MAX_BYTES = 64 << 20  # far more than a portrait needs; larger files are zip bombs or mistakes
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
+SPLITS = {"train": "train", "dev": "dev", "val": "dev", "test": "test"}
+PARTS = {name: label for label, name in enumerate(NAMES) if label}
+open_zip = functools.cache(zipfile.ZipFile)  # one handle per worker process
+
+
+def list_files(raw, data):
+    """Relative names of the images in a folder or zip, sorted, without hidden files and those of DATA.
+
+    UserError if RAW is missing or damaged, or if a member's path leads out of the zip.
+    """
+    names = []
+    if raw.is_dir():
+        for folder, folders, files in os.walk(raw, followlinks=True):  # data sets are often linked into place
+            folders[:] = [name for name in folders if Path(folder, name).resolve() != data.resolve()]
+            names += [Path(folder, name).relative_to(raw).as_posix() for name in files]
+    else:
+        try:
+            with zipfile.ZipFile(raw) as archive:
+                names = archive.namelist()
+        except (zipfile.BadZipFile, OSError) as error:
+            raise UserError(f"cannot read {raw} ({error}); give the downloaded zip or folder as RAW") from None
+    for name in names:
+        if re.match(r"[/\\]|[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name):
+            raise UserError(f"{raw} has a member that leads out of it, {name!r}; do not trust this zip")
+    names = (name for name in names if not re.search(r"(^|/)(\.|__MACOSX/)", name))
+    return sorted(name for name in names if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES)
+
+
+def find_challenge(names):
+    """Map (split, "images" or "masks") to {stem: name} for the challenge's files."""
+    found = {}
+    for name in names:
+        path = PurePosixPath(name)
+        split, kind = path.parent.parent.name.lower(), path.parent.name.lower()
+        if split in SPLITS and (kind == "images" or (split, kind) == ("train", "masks")):
+            _add(found.setdefault((SPLITS[split], kind), {}), path.stem, name)
+    return found
+
+
+def find_release(names):
+    """({"00000": image name}, {"00000": {label: part name}}) of the raw CelebAMask-HQ release."""
+    images, parts = {}, {}
+    for name in names:
+        path = PurePosixPath(name)
+        if path.parent.name == "CelebA-HQ-img" and path.stem.isdecimal():
+            _add(images, f"{int(path.stem):05d}", name)
+        elif "CelebAMask-HQ-mask-anno" in path.parts:
+            number, _, part = path.stem.partition("_")
+            if not number.isdecimal() or part not in PARTS:
+                raise UserError(f"{name} is not NUMBER_PART.png with a part of {', '.join(PARTS)}; remove it")
+            _add(parts.setdefault(f"{int(number):05d}", {}), PARTS[part], name)
+    return images, parts
+
+
+def _add(found, key, name):
+    if key in found:
+        raise UserError(f"{found[key]} and {name} are the same item; remove one")
+    found[key] = name
+
+
+def plan(raw, data, count=None):
+    """Map each path below DATA to its source: a file name in RAW, or {label: file name} of a mask's parts.
+
+    UserError if RAW contains neither form or both, or if one of the first `count` training files has no partner.
+    """
+    names = list_files(raw, data)
+    found = find_challenge(names)
+    images, masks = find_release(names)
+    if bool(found) == bool(images or masks):  # neither or both
+        expected = "train/images and train/masks, or CelebA-HQ-img and CelebAMask-HQ-mask-anno"
+        raise UserError(f"{raw} must contain either {expected}; unpack zips inside it first")
+    images, masks = images or found.pop(("train", "images"), {}), masks or found.pop(("train", "masks"), {})
+    stems = sorted(images.keys() | masks.keys())[:count]
+    for partners, what in ((masks, "images without a mask"), (images, "masks without an image")):
+        unpaired = [stem for stem in stems if stem not in partners]
+        if unpaired:
+            raise UserError(f"{raw} has {len(unpaired)} training {what}, such as {unpaired[0]}; download it again")
+    jobs = {f"train/images/{stem}.jpg": images[stem] for stem in stems}
+    jobs |= {f"train/masks/{stem}.png": masks[stem] for stem in stems}
+    for (split, _), files in found.items():
+        jobs |= {f"{split}/images/{stem}.jpg": name for stem, name in files.items()}
+    return jobs
+
+
+def read(raw, name):
+    """(bytes, PIL image) of a file in RAW. UserError if it is damaged, too large, or a decompression bomb."""
+    try:
+        with open(raw / name, "rb") if raw.is_dir() else open_zip(raw).open(name) as file:
+            content = file.read(MAX_BYTES + 1)
+    except (*DECODE_ERRORS, zipfile.BadZipFile, lzma.LZMAError) as error:
+        raise UserError(f"cannot read {name}: {error}; download it again") from None
+    if len(content) > MAX_BYTES:
+        raise UserError(f"{name} is larger than {MAX_BYTES >> 20} MiB unpacked; remove it")
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        image.load()
+    except DECODE_ERRORS as error:
+        reason = f"not {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"damaged image {name} ({reason}); replace it, or remove it and its partner") from None
+    return content, image
+
+
+def labels_from_image(image, name):
+    """Labels (H, W) uint8 of a mask image: its values (mode L or P) or the palette's colours. UserError otherwise."""
+    if image.format == "JPEG":
+        raise UserError(f"mask {name} is a JPEG, which destroys labels; a mask must be a PNG")
+    if image.mode not in ("L", "P", "RGB", "RGBA"):
+        raise UserError(f"mask {name} has mode {image.mode}; convert it to 8-bit values 0-{NUM_CLASSES - 1}")
+    values, colours = np.array(image), None if image.mode == "L" else labels_from_colours(image)
+    # PNG optimisers reorder palettes: if every value has the colour of another label, the colour counts.
+    if colours is not None and (values.ndim == 3 or len(np.unique(colours)) == len(np.unique(values))):
+        return colours
+    if values.ndim == 3 or values.max() >= NUM_CLASSES:
+        raise UserError(f"mask {name} has labels above {NUM_CLASSES - 1} or colours of no label; repair the mask")
+    return values
+
+
+def paint(raw, names):
+    """Labels (H, W) uint8 of {label: file name}: nonzero is the part, higher labels cover lower ones.
+
+    This is the order of the release's own g_mask.py. UserError if the sizes differ.
+    """
+    parts = {label: read(raw, name)[1].convert("L") for label, name in sorted(names.items())}
+    if len({part.size for part in parts.values()}) > 1:
+        raise UserError(f"the parts of a mask differ in size: {', '.join(names.values())}; download them again")
+    labels = np.uint8(0)
+    for label, part in parts.items():
+        labels = np.where(np.asarray(part) != 0, np.uint8(label), labels)
+    return labels
+
+
+def convert(task):
+    """Write one file unless it exists; runs in a worker process. Returns True if written."""
+    raw, source, path, size = task
+    if path.exists():
+        return False
+    buffer = io.BytesIO()
+    if path.suffix == ".jpg":
+        content, image = read(raw, source)
+        if (image.format, image.mode, image.size) == ("JPEG", "RGB", (size, size)):
+            buffer.write(content)
+        else:
+            image = Image.fromarray(rgb_pixels(image)).resize((size, size), Image.Resampling.LANCZOS)
+            image.save(buffer, "JPEG", quality=95)
+    else:
+        labels = paint(raw, source) if isinstance(source, dict) else labels_from_image(read(raw, source)[1], source)
+        image = Image.fromarray(labels).resize((size, size), Image.Resampling.NEAREST)
+        mask_image(np.array(image)).save(buffer, "PNG")
+    with atomic(path) as temporary:
+        temporary.write_bytes(buffer.getvalue())
+    return True
+
+
+def prepare(raw, data, count=None, size=SIZE, workers=None):
+    """Make the folder `data` from `raw` (a folder or zip of either form); existing files are kept.
+
+    Returns ({path below data: source}, number of files written). UserError for bad input and other files in `data`.
+    """
+    raw, data = Path(raw), Path(data)
+    if raw.is_dir() and raw.resolve().is_relative_to(data.resolve()):
+        raise UserError(f"RAW {raw} lies in the output folder {data}; give another DATA")
+    jobs = plan(raw, data, count)
+    tasks = [(raw, source, data / name, size) for name, source in jobs.items()]
+    paths = {path for _, _, path, _ in tasks}
+    for folder in sorted({path.parent for path in paths}):
+        make_folder(folder)
+        for unfinished in folder.glob(".*.tmp"):
+            unfinished.unlink()
+        others = sorted(p.name for p in folder.iterdir() if p not in paths and not p.name.startswith("."))
+        if others:
+            raise UserError(f"{folder} has {len(others)} files not from {raw}, such as {others[0]}; give another DATA")
+    return jobs, sum(in_parallel(convert, tasks, workers, "preparing"))
+
+
+def main():
+    parser = ArgumentParser(description="Make a data folder from a download.")
+    parser.add_argument("--raw", required=True, help="downloaded data: a zip or folder")
+    parser.add_argument("--data", default="data", help="folder to create or complete")
+    parser.add_argument("--count", type=positive, help="use only the first so many training pairs")
+    parser.add_argument("--workers", type=positive, help="processes; default one per core")
+    args = parser.parse_args()
+    jobs, written = prepare(args.raw, args.data, args.count, workers=args.workers)
+    pairs, dev, test = (sum(name.startswith(key) for name in jobs) for key in ("train/masks", "dev/", "test/"))
+    print(
+        f"{args.data}: {pairs} training pairs, {dev} dev and {test} test images; {written} of {len(jobs)} files written"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,201 @@
+"""The page of all runs, runs/index.html: leaderboard, curves, scores by label, worst and best images, comparisons.
+
+python -m tools.report
+python -m tools.report --name a --device cpu      # predict the images of run a only, as a training does at its end
+
+The page and runs/*/pictures.json contain images of the dataset: git ignores them, and they must not be published.
+"""
+
+import base64
+import io
+import json
+import time
+from pathlib import Path
+
+from common import ArgumentParser, UserError, print_message, read_json, run_main, write_text
+
+import numpy as np
+import torch
+from PIL import Image
+
+from checkpoint import find_run, load_model, read_metrics, select_device
+from data import SYNTHETIC, find_pairs, reversed_sides
+from images import mask_image, read_image, read_mask
+from labels import HEX_COLOURS, NAMES, NUM_CLASSES
+from options import parse_sizes
+from tools.leaderboard import PLACES, changed_settings, number, summary, survey
+from train import is_running
+from views import Views, label_map, log_probabilities
+
+TEMPLATE = Path(__file__).with_name("page.html")
+PICTURED = 6  # number of runs whose images are on the page: each takes about 300 kB
+EACH = 6  # images per group
+SIDE = 192  # of an image on the page
+FORMAT = 3  # of pictures.json
+ERROR_COLOUR = (213, 94, 0)  # vermillion: distinguishable from grey for colour-blind readers
+
+
+def read_run(folder):
+    """What the page shows of a run, as a dict for JSON; LookupError, TypeError or ValueError if files are damaged."""
+    record, row, lines = read_json(folder / "args.json"), summary(folder), []
+    args = record["args"]
+    for line in read_metrics(folder):
+        keys = ["epoch", "loss", "lr", *({"val_loss", "official", "train_official"} & line.keys())]
+        lines.append({key: number(line[key]) for key in keys})
+    phases = parse_sizes(args["sizes"], args["epochs"])
+    run = {"name": folder.name, "lines": lines, "phases": phases, "best": read_best(folder), "row": row}
+    run |= {"epochs": sum(length for _, length in phases), "running": is_running(folder)}
+    run["changed"] = {key: str(value) for key, value in changed_settings(args).items()}
+    run["settings"] = {key: str(value) for key, value in args.items() if key not in PLACES}
+    versions = ", ".join(f"{name} {value}" for name, value in record["versions"].items() if value)
+    run["origin"] = f"Started {record.get('started', '-')}, commit {record['commit'][:12]}, {versions}."
+    json.dumps(run, allow_nan=False)  # ValueError if not valid JSON
+    return run
+
+
+def read_runs(runs):
+    """(`read_run` of each run: real faces first, then by score, unscored ones last; [(name, reason) if unreadable])."""
+    found, unreadable = survey(runs, read_run)
+    scored = [run for run in found if run["row"]]
+    scored.sort(key=lambda run: (run["row"]["synthetic"], -run["row"]["official"]))
+    return scored + [run for run in found if not run["row"]], unreadable
+
+
+def read_best(folder):
+    """Scores by label and image from best.json, None if missing; an error as in `read_run` if it is damaged."""
+    if not (folder / "best.json").is_file():
+        return None
+    content = read_json(folder / "best.json")
+    best = {key: content[key] for key in ("labels", "images_with_label", "confusion", "image_scores")}
+    rows = [best["labels"], best["images_with_label"], *best["confusion"], *best["image_scores"].values()]
+    if len(best["confusion"]) != NUM_CLASSES or any(len(row) != NUM_CLASSES for row in rows):
+        raise ValueError(f"best.json is not about {NUM_CLASSES} labels")
+    for value in (value for row in rows for value in row if value is not None):  # F of an absent label is None
+        number(value)
+    return best
+
+
+def image_score(row):
+    """The official score of an image from its F by label, None for absent labels."""
+    return float(np.mean([f for f in row if f is not None]))
+
+
+def find_images(args, names):
+    """{name: (image path, mask path)} from the run's data folder, ./data or the synthetic faces, else UserError."""
+    folders = dict.fromkeys(str(folder) for folder in (args.get("data"), "data", SYNTHETIC) if folder)
+    for folder in folders:
+        try:
+            pairs = {image.stem: (image, mask) for image, mask in find_pairs(folder)}
+        except UserError:
+            continue
+        if pairs.keys() >= set(names):
+            return pairs
+    raise UserError(f"none of {', '.join(folders)} contains the images of this run")
+
+
+def data_uri(image, form, **settings):
+    """A PIL image as a data URI."""
+    file = io.BytesIO()
+    image.save(file, form, **settings)
+    return f"data:image/{form.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def error_map(pixels, wrong):
+    """uint8 (H, W, 3): the image (H, W, 3) in pale grey, pixels that are `wrong` (H, W) bool in ERROR_COLOUR."""
+    grey = 110 + 0.55 * pixels.mean(2, keepdims=True)
+    return np.where(wrong[..., None], np.array(ERROR_COLOUR, float), grey).astype(np.uint8)
+
+
+def panels(pixels, true, predicted):
+    """Data URIs of image, mask, prediction and errors, from uint8 (H, W, 3), (H, W) and (H, W)."""
+    errors = error_map(pixels, true != predicted)
+    photos = [Image.fromarray(photo).resize((SIDE, SIDE), Image.BOX) for photo in (pixels, errors)]
+    image, errors = (data_uri(photo, "JPEG", quality=82) for photo in photos)
+    masks = [mask_image(mask).resize((SIDE, SIDE), Image.NEAREST) for mask in (true, predicted)]
+    return [image, *(data_uri(mask, "PNG", optimize=True) for mask in masks), errors]
+
+
+def read_pictures(folder):
+    """pictures.json of a run; None if it is missing, damaged or of other weights than best.pt."""
+    try:
+        content = read_json(folder / "pictures.json")
+        return content if content["version"] == weights_version(folder) else None
+    except (UserError, LookupError, TypeError):
+        return None
+
+
+def weights_version(folder):
+    """A list that changes with best.pt and with the format of pictures.json; None if there is no best.pt."""
+    path = folder / "best.pt"
+    return [FORMAT, path.stat().st_mtime_ns, path.stat().st_size] if path.is_file() else None
+
+
+def draw_pictures(folder, device):
+    """Predict a scored run's images with its best.pt; returns the content of pictures.json. UserError without data.
+
+    Images whose mask has left and right reversed form their own group: their scores are errors of the mask.
+    """
+    version, rows = weights_version(folder), read_best(folder)["image_scores"]
+    scores = {name: image_score(row) for name, row in rows.items()}
+    pairs = find_images(read_json(folder / "args.json")["args"], scores)
+    order = sorted(scores, key=scores.get)
+    flawed = [name for name in order if reversed_sides(read_mask(pairs[name][1]))]
+    sound = [name for name in order if name not in flawed]
+    each = min(EACH, (len(sound) + 1) // 2)
+    groups = {"lowest": sound[:each], "highest": sound[each:][::-1][:EACH], "reversed": flawed[:EACH]}
+    model, info = load_model(folder / "best.pt", device)
+    pictures = []
+    for group, name in ((group, name) for group, names in groups.items() for name in names):
+        pixels, true = (read(path) for read, path in zip((read_image, read_mask), pairs[name], strict=True))
+        images = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(device)
+        log_p = log_probabilities([model], images, info["size"], Views())
+        predicted = label_map(log_p, *true.shape)[0].cpu().numpy()
+        lowest = sorted((f, NAMES[i]) for i, f in enumerate(rows[name]) if f is not None)[:3]
+        picture = {"group": group, "name": name, "score": scores[name], "lowest": [[label, f] for f, label in lowest]}
+        pictures.append(picture | {"panels": panels(pixels, true, predicted)})
+    content = {"version": version, "images": len(order), "reversed": len(flawed), "pictures": pictures}
+    content["score_without_reversed"] = float(np.mean([scores[name] for name in sound])) if sound else 0.0
+    write_text(folder / "pictures.json", json.dumps(content))
+    return content
+
+
+def write_page(runs, name=None, device="auto"):
+    """Write runs/index.html, after predicting missing images of run `name`, else of the best runs; returns its path."""
+    found, unreadable = read_runs(runs)
+    left = PICTURED
+    for run in found:
+        folder, chosen = Path(runs, run["name"]), run["name"] == name
+        run["pictures"] = read_pictures(folder)
+        if run["best"] and weights_version(folder) and (chosen or not name and left) and not run["pictures"]:
+            try:
+                run["pictures"] = draw_pictures(folder, select_device(device))
+            except UserError as error:
+                print_message(f"no images of {folder.name}: {error}")
+        if run["pictures"] and left:
+            left -= 1
+        elif not (run["running"] or chosen):
+            run["pictures"] = None
+    data = {"runs": found, "unreadable": unreadable, "labels": NAMES, "colours": HEX_COLOURS}
+    data["written"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    path = Path(runs, "index.html")
+    write_text(path, fill_template(TEMPLATE.read_text(encoding="utf-8"), data))
+    return path
+
+
+def fill_template(template, data):
+    """The template with `data` as JSON in place of <!--DATA-->; without "<", no text in it can end the script."""
+    return template.replace("<!--DATA-->", json.dumps(data).replace("<", "\\u003c"), 1)
+
+
+def main():
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--runs", default="runs", help="folder of all runs")
+    parser.add_argument("--name", help="predict the images of this run only; default: of the best runs with weights")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    args = parser.parse_args()
+    name = find_run(args.name, args.runs).name if args.name else None
+    print(f"{write_page(args.runs, name, args.device)}: open it in a browser; never publish it (images of the dataset)")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,150 @@
+"""Create the zip for the course: report, predicted masks, all code, checkpoint, and a Readme.txt that explains them.
+
+python -m tools.report_zip --matric A12345678B --name a                     # build/A12345678B.zip, runs/a/report.pdf
+python -m tools.report_zip --matric A12345678B --report report.pdf --out .  # of the release or the best run
+
+Masks and checkpoint are those in the run's Codabench zip (tools/package.py), which is created first if missing.
+"""
+
+import io
+import logging
+import re
+from pathlib import Path
+
+from common import ArgumentParser, UserError, atomic, make_folder, read_json, run_main
+
+import torch
+
+import checkpoint
+from data import find_data
+from model import PARAM_LIMIT, count_parameters
+from tools.check_submission import judge, read_zip, show
+from tools.package import ROOT, make_submission, write_zip
+
+ZIP = "submission-test.zip"
+MAX_PAGES = 5
+CODE = ("*.py", "*.toml", "*.md", "Makefile", "LICENSE", "requirements.txt", "tools/*", "checks/*", "docs/*")
+
+
+def matriculation(text):
+    """argparse type: a matriculation number, returned in capitals."""
+    if not re.fullmatch("[A-Z][0-9]{8}[A-Z]", text.upper()):
+        raise UserError(f"--matric {text}: not a letter, eight digits and a letter, such as A12345678B")
+    return text.upper()
+
+
+def count_pages(path):
+    """Number of pages of a PDF. UserError if it is unreadable, has more than MAX_PAGES, or one that is not A4."""
+    try:
+        import pypdf
+    except ImportError:
+        raise UserError("pypdf is missing: pip install -r tools/requirements.txt") from None
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # damage is reported below
+    try:
+        sizes = [sorted((page.mediabox.width, page.mediabox.height)) for page in pypdf.PdfReader(path).pages]
+    except Exception as error:  # a damaged file makes the reader raise anything
+        raise UserError(f"cannot read {path} ({error}); export the report as PDF again") from None
+    if not 1 <= len(sizes) <= MAX_PAGES:
+        raise UserError(f"{path} has {len(sizes)} pages; 1 to {MAX_PAGES} are allowed")
+    for number, (short, long) in enumerate(sizes, 1):
+        if abs(short - 595) > 3 or abs(long - 842) > 3:
+            raise UserError(f"page {number} of {path} has {short:.0f} x {long:.0f} points; A4 has 595 x 842")
+    return len(sizes)
+
+
+def find_report(folder):
+    """The run's report.pdf. UserError if it is missing or older than its draft."""
+    report, draft, name = folder / "report.pdf", folder / "report.html", checkpoint.make_name(folder)
+    if not report.is_file():
+        raise UserError(f"no {report}: `make report NAME={name}`, then `make report-pdf NAME={name}`; or REPORT=FILE")
+    if draft.is_file() and draft.stat().st_mtime > report.stat().st_mtime:
+        raise UserError(f"{draft} is newer than {report}: print it again, `make report-pdf NAME={name}`")
+    return report
+
+
+def read_submission(path, images, own):
+    """({name: bytes}, views) of a Codabench zip. UserError if a check fails or its weights differ from `own`."""
+    remedy = f"`make submit NAME={checkpoint.make_name(path.parent)}` creates a new one"
+    if not show(judge(path, images, "test")):
+        raise UserError(f"{path} has the faults above; {remedy}")
+    files, _ = read_zip(path)
+    content = torch.load(io.BytesIO(files["solution/ckpt.pth"]), map_location="cpu", weights_only=True)
+    sent = content["state_dict"]
+    if sent.keys() != own.keys() or not all(sent[k].dtype == v.dtype and sent[k].equal(v) for k, v in own.items()):
+        raise UserError(f"{path} has other weights than the run; {remedy}")
+    return files, content.get("views", "")
+
+
+def describe_score(folder, validated, views):
+    """The run's best validation scores as text, and what they do not cover."""
+    scored = [line for line in checkpoint.read_metrics(folder) if "official" in line]
+    if not scored:
+        return "not measured, because the network was trained on all pairs"
+    best = max(scored, key=lambda line: line["official"])
+    text = f"{best['official']:.4f}, the official score; {best['batch32']:.4f} by the batch-of-32 formula"
+    text += f"\n  without the views that the masks average, {views}" if views else ""
+    if not validated:
+        text += (
+            "\n  of the run in run/, which held pairs out; the weights here come from the same training on all pairs"
+        )
+    return text
+
+
+def write_readme(matric, score, parameters, report, count, record):
+    """The text of Readme.txt; `record` is the run's args.json, `count` the number of masks."""
+    return f"""Face parsing on CelebAMask-HQ, 19 labels: {matric}
+
+Validation F-measure: {score}
+Parameters: {parameters:,} (fewer than {PARAM_LIMIT:,} are allowed)
+
+Files
+  {report}: the report
+  masks/: the {count} predicted masks of the test images, PNG of mode P; pixel values are label ids
+  checkpoint/ckpt.pth: weights and arguments of the network, its input size, and the views to average
+  run/args.json, run/metrics.jsonl: command, settings and commit of the training, and its scores by epoch
+  code/: all code; code/README.md describes it
+
+Third-party libraries are in code/requirements.txt; the training's versions and machine:
+  {", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())}
+
+How to reproduce the masks, with the test images in DATA/test/images (an absolute path): in code/, by make or without
+  make submit WEIGHTS=../checkpoint/ckpt.pth DATA=DATA ZIP=../again.zip
+  python -m tools.run --input DATA/test/images --output ../masks-again --weights ../checkpoint/ckpt.pth
+
+CelebAMask-HQ (Lee et al., CVPR 2020), weights trained on it and these masks are for non-commercial research only.
+"""
+
+
+def main():
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--matric", required=True, type=matriculation, help="matriculation number, such as A12345678B")
+    parser.add_argument("--report", type=Path, help=f"PDF, at most {MAX_PAGES} A4 pages; default the run's report.pdf")
+    parser.add_argument("--name", help="run to hand in; default the release, else the best run")
+    parser.add_argument("--data", help="folder with test/images; default that of the training, else ./data")
+    parser.add_argument("--out", default="build", type=Path, help="folder for the zip")
+    args = parser.parse_args()
+    weights = checkpoint.find_weights(args.name)
+    folder, content = weights.parent, checkpoint.load(weights)
+    record, report = read_json(folder / "args.json"), args.report or find_report(folder)
+    pages = count_pages(report)
+    images = find_data(args.data or checkpoint.run_args(weights).get("data")) / "test" / "images"
+    if not (folder / ZIP).is_file() and make_submission(weights, images, "test", folder / ZIP):
+        return 1
+    sent, views = read_submission(folder / ZIP, images, content["state_dict"])
+    entries = {name: data for name, data in sent.items() if name.startswith("masks/")}
+    score, count = describe_score(folder, checkpoint.is_validated(content), views), len(entries)
+    parameters = count_parameters(checkpoint.restore(content, weights))
+    entries["Readme.txt"] = write_readme(args.matric, score, parameters, report.name, count, record).encode()
+    entries |= {report.name: report.read_bytes(), "checkpoint/ckpt.pth": sent["solution/ckpt.pth"]}
+    entries |= {f"run/{name}": (folder / name).read_bytes() for name in ("args.json", "metrics.jsonl")}
+    for path in (path for pattern in CODE for path in ROOT.glob(pattern) if path.is_file()):
+        entries[f"code/{path.relative_to(ROOT).as_posix()}"] = path.read_bytes()
+    make_folder(args.out)
+    with atomic(args.out / f"{args.matric}.zip") as temporary:
+        write_zip(temporary, entries)
+    print(f"{args.out / args.matric}.zip: report of {pages} pages, {count} masks, {len(entries) - count} other files")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,60 @@
+"""One training for each value of the flags that list several values.
+
+python -m tools.sweep --dice="0.5 1.0 1.5 2.0" --sizes=128:12
+python -m tools.sweep --lr="4e-4 8e-4" --seed="1 2"
+
+Runs are named after their values. The same command continues an interrupted sweep: an unfinished run is resumed.
+"""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+from common import UserError, run_main
+
+from options import parse
+from tools.leaderboard import leaderboard, summary
+
+SINGLE = {"--name", "--data", "--from", "--runs", "--cache", "--model-args"}  # values may contain spaces
+
+
+def expand(flags):
+    """[(name suffix, flags), ...] for every combination of values; each flag is "--flag=values" or a switch."""
+    choices = []
+    for flag, equals, value in (text.partition("=") for text in flags):
+        choices.append([flag + equals + one for one in ([value] if flag in SINGLE else value.split() or [value])])
+    if all(len(values) == 1 for values in choices):
+        raise UserError('a sweep needs a flag with several values, such as DICE="0.5 1.0 1.5"')
+    for chosen in itertools.product(*choices):
+        varied = [flag for flag, values in zip(chosen, choices, strict=True) if len(values) > 1]
+        suffix = "-".join(flag.removeprefix("--").replace("=", "") for flag in varied)
+        yield suffix.replace("/", "_").replace(":", "_").replace(",", "+"), list(chosen)
+
+
+def main():
+    if "--help" in sys.argv:
+        parse(["--help"])
+    runs = list(expand(sys.argv[1:]))
+    settings = [parse(flags)[0] for _, flags in runs]  # checks every run before the first one starts
+    folders = []
+    for (suffix, flags), args in zip(runs, settings, strict=True):
+        name = f"{args.name or args.recipe or 'sweep'}-{suffix}"
+        folders.append(Path(args.runs, name))
+        resumes = (folders[-1] / "args.json").is_file() and not args.overwrite  # its flags must be the same
+        print(f"--- {len(folders)} of {len(runs)}: {name}", flush=True)
+        child = subprocess.Popen([sys.executable, "train.py", *flags, f"--{'resume' if resumes else 'name'}={name}"])
+        try:
+            status = child.wait()
+        except BaseException:  # Ctrl-C or SIGTERM: the training saves before it ends
+            child.terminate()
+            child.wait()
+            raise
+        if status:
+            return status
+    print("\n" + leaderboard(list(filter(None, map(summary, folders)))))
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
