@@ -28,7 +28,7 @@ flags = $(foreach v,$(filter-out $(1),$(SETTINGS)),--$(shell echo $(v) | tr A-Z_
 needs = $(foreach v,$(1),$(if $(value $(v))$(ARGS),,$(error `make $@` needs $(v)=, as in: $(2))))
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{printf "  %-20s%s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{printf "%-20s%s\n", $$1, $$2}'
 	@echo; echo "  Settings are flags in capitals: make train NAME=a LR=8e-4 DICE=1.5. For all flags of a target:"
 	@echo "  make train ARGS=--help. PYTHON=python3 VENV= uses an installed environment."
 

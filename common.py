@@ -95,7 +95,7 @@ def run_main(main):
 
 def print_message(message, kind="warning"):
     """Print an error or a warning as one line on stderr."""
-    print(f"{style(f'{kind}:', kind, sys.stderr)} {printable(str(message))}", file=sys.stderr)
+    print(f"{kind}: {printable(str(message))}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -174,15 +174,6 @@ def _start_worker():
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-ANSI = {"good": "32", "warning": "33", "error": "31", "bold": "1"}
-
-
-def style(text, name, stream):
-    """Colour `text` (a key of ANSI) if `stream` is a terminal; NO_COLOR and TERM=dumb turn colours off."""
-    plain = not stream.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return text if plain else f"\x1b[{ANSI[name]}m{text}\x1b[0m"
 
 
 def printable(text):

@@ -3,12 +3,12 @@
 python data.py --data data          # build the cache and print what it contains
 """
 
-import fcntl
 import hashlib
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -180,9 +180,10 @@ def _build_cache(path, files, total, workers):
     """Decode all pairs into the cache file `path` of `total` bytes, atomically."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_unfinished(path.parent)
+        for unfinished in path.parent.glob("*.tmp"):  # of a killed process
+            if time.time() - unfinished.stat().st_mtime > 3600:
+                unfinished.unlink()
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        fcntl.flock(handle, fcntl.LOCK_EX)
         try:
             _reserve(handle, total)
             tasks = [(temporary, i, len(files), *pair) for i, pair in enumerate(files)]
@@ -223,17 +224,6 @@ def _reserve(handle, total):
     else:  # macOS
         for start in range(0, total, 1 << 20):
             os.pwrite(handle, bytes(min(1 << 20, total - start)), start)
-
-
-def _remove_unfinished(folder):
-    """Remove cache files of killed processes; the writer of a live one holds its lock."""
-    for path in folder.glob("*.tmp"):
-        try:
-            with open(path) as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
-        except OSError:
-            pass
 
 
 def main():

@@ -108,22 +108,10 @@ def evaluate(model, pairs, indices, size, device, *, views=ONE_VIEW, batch=4, ra
     return confusions, losses
 
 
-def held_out(path, content, count, val_split=None, split_seed=None):
-    """(indices, warning): the pairs, of `count`, that a checkpoint's training held out by its args.json or the flags.
-
-    The warning is "" unless the training may have seen them. UserError if there are none.
-    """
-    trained = checkpoint.run_args(path)
-    own = trained.get("val_split") or 0.1, trained.get("split_seed", 42)
-    fraction, seed = own[0] if val_split is None else val_split, own[1] if split_seed is None else split_seed
-    _, indices = split(count, fraction, seed)
-    if not len(indices):
-        raise UserError(f"--val-split {fraction} leaves nothing to evaluate")
-    if not checkpoint.is_validated(content):
-        return indices, f"{path} was trained on all pairs, these included: this is not a score of unseen images"
-    if (fraction, seed) != own:
-        return indices, f"{path} held out other pairs (--val-split {own[0]} --split-seed {own[1]}); it has seen these"
-    return indices, ""
+def held_out(path, count):
+    """Indices of the pairs, of `count`, that a checkpoint's training held out (args.json), else the reference's."""
+    args = checkpoint.run_args(path)
+    return split(count, args.get("val_split") or 0.1, args.get("split_seed", 42))[1]
 
 
 def compare_folders(predicted, truth):
@@ -146,8 +134,6 @@ def main():
     parser.add_argument("--weights", "--name", help="checkpoint or run; default the release, else the best run")
     parser.add_argument("--data", help="folder with train/; default that of the training, else ./data, else synthetic")
     parser.add_argument("--cache", default="build/cache", help="folder of the decoded copies")
-    parser.add_argument("--val-split", type=float, help="fraction held out; default that of the training")
-    parser.add_argument("--split-seed", type=int, help="seed of the split; default that of the training")
     parser.add_argument("--views", default="", help="views to average: flip, scales, or numbers such as flip,1,1.5")
     parser.add_argument("--size", type=int, default=0, help="side of the network's input; 0: the checkpoint's own")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
@@ -168,9 +154,9 @@ def main():
     print(f"weights {path}{'' if args.weights else ' (no NAME given)'}, views: {args.views or 'none'}", file=sys.stderr)
     model, info = checkpoint.load_model(path, device)
     pairs = load_pairs(find_data(args.data or checkpoint.run_args(path).get("data")), args.cache)
-    indices, warning = held_out(path, info, len(pairs.names), args.val_split, args.split_seed)
-    if warning:
-        print_message(warning)
+    indices = held_out(path, len(pairs.names))
+    if not checkpoint.is_validated(info):
+        print_message(f"{path} was trained on all pairs, these included: this is not a score of unseen images")
     print(score_table(evaluate(model, pairs, indices, args.size or info["size"], device, views=views)[0]))
 
 

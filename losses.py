@@ -40,17 +40,12 @@ def segmentation_loss(
     return loss
 
 
-def label_sums(values, labels):
-    """Sums (B, 19) of values (B, H, W) over the pixels of each label in labels (B, H, W)."""
-    sums = values.new_zeros(len(values), NUM_CLASSES)
-    return sums.scatter_add(1, labels.flatten(1), values.flatten(1))
-
-
 def _dice(p, target, over):
     """1 - Dice, averaged over labels and images, of probabilities (B, 19, H, W)."""
     if target.dim() == 3:
-        intersection = label_sums(p.gather(1, target[:, None])[:, 0], target)
-        true = label_sums(torch.ones_like(target, dtype=p.dtype), target)
+        labels, zeros = target.flatten(1), p.new_zeros(len(p), NUM_CLASSES)
+        intersection = zeros.scatter_add(1, labels, p.gather(1, target[:, None]).flatten(1))
+        true = zeros.scatter_add(1, labels, torch.ones_like(labels, dtype=p.dtype))
     else:
         intersection, true = (p * target).sum((2, 3)), target.sum((2, 3))
     smooth = 1.0 if over == "all" else 1e-5

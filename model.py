@@ -312,8 +312,7 @@ class MicroUNet(nn.Module):
     Encoder stages at strides 2, 4, 8, 16, 32 of `widths` channels and `depths` blocks; `attention` transformer blocks
     at stride 32; a decoder that joins the upsampled map with the skip, level by level. The first `dense` stages, and
     the decoder levels beside them, consist of 3x3 convolutions, the others of WideBlocks with `kernel` (in the decoder
-    `decoder_kernel`) and `expansion`. `lmsa` names decoder levels (0 is stride 2) that end with LMSA. Two channels of
-    coordinates (-1..1) accompany RGB, since portraits are aligned.
+    `decoder_kernel`) and `expansion`. Two channels of coordinates (-1..1) accompany RGB, since portraits are aligned.
     """
 
     stride = 2
@@ -330,17 +329,14 @@ class MicroUNet(nn.Module):
         decoder_kernel=5,
         expansion=4,
         attention=1,
-        lmsa=(),
-        coordinates=True,
         dropout=0.0,
     ):
         super().__init__()
-        if len(decoder) != len(widths) - 1 or not set(lmsa) <= set(range(len(decoder))):
-            raise ValueError("decoder needs one width fewer than widths; lmsa lists decoder levels")
+        if len(decoder) != len(widths) - 1:
+            raise ValueError("decoder needs one width fewer than widths")
         if not kernel % 2 or not decoder_kernel % 2:
             raise ValueError("kernels must be odd")
-        self.coordinates = coordinates
-        previous = 5 if coordinates else 3
+        previous = 5  # RGB and coordinates
         self.encoder = nn.ModuleList()
         for level, (width, depth) in enumerate(zip(widths, depths, strict=True)):
             if level < dense:
@@ -359,17 +355,14 @@ class MicroUNet(nn.Module):
                 join = JoinNorm(previous + widths[level], width)
             else:
                 join = JoinWide(previous, widths[level], width, decoder_kernel, expansion)
-            self.decoder.append(nn.Sequential(join, LMSA(width) if level in lmsa else nn.Identity()))
+            self.decoder.append(nn.Sequential(join))
             previous = width
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(previous, NUM_CLASSES, 1)
 
     def forward(self, image, full_size=True):
         """Image (B, 3, H, W) to logits (B, 19, H, W), or (B, 19, H/2, W/2) with full_size=False."""
-        x = standardise(image)
-        if self.coordinates:
-            x = torch.cat([x, coordinates(image)], 1)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = torch.cat([standardise(image), coordinates(image)], 1).contiguous(memory_format=torch.channels_last)
         skips = []
         for stage in self.encoder:
             x = stage(x)
@@ -380,8 +373,8 @@ class MicroUNet(nn.Module):
             for block in self.attention:
                 sequence = block(sequence, height, width)
             x = grid(sequence, height, width)
-        for (join, refine), skip in zip(self.decoder, skips[-2::-1], strict=True):
-            x = refine(join(x, skip))
+        for (join,), skip in zip(self.decoder, skips[-2::-1], strict=True):
+            x = join(x, skip)
         logits = pointwise(self.dropout(x), self.classifier)
         return upsample(logits, image.shape[2:]) if full_size else logits
 
@@ -419,9 +412,9 @@ def model_arguments(name, lmsa=None, text="{}", **arguments):
     except (ValueError, RecursionError) as error:
         raise UserError(f"--model-args {text}: not JSON ({error})") from None
     if not isinstance(extra, dict):
-        raise UserError(f'--model-args {text}: use a JSON object such as {{"coordinates": false}}')
+        raise UserError(f'--model-args {text}: use a JSON object such as {{"attention": 0}}')
     if lmsa is not None and name != "microsegformer":
-        raise UserError(f"--lmsa is for microsegformer; for {name} use --model-args '{{\"lmsa\": [0]}}' (levels)")
+        raise UserError(f"--lmsa is for microsegformer; {name} has no LMSA")
     return {**({} if lmsa is None else {"lmsa": lmsa}), **arguments, **extra}
 
 

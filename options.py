@@ -13,7 +13,6 @@ from pathlib import Path
 from common import ArgumentParser, UserError
 
 from augment import PRESETS, Strength
-from labels import NUM_CLASSES
 from model import MODELS, model_arguments
 
 RECIPES = Path(__file__).with_name("recipes.toml")
@@ -55,7 +54,6 @@ def build_parser():
     length.add_argument("--lr", type=float, default=8e-4, help="highest learning rate")
     length.add_argument("--warmup", type=float, default=5, help="epochs of linear warm-up; at most half of the run")
     length.add_argument("--schedule", choices=("cosine", "restarts", "constant"), default="cosine")
-    length.add_argument("--lr-floor", type=float, default=0.0, help="final learning rate as a fraction of --lr")
     length.add_argument("--restart-period", type=float, default=30, help="epochs until the first warm restart")
     length.add_argument("--restart-growth", type=float, default=2, help="length of each period relative to the last")
     length.add_argument("--patience", type=int, default=30, help="stop after this many epochs without gain; 0: never")
@@ -72,7 +70,7 @@ def build_parser():
     loss.add_argument("--ce", type=float, default=1.0, help="weight of the cross-entropy")
     loss.add_argument("--dice", type=float, default=1.5, help="weight of the Dice loss")
     loss.add_argument("--focal", type=float, default=0.0, help="focal exponent in the cross-entropy; 0 disables it")
-    loss.add_argument("--class-weights", default="", help='"balanced" (1/sqrt(frequency)) or 19 numbers with commas')
+    loss.add_argument("--class-weights", choices=("", "balanced"), default="", help="balanced: 1/sqrt(frequency)")
     loss.add_argument("--smoothing", type=float, default=0.0, help="label smoothing in the cross-entropy")
     loss.add_argument("--dice-over", choices=("present", "all"), default="present", help="labels that Dice averages")
     loss.add_argument("--loss-grid", choices=("image", "logits"), default="image", help="resolution of the loss")
@@ -138,7 +136,7 @@ def parse(argv):
 def check(args):
     """UserError if a value is out of range, naming its flag."""
     ranges = {
-        (0, 1): ("smoothing", "lr_floor", "target"),
+        (0, 1): ("smoothing", "target"),
         (0, 1e6): ("ce", "dice", "warmup", "clip", "patience", "keep_every", "save_minutes", "train_score"),
         (1, 1e6): ("epochs", "batch", "val_every"),
         (0, 100): ("focal", "weight_decay"),
@@ -164,7 +162,6 @@ def check(args):
         raise UserError(f"--patience {args.patience} is below --val-every {args.val_every}: raise it, or 0 for none")
     parse_sizes(args.sizes, args.epochs)
     strength(args)
-    class_weights(args)
     network_arguments(args)
 
 
@@ -182,19 +179,6 @@ def strength(args):
     if chosen.get("mixup", 0) + chosen.get("cutmix", 0) > 1:
         raise UserError("--mixup and --cutmix are probabilities of alternatives: their sum must be at most 1")
     return Strength(**chosen)
-
-
-def class_weights(args):
-    """None, "balanced", or 19 floats. UserError for anything else."""
-    if args.class_weights in ("", "balanced"):
-        return args.class_weights or None
-    try:
-        weights = [float(part) for part in args.class_weights.split(",")]
-    except ValueError:
-        weights = []
-    if len(weights) != NUM_CLASSES or not all(0 <= w < math.inf for w in weights) or not any(weights):
-        raise UserError(f'--class-weights {args.class_weights}: use "balanced" or {NUM_CLASSES} numbers >= 0')
-    return weights
 
 
 def network_arguments(args):
@@ -243,9 +227,9 @@ def compute(phases, epoch):
 def learning_rate(args, phases, epoch):
     """Learning rate at `epoch`, a float that counts finished epochs.
 
-    Linear warm-up, then constant; or "cosine" from lr to lr * lr_floor over the compute spent (arXiv 1608.03983
-    without restarts), so that epochs at small sizes take a small part of it; or "restarts", the same curve over
-    `restart_period` epochs again and again, each period `restart_growth` times the last.
+    Linear warm-up, then constant; or "cosine" to 0 over the compute spent (arXiv 1608.03983 without restarts),
+    so that epochs at small sizes take a small part of it; or "restarts", the same curve over `restart_period` epochs
+    again and again, each period `restart_growth` times the last.
     """
     length = sum(epochs for _, epochs in phases)
     warmup = min(args.warmup, length / 2)
@@ -261,4 +245,4 @@ def learning_rate(args, phases, epoch):
         while inside >= period:
             inside, period = inside - period, period * args.restart_growth
         progress = inside / period
-    return args.lr * (args.lr_floor + (1 - args.lr_floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1))))
+    return args.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))

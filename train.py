@@ -25,16 +25,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from common import (
-    UserError,
-    duration,
-    print_message,
-    read_json,
-    run_main,
-    show_line,
-    style,
-    write_text,
-)
+from common import UserError, duration, print_message, read_json, run_main, show_line, write_text
 
 import numpy as np
 import PIL
@@ -52,27 +43,12 @@ from labels import NUM_CLASSES
 from losses import training_loss
 from model import PARAM_LIMIT, build, count_parameters
 from muon import Muon
-from options import (
-    PLACES,
-    class_weights,
-    compute,
-    learning_rate,
-    network_arguments,
-    parse,
-    parse_sizes,
-    size_at,
-    strength,
-)
+from options import PLACES, compute, learning_rate, network_arguments, parse, parse_sizes, size_at, strength
 
 HERE = Path(__file__).parent
 LONG_HOURS = 6  # a run estimated to take longer prints a warning
-
-
 # The files of a run; args.json first: without it there is no run, whatever else is left.
-RUN_FILES = (
-    *("args.json", "*.pt", "submission-*.zip", "best.json", "metrics.jsonl", "pictures.json", "report.*"),
-    ".*.tmp",
-)
+RUN_FILES = "args.json", "*.json", "metrics.jsonl", "*.pt", "submission-*.zip", "report.*", ".*.tmp"
 
 
 def resumed_args(args, given):
@@ -177,15 +153,9 @@ def environment():
         commit += "+" * (subprocess.run(["git", "diff", "--quiet", "HEAD"], **git).returncode != 0)
     except (OSError, subprocess.CalledProcessError):
         pass
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "pillow": PIL.__version__,
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    versions |= {"pillow": PIL.__version__, "machine": platform.machine(), "cpus": os.cpu_count()}
+    versions["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"commit": commit, "versions": versions, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
@@ -252,11 +222,12 @@ def set_up(args):
         optimiser=make_optimiser(model, args, device),
         amp_dtype=amp_dtype,
         scaler=scaler,
-        label_weights=label_weights(args, pairs, train_indices, device),
+        loss=dict(ce=args.ce, dice=args.dice, focal=args.focal, smoothing=args.smoothing, dice_over=args.dice_over),
         # The next epoch and step, the summed loss of this epoch, the best score and its epoch, seconds so far.
         progress={"epoch": 0, "step": 0, "loss": 0.0, "best": -1.0, "best_epoch": 0, "seconds": 0.0},
         signals=catch_signals(),  # numbers of the signals received
     )
+    run.loss["class_weights"] = label_weights(args, pairs, train_indices, device)
     used = {"training": len(train_indices), "validation": len(val_indices), "content": pairs.digest}
     used["drawn"] = is_synthetic(data)
     if args.resume:
@@ -343,12 +314,11 @@ def catch_signals():
 
 def label_weights(args, pairs, indices, device):
     """Class weights as a tensor (19,) whose mean over the training pixels is 1, or None."""
-    weights = class_weights(args)
-    if weights is None:
+    if not args.class_weights:
         return None
     sample = pairs.masks[indices[:: max(1, len(indices) // 100)]]
     frequency = np.bincount(sample.ravel(), minlength=NUM_CLASSES) / sample.size
-    weights = 1 / np.sqrt(frequency.clip(1e-4)) if weights == "balanced" else np.array(weights)
+    weights = 1 / np.sqrt(frequency.clip(1e-4))
     return torch.tensor(weights / (weights * frequency).sum(), dtype=torch.float32, device=device)
 
 
@@ -408,16 +378,7 @@ def train_step(run, epoch, step, positions):
     images, target = augment(images, masks, params, size_at(run.phases, epoch), stride, args.exchange_sides)
     with torch.autocast(run.device.type, run.amp_dtype, enabled=run.amp_dtype is not None):
         logits = run.network(images, full_size=False)
-    loss = training_loss(
-        logits.float(),
-        target,
-        ce=args.ce,
-        dice=args.dice,
-        focal=args.focal,
-        class_weights=run.label_weights,
-        smoothing=args.smoothing,
-        dice_over=args.dice_over,
-    )
+    loss = training_loss(logits.float(), target, **run.loss)
     status = torch.stack([loss.detach(), loss.new_tensor(float(bool(run.signals)))])
     value, signalled = all_sum(status).div_(run.processes).tolist()
     where = f"in epoch {epoch + 1}, step {step + 1}; last.pt is intact: try a lower --lr"
@@ -439,15 +400,8 @@ def train_step(run, epoch, step, positions):
 
 def scored(run, indices, size):
     """Confusions (N, 19, 19) and losses (N,) of some pairs, each process evaluating its fraction of them."""
-    confusions, losses = evaluate(
-        run.average or run.model,
-        run.pairs,
-        indices,
-        size,
-        run.device,
-        ranks=(run.rank, run.processes),
-        stop=lambda: bool(run.signals),
-    )
+    shared = {"ranks": (run.rank, run.processes), "stop": lambda: bool(run.signals)}
+    confusions, losses = evaluate(run.average or run.model, run.pairs, indices, size, run.device, **shared)
     confusions = all_sum(torch.from_numpy(confusions).to(run.device)).cpu().numpy()
     return confusions, all_sum(torch.from_numpy(losses).float().to(run.device)).cpu().numpy()
 
@@ -464,12 +418,8 @@ def validate(run, size):
         return None
     if not math.isfinite(losses.mean()):
         raise UserError(f"the validation loss is {losses.mean()}; last.pt is intact: try a lower --lr")
-    metrics = {
-        "val_loss": float(losses.mean()),
-        "official": official_score(confusions),
-        "batch32": batch_score(confusions),
-        "labels": rounded(label_scores(confusions)[0]),
-    }
+    metrics = {"val_loss": float(losses.mean()), "official": official_score(confusions)}
+    metrics |= {"batch32": batch_score(confusions), "labels": rounded(label_scores(confusions)[0])}
     if sample:
         metrics["train_official"] = official_score(train_confusions)
     return metrics, confusions
@@ -499,15 +449,8 @@ def finish_epoch(run, epoch, line):
     if run.rank == 0:
         require_finite(run)
         write_metrics(run.folder, [*read_metrics(run.folder), line])
-        content = {
-            "model": run.args.model,
-            "model_args": network_arguments(run.args),
-            "size": size,
-            "state_dict": (run.average or run.model).state_dict(),
-            "epoch": epoch + 1,
-            "official": line.get("official"),
-            "validated": bool(len(run.val_indices)),
-        }
+        content = describe_network(run, run.average or run.model, size)
+        content |= {"epoch": epoch + 1, "official": line.get("official"), "validated": bool(len(run.val_indices))}
         if better:
             checkpoint.save(run.folder / "best.pt", content)
             if confusions is not None:
@@ -520,19 +463,19 @@ def finish_epoch(run, epoch, line):
     return True
 
 
+def describe_network(run, model, size):
+    """The entries of a checkpoint that rebuild the network; `size` is the side of its images."""
+    arguments = network_arguments(run.args)
+    return {"model": run.args.model, "model_args": arguments, "size": size, "state_dict": model.state_dict()}
+
+
 def write_best(run, line, confusions):
     """Write best.json: the epoch's scores by label and by image, and its confusion matrix."""
     f, images = label_scores(confusions)
     names = [run.pairs.names[i] for i in run.val_indices]
-    record = {
-        "epoch": line["epoch"],
-        "official": line["official"],
-        "batch32": line["batch32"],
-        "labels": rounded(f),
-        "images_with_label": images.tolist(),
-        "confusion": confusions.sum(0).tolist(),
-        "image_scores": {name: rounded(row) for name, row in zip(names, f_scores(confusions), strict=True)},
-    }
+    record = {key: line[key] for key in ("epoch", "official", "batch32")}
+    record |= {"labels": rounded(f), "images_with_label": images.tolist(), "confusion": confusions.sum(0).tolist()}
+    record["image_scores"] = {name: rounded(row) for name, row in zip(names, f_scores(confusions), strict=True)}
     write_text(run.folder / "best.json", json.dumps(record) + "\n")
 
 
@@ -546,23 +489,17 @@ def save_last(run):
     """Write last.pt, from which --resume continues exactly."""
     if run.rank == 0:
         require_finite(run)
-        content = {
-            "model": run.args.model,
-            "model_args": network_arguments(run.args),
-            "size": run.phases[-1][0],
-            "state_dict": run.model.state_dict(),
-            "average": run.average.state_dict() if run.average else None,
-            "optimiser": run.optimiser.state_dict(),
-            "scaler": run.scaler.state_dict(),
-            "progress": run.progress,
-        }
+        content = describe_network(run, run.model, run.phases[-1][0])
+        content |= {"average": run.average.state_dict() if run.average else None, "progress": run.progress}
+        content |= {"optimiser": run.optimiser.state_dict(), "scaler": run.scaler.state_dict()}
         checkpoint.save(run.folder / "last.pt", content)
 
 
 def is_finished(run):
-    """True once the target is met or early stopping applies."""
+    """True once all epochs are done, the target is met, or early stopping applies."""
     stale = run.progress["epoch"] - run.progress["best_epoch"]
-    return 0 < run.args.target <= run.progress["best"] or 0 < run.args.patience <= stale
+    stopped = 0 < run.args.target <= run.progress["best"] or 0 < run.args.patience <= stale
+    return stopped or run.progress["epoch"] == run.epochs
 
 
 def train(run):
@@ -589,21 +526,18 @@ def train(run):
             if run.rank == 0:
                 speed = (step + 1 - first) * run.batch / (now - begin)
                 show_line(step_line(run, epoch, step, speed, spent / total, left), sys.stdout)
-                if session == 4:
-                    warn_if_long(left)
+                if session == 4 and left > LONG_HOURS * 3600:
+                    show_line("", sys.stdout)
+                    print_message(f"this run takes about {duration(left)}; RECIPE=cpu takes half an hour on one core")
             if signalled:
                 save_last(run)
                 return run.signals[0] if run.signals else signal.SIGTERM
             if run.rank == 0 and now - saved > 60 * run.args.save_minutes:
                 save_last(run)
                 saved = now
-        line = {
-            "epoch": epoch + 1,
-            "size": size_at(run.phases, epoch),
-            "lr": learning_rate(run.args, run.phases, epoch + 1),
-            "loss": run.progress["loss"] / run.steps,
-            "images_per_s": round((run.steps - first) * run.batch / (time.monotonic() - begin), 2) or None,
-        }
+        line = {"epoch": epoch + 1, "size": size_at(run.phases, epoch), "loss": run.progress["loss"] / run.steps}
+        line["lr"] = learning_rate(run.args, run.phases, epoch + 1)
+        line["images_per_s"] = round((run.steps - first) * run.batch / (time.monotonic() - begin), 2) or None
         if not finish_epoch(run, epoch, line):
             save_last(run)
             return run.signals[0] if run.signals else signal.SIGTERM
@@ -620,21 +554,11 @@ def step_line(run, epoch, step, speed, done, left):
     )
 
 
-def warn_if_long(left):
-    """Warn if `left`, the estimated seconds to the end, are many hours."""
-    if left > LONG_HOURS * 3600:
-        show_line("", sys.stdout)
-        print_message(
-            f"this run takes about {duration(left)} on this device; RECIPE=cpu takes half an hour on one core"
-        )
-
-
 def epoch_line(line, epochs, better):
     """One line for an epoch, from its line of metrics.jsonl; * marks the best score so far."""
     text = f"epoch {line['epoch']}/{epochs} {line['size']}px loss {line['loss']:.4f} lr {line['lr']:.2e}"
     if "official" in line:
-        score = f"official {line['official']:.4f}{'*' if better else ''}"
-        text += f" {style(score, 'good', sys.stdout) if better else score} batch32 {line['batch32']:.4f}"
+        text += f" official {line['official']:.4f}{'*' * better} batch32 {line['batch32']:.4f}"
     return text + f" {line['images_per_s']} images/s {line['minutes']:.1f} min"
 
 
@@ -643,23 +567,13 @@ def summary(run, stopped):
     name, done = make_name(run.folder), run.progress["epoch"]
     epochs = f"{done} epoch{'s' * (done != 1)} in {duration(run.progress['seconds'])}"
     if stopped:
-        lines = {"stopped": f"in epoch {done + 1}, saved; {epochs}", "next": f"make resume NAME={name}"}
-    else:
-        lines = {"best": f"epoch {run.progress['best_epoch']}; {epochs}"}
-        if len(run.val_indices):
-            score = style(f"official score {run.progress['best']:.4f}", "good", sys.stdout)
-            lines["best"] = f"{score} in {lines['best']}"
-        lines["files"] = f"{run.folder}/best.pt (weights), metrics.jsonl, best.json (scores)"
-        lines["next"] = f"make predict NAME={name} IN=photos OUT=masks, or make submit NAME={name}"
-    return "\n".join(f"{style(f'{head:<8}', 'bold', sys.stdout)}{text}" for head, text in lines.items())
-
-
-def update_page(folder):
-    """Refresh runs/index.html with this run. A failing report must not stop training."""
-    command = [sys.executable, "-m", "tools.report", "--runs", str(folder.parent.resolve()), "--name", folder.name]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    last = (done.stdout if done.returncode == 0 else done.stderr).strip().split("\n")[-1]
-    print(f"{style('page    ', 'bold', sys.stdout)}{last}")
+        return f"stopped in epoch {done + 1}, saved; {epochs}\nnext: make resume NAME={name}"
+    score = f"official score {run.progress['best']:.4f} in " if len(run.val_indices) else ""
+    return (
+        f"best: {score}epoch {run.progress['best_epoch']}; {epochs}\n"
+        f"files: {run.folder}/best.pt (weights), metrics.jsonl, best.json (scores)\n"
+        f"next: make report, make predict NAME={name} IN=photos OUT=masks, or make submit NAME={name}"
+    )
 
 
 def main():
@@ -679,15 +593,13 @@ def main():
             f"{run.steps} steps of {run.batch} images, {devices}; the first step is slow",
             flush=True,
         )
-    if run.progress["epoch"] == run.epochs or is_finished(run):
-        print(f"already finished; `make train FROM={make_name(run.folder)} NAME=...` starts a new run from its weights")
+    if is_finished(run):
+        print(f"already finished; `make train FROM={args.resume} NAME=...` starts a new run from its weights")
         return 0
     number = train(run)
     if run.rank == 0:
         show_line("", sys.stdout)
         print(summary(run, number), flush=True)
-        if not number:
-            update_page(run.folder)
     if run.processes > 1:
         dist.destroy_process_group()
     return 128 + number if number else 0

@@ -15,7 +15,6 @@ from labels import FLIP
 from model import upsample
 
 SCALES = (0.75, 1.0, 1.25)
-WHOLE_PIXELS = 1 << 22  # largest image whose 19 full-size maps are computed at once (300 MB)
 CPU_PIXELS = 1 << 18  # pixels a CPU processes at once: more would leave its cache
 
 
@@ -101,15 +100,6 @@ def _probabilities(model, view, mirrored):
 @torch.inference_mode()
 def label_map(log_p, height, width):
     """uint8 labels (B, height, width): argmax of log_p (B, 19, h, w), which is upsampled first."""
-    if height * width > WHOLE_PIXELS:
-        # Label by label, since 19 full-size maps of a camera photo would fill a laptop's memory.
-        best = torch.full((len(log_p), height, width), -math.inf, device=log_p.device)
-        labels = torch.zeros(best.shape, dtype=torch.uint8, device=log_p.device)
-        for label, one in enumerate(log_p.unbind(1)):
-            one = upsample(one[:, None], (height, width))[:, 0]
-            labels[one > best] = label
-            best = torch.maximum(best, one)
-        return labels
     # In channels-last memory a CPU resizes twice and compares four times as fast.
     log_p = log_p.contiguous(memory_format=torch.channels_last)
     chunks = log_p.split(1 if log_p.device.type == "cpu" else len(log_p))

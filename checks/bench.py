@@ -1,8 +1,7 @@
 """Benchmark speed, memory and scaling, each against its baseline in the same run.
 
-make bench                                         # all parts, at most 10 minutes on two idle cores
+make bench WRITE=1                                 # at most 10 minutes on two idle cores; writes docs/bench.md
 python -m checks.bench --only network,views --rounds 1
-python -m checks.bench --write                     # also write docs/bench.md and runs/bench.json
 
 Baseline and ours take turns for --rounds rounds, in processes of their own if peak memory or the number of threads
 matters. Peak memory is the process's on a CPU (Linux only) and that of torch's tensors on a GPU.
@@ -42,7 +41,6 @@ from train import precision, set_up, train_step
 from views import ONE_VIEW, input_size, label_map, log_probabilities, parse_views
 
 FACES, CACHE = Path("build/bench-faces"), Path("build/bench-cache")
-# Views: their number and the largest one.
 VIEWS = {"flip": (2, "1"), "flip,scales": (6, "1.25"), "flip,0.75,0.875,1,1.125,1.25": (10, "1.25")}
 AMP = {"float32": "off", "bf16": "bf16"}
 BASELINES = "baseline", "baseline that keeps freed memory"  # a part of ours' gain on a CPU
@@ -81,9 +79,8 @@ def memory(key="VmHWM"):
 
 
 def in_process(threads, function, *arguments):
-    """(function(*arguments), peak MiB) from a new process whose torch uses `threads` threads."""
-    spawn = multiprocessing.get_context("spawn")  # a forked process would count this one's memory
-    with ProcessPoolExecutor(1, spawn, torch.set_num_threads, (threads,)) as pool:
+    """(function(*arguments), peak MiB) from a new process, not a fork, whose torch uses `threads` threads."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
         return pool.submit(function, *arguments).result(), pool.submit(memory).result()
 
 
@@ -146,15 +143,14 @@ def network_speed(what, kind, device, batch):
 
 def network(args):
     """MicroSegFormer at 512 pixels against the literal evaluation of the same layers in float32."""
-    native = precision("auto", torch.device(args.device))[0] is torch.bfloat16
-    rows, kinds = [], ["float32", "bf16"] if native else ["float32"]
+    rows = []
     for what, batch in itertools.product(("training", "inference"), (1, 8)):
-        results = {kind: [] for kind in (*BASELINES, *kinds)}
+        results = {kind: [] for kind in (*BASELINES, *args.kinds)}
         for _, kind in itertools.product(range(args.rounds), results):
             results[kind].append(in_process(args.threads, network_speed, what, kind, args.device, batch))
         found, peaks = ({kind: [pair[i] for pair in pairs] for kind, pairs in results.items()} for i in (0, 1))
         title = f"{what}, batch {batch}"
-        for kind in kinds:
+        for kind in args.kinds:
             rows.append(row(f"{title}, {kind}", "images/s", found["baseline"], found[kind], ">= 3"))
             rows.append(row(f"{title}, {kind}, peak", "MiB", peaks["baseline"], peaks[kind], "<= 0.33"))
         rows.append(row(f"{title}, float32, against {BASELINES[1]}", "images/s", found[BASELINES[1]], found["float32"]))
@@ -208,11 +204,11 @@ def views(args):
     return rows
 
 
-def flop_rates(rounds, device):
+def flop_rates(rounds, device, kinds):
     """Gflop/s of matrix products and of MicroUNet's training with the release's recipe, {name: [one per round]}."""
     a = torch.randn(2048, 2048, device=device)
     functions = {"float32 gemm": partial(torch.mm, a, a), "bf16 gemm": partial(torch.mm, a.bfloat16(), a.bfloat16())}
-    functions |= {kind: training(device, "--recipe=release", f"--amp={AMP[kind]}") for kind in AMP}
+    functions |= {kind: training(device, "--recipe=release", f"--amp={AMP[kind]}") for kind in kinds}
     work = {}
     for name, function in functions.items():
         with FlopCounterMode(display=False) as counter:
@@ -223,8 +219,10 @@ def flop_rates(rounds, device):
 
 def limit(args):
     """MicroUNet's training at 512 pixels with the release's recipe against matrix products of 2048 x 2048."""
-    found, _ = in_process(args.threads, flop_rates, args.rounds, args.device)
-    return [row(f"MicroUNet step against {k} gemm", "Gflop/s", found[f"{k} gemm"], found[k], ">= 0.45") for k in AMP]
+    found, _ = in_process(args.threads, flop_rates, args.rounds, args.device, args.kinds)
+    return [
+        row(f"MicroUNet step against {k} gemm", "Gflop/s", found[f"{k} gemm"], found[k], ">= 0.45") for k in args.kinds
+    ]
 
 
 def plain_score(pred, true):
@@ -271,7 +269,7 @@ def augmentation(args):
         print("\naugmentation: skipped; pip install --no-deps kornia kornia_rs packaging")
         return []
     found, _ = in_process(args.threads, augmentation_speed, 4 * args.rounds, args.device)
-    return [row(f"batch 8 at {SIZE} px against kornia", "images/s", *found.values(), ">= 2")]
+    return [row("preset basic, batch 8 at 512 px, against kornia", "images/s", *found.values(), ">= 2")]
 
 
 def threads(args):
@@ -311,18 +309,20 @@ def main():
         raise UserError(f"--only {args.only}: no part {unknown[0]!r}; the parts are {', '.join(PARTS)}")
     if args.write and chosen != list(PARTS):
         raise UserError("--write replaces the whole table: remove --only")
-    select_device(args.device)
+    native = precision("auto", select_device(args.device))[0] is torch.bfloat16
+    args.kinds = ["float32", "bf16"] if native else ["float32"]
     make_dataset(FACES, train=100, dev=1, test=1)
     load_pairs(FACES, CACHE)
     rows = []
     print(machine(args), flush=True)
     for name in chosen:
         found = [{"part": name, **line} for line in PARTS[name](args)]
-        print(f"\n{table(found)}", flush=True)
+        if found:
+            print(f"\n{table(found)}", flush=True)
         rows += found
     if args.write:
-        text = f"# Benchmark\n\n`make bench WRITE=1` on {machine(args)}. Ratio: ours / baseline.\n\n{table(rows)}\n"
-        write_text("docs/bench.md", text)
+        head = f"# Benchmark\n\n`make bench WRITE=1` on {machine(args)}. Ratio: ours / baseline.\n\n"
+        write_text("docs/bench.md", f"{head}{table(rows)}\n")
         write_text("runs/bench.json", json.dumps({"machine": machine(args), "rows": rows}, indent=1) + "\n")
 
 

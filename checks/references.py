@@ -82,8 +82,8 @@ def unet_features(model, image):
         skips.append(x)
     height, width = x.shape[2:]
     x = grid(transformer(model.attention, tokens(x), height, width), height, width)
-    for (module, lmsa), skip in zip(model.decoder, skips[-2::-1], strict=True):
-        x = refine(lmsa, join(module, x, skip))
+    for (module,), skip in zip(model.decoder, skips[-2::-1], strict=True):
+        x = join(module, x, skip)
     return x
 
 

@@ -1,135 +1,91 @@
-"""The Makefile: every target is listed, settings become flags, what is misspelt is an error."""
+"""The Makefile passes settings on as flags; scripts import little; errors are one line; files are written whole."""
 
+import ast
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
+
+from common import ArgumentParser, UserError, atomic, duration, run_main, write_text
 
 import pytest
 
-import options
-from errors import ArgumentParser, UserError
-
-MAKEFILE = Path("Makefile").read_text()
+SCRIPTS = {path.stem: path for path in Path().glob("*.py")}
 
 
 def make(*args, **environment):
-    return subprocess.run(
-        ["make", "--no-print-directory", *args],
-        capture_output=True,
-        text=True,
-        env={"PATH": "/usr/bin:/bin", **environment},
-    )
+    command = ["make", "--no-print-directory", "VENV=", f"PYTHON={sys.executable}", *args]
+    return subprocess.run(command, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", **environment})
 
 
-def test_help_is_the_default_and_lists_every_target_and_variable():
-    shown = make("VENV=", "PYTHON=python3").stdout
-    phony = re.search(r"\nTARGETS :=((?:.*\\\n)*.*)", MAKEFILE)[1].replace("\\", "").split()
-    taken = re.findall(r"^(?:TAKES_\S+|TRAIN_VARS) :=((?:.*\\\n)*.*)", MAKEFILE, re.M)
-    variables = {word for line in taken for word in line.replace("\\", "").split() if not word.startswith("$")}
-    assert {"RAW", "NPROC", "MATRIC", "LR"} <= variables
-    for word in [*phony, *variables]:
-        assert re.search(rf"\b{word}\b", shown), word
+def typed(*args, **environment):
+    """The words that `make -n train` would run, after the script."""
+    return shlex.split(make("-n", "train", *args, **environment).stdout)[2:]
 
 
-def test_misspelt_variable_is_an_error():
-    wrong = make("-n", "train", "DCIE=2")
-    assert wrong.returncode == 2 and "DCIE" in wrong.stderr and wrong.stderr.count("\n") == 1
+def test_help_is_the_default_and_lists_every_target():
+    targets = re.search(r"^TARGETS := ((?:.*\\\n)*.*)", Path("Makefile").read_text(), re.M)[1].replace("\\", "")
+    assert set(targets.split()) <= set(re.findall(r"^ +(\S+)  ", make().stdout, re.M))
 
 
-def test_variable_that_a_target_would_ignore_is_an_error():
-    wrong = make("-n", "resume", "NAME=a", "LR=1")
-    assert wrong.returncode == 2 and "LR does nothing in `make resume`" in wrong.stderr
-    assert make("-n", "resume", "NAME=a", "VENV=", "DEVICE=cpu", "ARGS=--cache c").returncode == 0
+def test_settings_become_flags():
+    assert sorted(typed("LR=8e-4", "VAL_EVERY=2", "LMSA=0", "EPOCHS=")) == ["--lmsa=0", "--lr=8e-4", "--val-every=2"]
 
 
-def test_a_target_that_there_is_not_is_told_before_its_variables():
-    done = make("trian", "NAME=a")
-    assert done.returncode == 2 and "no target trian" in done.stderr
-    assert "no target 8e-4" in make("train", "LR=", "8e-4").stderr
+def test_values_reach_the_script_as_typed():
+    assert typed('NAME=it\'s $HOME "x"') == ['--name=it\'s $HOME "x"']
 
 
-def test_weights_are_named_once():
-    assert "give one" in make("predict", "NAME=a", "WEIGHTS=b").stderr
-    assert make("-n", "predict", "WEIGHTS=b", "IN=c", "OUT=d", "VENV=", NAME="the shell's").returncode == 0
+def test_environment_sets_nothing():
+    assert typed(NAME="laptop", DEVICE="sda") == []
 
 
-def test_a_setting_that_a_target_needs_is_asked_for_by_its_name():
-    wrong = make("-n", "predict", "OUT=d", "VENV=")
-    assert wrong.returncode == 2 and "`make predict` needs IN=" in wrong.stderr and "OUT" not in wrong.stderr
-    assert make("-n", "predict", "VENV=", "ARGS=--input c --output d").returncode == 0
+@pytest.mark.parametrize(("args", "error"), [("train DCIE=2", "--dcie"), ("trian", "trian"), ("predict OUT=d", "IN=")])
+def test_mistakes_are_refused_with_status_2(args, error):
+    done = make(*args.split())
+    assert done.returncode == 2 and error in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("typed", "became"), [("--input=~/a b", "/home/me/a b"), ("~/a", "/home/me/a"), ("a~/b", "a~/b")]
-)
-def test_home_is_known_in_paths(monkeypatch, typed, became):
-    monkeypatch.setenv("HOME", "/home/me")
+@pytest.mark.parametrize(("given", "lmsa"), [("--lmsa=0", False), ("--no-lmsa", False), ("--lmsa=1", True), ("", None)])
+def test_switches_take_values(given, lmsa):
     parser = ArgumentParser()
-    parser.add_argument("--input")
-    args = parser.parse_args([typed] if typed.startswith("-") else ["--input", typed])
-    assert args.input == became
+    parser.switch("--lmsa", None)
+    assert parser.parse_args(given.split()).lmsa is lmsa
 
 
-def test_lmsa_of_the_other_network_is_refused():
-    with pytest.raises(UserError, match="MicroSegFormer's"):
-        options.parse(["--model", "microunet", "--no-lmsa"])
-    done = make("check-params", "MODEL=microunet", "LMSA=0", "-n")
-    assert "--no-lmsa" in done.stdout
+def imports(path):
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    modules = [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]
+    modules += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {module.partition(".")[0] for module in modules}
 
 
-def test_names_reach_the_script_as_typed():
-    line = make("-n", "train", "VENV=", "PYTHON=echo", 'NAME=it\'s $HOME "x"').stdout
-    assert shlex.split(line)[2:] == ["--name", 'it\'s $HOME "x"']
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_import_three_packages_and_no_tools(name):
+    allowed = {"torch", "numpy", "PIL"} | SCRIPTS.keys() | sys.stdlib_module_names
+    assert imports(SCRIPTS[name]) <= allowed
 
 
-def test_settings_become_flags_and_empty_ones_do_not():
-    line = make(
-        "-n", "train", "VENV=", "PYTHON=py", "LR=8e-4", "DICE=1.5", "LMSA=0", "NAME=a", "EPOCHS=", "NPROC=2"
-    ).stdout
-    flags = "--nproc 2 --name a --lr 8e-4 --dice 1.5 --no-lmsa"
-    assert shlex.split(line) == ["py", "launch.py", *flags.split()]
+def test_training_loads_few_of_our_modules():
+    script = "import train, sys; print(*(m for m in sys.modules if m in sys.argv or m.startswith('tools')))"
+    done = subprocess.run([sys.executable, "-c", script, *SCRIPTS], capture_output=True, text=True)
+    assert "train" in done.stdout and len(done.stdout.split()) <= 14 and "tools" not in done.stdout
 
 
-def test_environment_does_not_leak_into_settings():
-    assert "--name" not in make("-n", "train", "VENV=", NAME="laptop", DEVICE="sda").stdout
+def test_failed_write_keeps_the_old_file(tmp_path):
+    write_text(tmp_path / "a", "old")
+    with pytest.raises(UserError, match="disk full"), atomic(tmp_path / "a") as temporary:
+        temporary.write_text("new")
+        raise OSError("disk full")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
-def test_clean_removes_only_an_environment_that_make_made(tmp_path):
-    assert f"rm -rf {tmp_path}" not in make("-n", "clean", f"VENV={tmp_path}").stdout
-    (tmp_path / ".ready").touch()
-    assert f"rm -rf {tmp_path}" in make("-n", "clean", f"VENV={tmp_path}").stdout
+def test_user_error_is_one_line_and_status_2(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_main(lambda: ArgumentParser().parse_args(["--x\n=1"]))
+    assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
-def test_every_training_variable_is_a_flag():
-    names = re.search(r"^TRAIN_VARS :=((?:.*\\\n)*.*)", MAKEFILE, re.M)[1].replace("\\", "").split()
-    flags = {option for action in options.build_parser()._actions for option in action.option_strings}
-    assert {f"--{name.lower().replace('_', '-')}" for name in names} <= flags
-
-
-@pytest.mark.parametrize("name", sorted(options.load_recipes()))
-def test_every_recipe_parses(name):
-    args, given = options.parse(["--recipe", name, "--lr", "0.5"])
-    assert args.lr == 0.5 and {"lr", "recipe"} <= given
-
-
-def test_recipe_is_overridden_by_flags():
-    args, _ = options.parse(["--recipe", "lmsa_v1"])
-    assert args.dice == 1.0
-    assert options.parse(["--recipe", "lmsa_v1", "--dice", "3"])[0].dice == 3
-
-
-def test_sweep_makes_one_run_for_each_value():
-    from sweep import expand
-
-    runs = dict(expand(["--dice", "0.5 1.0", "--lr", "1e-3"]))
-    assert runs == {"dice0.5": ["--dice", "0.5", "--lr", "1e-3"], "dice1.0": ["--dice", "1.0", "--lr", "1e-3"]}
-
-
-def test_scripts_import_nothing_but_the_three_packages():
-    allowed = {"torch", "numpy", "PIL"} | {path.stem for path in Path().glob("*.py")}
-    import sys
-
-    for path in Path().glob("*.py"):
-        for module in re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M):
-            assert module in allowed or module in sys.stdlib_module_names, f"{path} imports {module}"
+def test_durations():
+    assert [duration(s) for s in (0.4, 89, 90, 5400, 11100)] == ["0 s", "89 s", "2 min", "1 h 30 min", "3 h 05 min"]

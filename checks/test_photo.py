@@ -54,17 +54,6 @@ def parse(mask, **settings):
     return parse_photo([Oracle()], painted(mask), 128, ONE_VIEW, "cpu", **settings)
 
 
-def test_overlap_by_hand():
-    assert overlap((0, 0, 10, 10), (5, 0, 10, 10)) == pytest.approx(50 / 150)
-    assert overlap((0, 0, 10, 10), (10, 0, 10, 10)) == 0 and overlap((0, 0, 4, 4), (1, 1, 2, 1)) == 2 / 16
-
-
-def test_crop_repeats_the_edge():
-    pixels = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
-    assert np.array_equal(photo.crop(pixels, (1, 2, 3, 2)), pixels[2:4, 1:4])
-    assert np.array_equal(photo.crop(pixels, (-2, 1, 9, 2)), np.pad(pixels[1:3], ((0, 0), (2, 2), (0, 0)), "edge"))
-
-
 def test_paste_clips_windows_at_the_edges():
     labels = np.full((4, 4), 1, np.uint8)
     mask, owner = paste(6, 8, [(labels, (-2, -1, 4, 4)), (labels * 2, (4, 1, 4, 4))])
@@ -87,11 +76,6 @@ def test_match_layout_recovers_scale_and_shift():
     scores, windows = match_layout(parts)
     assert torch.allclose(scores[:2], torch.ones(2), atol=1e-3) and scores[2] < FACE_SCORE / 2
     assert torch.allclose(windows[:2], torch.tensor([[0, 0, 1], [0.3, 0.1, 0.4]]), atol=1e-3)
-
-
-def test_distinct_keeps_the_best_window_of_a_face():
-    best, beside, within = (0.9, (0, 0, 100, 100)), (0.6, (40, 5, 90, 90)), (0.7, (40, 30, 40, 40))
-    assert photo.distinct([beside, within, best]) == [best, beside]
 
 
 def test_group_is_found_and_parsed(group):
@@ -125,12 +109,6 @@ def test_box_is_the_only_portrait(group):
     parsed, inside = parse(group, box=(410, 240, 420, 450)), np.s_[240:690, 410:830]
     assert (parsed.mask[inside] == group[inside]).mean() > 0.9
     assert (parsed.owner == 0).sum() == 420 * 450 and not parsed.mask[parsed.owner < 0].any()
-
-
-def test_surroundings_are_blended_in_at_the_edge_of_a_portrait():
-    joined = photo.surround(torch.zeros(1, 2, 40, 40), torch.ones(1, 2, 40, 40))
-    assert joined.shape == (1, 2, 60, 60) and (joined[:, :, :10] == 1).all() and (joined[:, :, :, 50:] == 1).all()
-    assert (joined[:, :, 14:46, 14:46] == 0).all() and 0 < joined[0, 0, 11, 30] < 1
 
 
 def test_large_photos_are_parsed_coarsely(faces, monkeypatch):

@@ -58,13 +58,8 @@ def test_every_mode_is_read_as_rgb(tmp_path, mode):
     assert abs(pixels[..., 0].astype(int) - grey).max() <= (255 if mode == "1" else 1)
 
 
-def test_transparency_is_blended_over_white(tmp_path):
-    Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(tmp_path / "a.png")
-    assert (read_image(tmp_path / "a.png") == 255).all()
-
-
 # How EXIF orientations store an upright image: transposed, then reversed vertically, horizontally.
-@pytest.mark.parametrize(("orientation", "stored"), enumerate(["", "h", "vh", "v", "t", "tv", "tvh", "th"], 1))
+@pytest.mark.parametrize(("orientation", "stored"), [*enumerate(["", "h", "vh", "v", "t", "tv", "tvh", "th"], 1)])
 def test_exif_orientation_is_applied(tmp_path, orientation, stored):
     upright = pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
     pixels = pixels.transpose(1, 0, 2) if "t" in stored else pixels
@@ -120,11 +115,11 @@ def test_invalid_arguments_are_one_line_and_status_2(run, tmp_path, flags, error
     ("change", "error"),
     [
         ({"size": 65}, "size 65"),
-        ({"size": "64"}, "size is not"),
         ({"state_dict": {"a": 1}}, "more than tensors"),
         ({"model": "other"}, "unknown network"),
         ({"model_args": {"wings": 2}}, "does not fit"),
         ({"model": "microsegformer"}, "does not fit"),
+        ({"state_dict": {name: w / 0 for name, w in build("microunet").state_dict().items()}}, "not finite"),
     ],
 )
 def test_altered_checkpoints_are_refused(weights, tmp_path, change, error):
@@ -140,24 +135,14 @@ def test_truncated_checkpoints_are_refused(weights, tmp_path, length):
         checkpoint.load(tmp_path / "bad.pt")
 
 
-def test_weights_that_are_not_finite_are_refused(weights, tmp_path):
-    content = checkpoint.load(weights / "a.pt")
-    content["state_dict"]["classifier.bias"][0] = torch.inf
-    checkpoint.save(tmp_path / "bad.pt", content)
-    with pytest.raises(UserError, match="not finite"):
-        checkpoint.load_model(tmp_path / "bad.pt")
+def test_code_in_a_checkpoint_does_not_run(weights, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "created"), "w"))
 
-
-class Trap:
-    def __reduce__(self):
-        return (open, ("created", "w"))
-
-
-def test_code_in_a_checkpoint_does_not_run(weights, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save(checkpoint.load(weights / "a.pt") | {"extra": Trap()}, "trap.pt")
+    torch.save(checkpoint.load(weights / "a.pt") | {"extra": Trap()}, tmp_path / "trap.pt")
     with pytest.raises(UserError, match="damaged"):
-        checkpoint.load("trap.pt")
+        checkpoint.load(tmp_path / "trap.pt")
     assert not (tmp_path / "created").exists()
 
 
@@ -172,11 +157,6 @@ def test_average_is_the_mean_of_the_weights_for_the_largest_size(weights):
 def test_ensemble_warns_that_it_may_not_be_submitted(run, tmp_path):
     status, warning = run("--input=a.png --whole --views=flip", ensemble_tta, "ab")
     assert status == 0 and "forbids" in warning and (tmp_path / "out/a.png").is_file()
-
-
-def test_ensemble_of_two_sizes_needs_a_size(run):
-    status, error = run("--input=a.png", ensemble_tta, ("a", "late"))
-    assert status == 2 and "--size" in error
 
 
 def test_face_parser_takes_paths_images_and_arrays(run, weights):
