@@ -1,7 +1,4 @@
-"""The training pairs: found, decoded once into a memory-mapped cache, split, read in batches; reversed masks repaired.
-
-python data.py --data data          # build the cache and print what it contains
-"""
+"""The training pairs: find, decode once into a memory-mapped cache, split, read in batches, repair reversed masks."""
 
 import hashlib
 import os
@@ -12,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import ArgumentParser, UserError, in_parallel, positive, print_message, run_main
+from common import UserError, in_parallel, print_message
 
 import numpy as np
 import torch
@@ -83,10 +80,6 @@ class Batches:
         if device.type == "cuda" and needed < 0.4 * torch.cuda.mem_get_info(device)[0]:
             chunks = [self.read(chunk) for chunk in np.array_split(np.arange(len(indices)), len(indices) // 64 + 1)]
             self.resident = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
-
-    def order(self, seed):
-        """Positions (N,) of one epoch: a permutation."""
-        return np.random.default_rng(seed).permutation(len(self.indices))
 
     def read(self, positions):
         """Images (B, 3, 512, 512) and masks (B, 512, 512) of the training pairs at these positions (B,)."""
@@ -224,17 +217,3 @@ def _reserve(handle, total):
     else:  # macOS
         for start in range(0, total, 1 << 20):
             os.pwrite(handle, bytes(min(1 << 20, total - start)), start)
-
-
-def main():
-    parser = ArgumentParser(description="Build the cache of the training pairs.")
-    parser.add_argument("--data", help="folder with train/images and train/masks; default ./data, else synthetic faces")
-    parser.add_argument("--cache", default="build/cache", help="folder of the decoded copies")
-    parser.add_argument("--workers", type=positive, help="decoding processes; default one per core")
-    args = parser.parse_args()
-    pairs = load_pairs(find_data(args.data), args.cache, args.workers)
-    print(f"{len(pairs.names)} pairs, {int(pairs.reversed.sum())} with left and right reversed")
-
-
-if __name__ == "__main__":
-    run_main(main)

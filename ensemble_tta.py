@@ -12,7 +12,7 @@ from common import ArgumentParser, UserError, print_message, run_main
 import torch
 
 import checkpoint
-from predict import FaceParser, add_arguments, predict_all
+from predict import FaceParser, add_arguments, parser_settings, predict_all
 
 
 def average_weights(paths):
@@ -42,10 +42,8 @@ def main():
     args = parser.parse_args()
     if args.save and not args.average_weights:
         raise UserError("--save requires --average-weights")
-    if args.threads:
-        torch.set_num_threads(args.threads)
     paths = [checkpoint.find_weights(weights) for weights in args.weights]
-    face_parser = FaceParser(paths[0], views=args.views, size=args.size, device=args.device)
+    face_parser = FaceParser(paths[0], **parser_settings(args))
     if args.average_weights:
         if len({path.resolve().parent for path in paths}) > 1:
             print_message("checkpoints of several runs; the challenge allows an average of one run's", "warning")

@@ -146,10 +146,8 @@ def main():
             raise UserError("--masks PREDICTED goes with --truth TRUE, two folders")
         print(score_table(compare_folders(args.masks, args.truth)))
         return
-    views, device = parse_views(args.views), checkpoint.select_device(args.device)
+    views, device = parse_views(args.views), checkpoint.select_device(args.device, args.threads)
     check_size(args.size or 32)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     path = checkpoint.find_weights(args.weights)
     print(f"weights {path}{'' if args.weights else ' (no NAME given)'}, views: {args.views or 'none'}", file=sys.stderr)
     model, info = checkpoint.load_model(path, device)

@@ -61,18 +61,11 @@ def rgb_pixels(image):
 
 
 def _scale_grey(values):
-    """Integer or float greys (H, W) as uint8 RGB.
-
-    The maximum decides the range: up to 255 it is 0..255 (floats up to 1: 0..1), up to 65535 it is 16 bits if the
-    values are integers, else 0..maximum.
-    """
-    is_float, values = values.dtype.kind == "f", np.nan_to_num(values.astype(np.float64))
+    """Integer or float greys (H, W) as uint8 RGB. The maximum decides the range: 8 or 16 bits, 0..1, or itself."""
+    limits = (1, 255) if values.dtype.kind == "f" else (255, 65535)
+    values = np.nan_to_num(values.astype(np.float64))
     top = values.max(initial=0)
-    white = 65535
-    if top <= 255:
-        white = 1 if is_float and top <= 1 else 255
-    elif is_float or top > 65535:
-        white = top
+    white = next((limit for limit in limits if top <= limit), top)
     grey = (values * (255 / white)).round().clip(0, 255).astype(np.uint8)
     return np.repeat(grey[..., None], 3, 2)
 

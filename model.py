@@ -437,13 +437,11 @@ def main():
     parser.add_argument("--model-args", default="{}", help="further constructor arguments as JSON")
     parser.add_argument("--name", help="use the network of this run, instead")
     args = parser.parse_args()
-    if args.name:
-        settings = read_json(Path("runs", args.name, "args.json"))["args"]
-        lmsa = settings["lmsa"] if settings["model"] == "microsegformer" else None
-        name, arguments = settings["model"], model_arguments(settings["model"], lmsa, settings["model_args"])
-    else:
-        name, arguments = args.model, model_arguments(args.model, args.lmsa, args.model_args)
-    model = build(name, **arguments)
+    settings = read_json(Path("runs", args.name, "args.json"))["args"] if args.name else vars(args)
+    name, lmsa = settings["model"], settings["lmsa"]
+    if args.name and name != "microsegformer":  # a run records the flag's default
+        lmsa = None
+    model = build(name, **model_arguments(name, lmsa, settings["model_args"]))
     print(parameter_table(model))
     if count_parameters(model) >= PARAM_LIMIT:
         print(f"FAIL: a submission must have fewer than {PARAM_LIMIT:,}", file=sys.stderr)

@@ -51,8 +51,8 @@ class FaceParser:
     UserError for weights or settings that cannot be used.
     """
 
-    def __init__(self, weights=None, *, views="", size=0, device="auto"):
-        self.views, self.device = parse_views(views), select_device(device)
+    def __init__(self, weights=None, *, views="", size=0, device="auto", threads=0):
+        self.views, self.device = parse_views(views), select_device(device, threads)
         check_size(size or 32)
         self.source = find_weights(weights)
         model, info = load_model(self.source, self.device)
@@ -92,15 +92,17 @@ def add_arguments(parser):
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
 
 
+def parser_settings(args):
+    """The keyword arguments of FaceParser in the flags."""
+    return {key: getattr(args, key) for key in ("views", "size", "device", "threads")}
+
+
 def box(text):
     """argparse type: x,y,w,h in pixels."""
-    try:
-        left, top, width, height = map(int, text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not x,y,w,h, four integers") from None
-    if min(width, height) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} has no area")
-    return left, top, width, height
+    values = tuple(map(int, text.split(",")))
+    if len(values) != 4 or min(values[2:]) < 1:
+        raise ValueError
+    return values
 
 
 def write_results(args, path, pixels, parsed):
@@ -164,9 +166,7 @@ def main():
     add_arguments(parser)
     parser.add_argument("--weights", "--name", help="checkpoint or run; default the release, else the best run")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    face_parser = FaceParser(args.weights, views=args.views, size=args.size, device=args.device)
+    face_parser = FaceParser(args.weights, **parser_settings(args))
     print(f"weights {face_parser.source}")
     return predict_all(face_parser, args)
 

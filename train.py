@@ -161,9 +161,7 @@ def environment():
 
 def set_up(args):
     """Everything a training needs, new or resumed (progress, networks, optimiser and scaler from last.pt)."""
-    device = select_device(args.device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    device = select_device(args.device, args.threads)
     rank, processes = join_processes(args, device)
     torch.backends.cudnn.benchmark = device.type == "cuda"
     if rank:
@@ -510,7 +508,7 @@ def train(run):
     for epoch in range(run.progress["epoch"], run.epochs):
         if is_finished(run):
             break
-        order = run.batches.order((run.args.seed, epoch))
+        order = np.random.default_rng((run.args.seed, epoch)).permutation(len(run.batches.indices))
         begin, first = time.monotonic(), run.progress["step"]
         for step in range(first, run.steps):
             loss, signalled = train_step(run, epoch, step, order[step * run.batch : (step + 1) * run.batch])
@@ -584,9 +582,8 @@ def main():
     run.progress["seconds"] += time.monotonic() - begin  # a run's minutes include its cache and set-up
     count = count_parameters(run.model)
     if run.rank == 0:
-        devices = f"{run.device}, {run.processes} processes" if run.processes > 1 else f"{run.device}"
-        if run.device.type == "cpu":
-            devices += f", {torch.get_num_threads()} threads"
+        threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
+        devices = f"{run.device}{threads}" + (f", {run.processes} processes" if run.processes > 1 else "")
         print(
             f"{run.folder}: {run.args.model} {count:,} parameters{' (TOO MANY)' * (count >= PARAM_LIMIT)}, "
             f"{len(run.batches.indices)} training and {len(run.val_indices)} validation pairs, {run.epochs} epochs of "

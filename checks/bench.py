@@ -94,7 +94,7 @@ def training(device, *flags):
     places = [f"--data={FACES}", f"--cache={CACHE}", f"--device={device}", "--name=bench", f"--sizes={SIZE}:9"]
     with tempfile.TemporaryDirectory() as runs:
         run = set_up(parse([*flags, *places, f"--runs={runs}"])[0])
-    return partial(train_step, run, 0, 0, run.batches.order((0,))[: run.batch])
+    return partial(train_step, run, 0, 0, np.arange(run.batch))
 
 
 def baseline_training(device, batch):
@@ -165,7 +165,7 @@ def streaming(count):
         masks = np.memmap(file.name, np.uint8, "r", count * IMAGE_BYTES, (count, SIZE, SIZE))
         pairs = Pairs(images, masks, np.zeros(count, bool), [str(i) for i in range(count)])
         batches = Batches(pairs, np.arange(count), torch.device("cpu"), fix_sides=True)
-        for positions in np.resize(batches.order((0,)), (75, 8)):
+        for positions in np.resize(np.arange(len(batches.indices)), (75, 8)):
             batches.read(positions)
     return memory("RssAnon")
 

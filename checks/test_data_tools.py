@@ -20,7 +20,6 @@ SIZE = 32
 LABELS = (np.arange(SIZE * SIZE).reshape(SIZE, SIZE) // 8 % NUM_CLASSES).astype(np.uint8)
 MASK = np.zeros((512, 512), np.uint8)
 MASK[200:260, 150:200], MASK[200:260, 300:350], MASK[300:400, 200:300] = 5, 4, 1
-SMALL = ("--train=3", "--dev=1", "--test=2", "--size=64")
 
 
 def encoded(image, kind="PNG"):
@@ -135,10 +134,9 @@ def test_prepare_resumes(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"train/images/a.jpg": b""}, "damaged image train/images/a.jpg"),
-        ({"train/masks/a.png": encoded(mask_image(LABELS))[:-60]}, "damaged image train/masks/a.png"),
-        ({"test/images/t.jpg": encoded(Image.new("L", (100, 100)))}, "damaged image test/images/t.jpg"),
-        ({"test/images/t.jpg": bytes(20000)}, "larger than"),
+        ({"train/images/a.jpg": b""}, "cannot read train/images/a.jpg"),
+        ({"train/masks/a.png": encoded(mask_image(LABELS))[:-60]}, "cannot read train/masks/a.png"),
+        ({"test/images/t.jpg": encoded(Image.new("L", (100, 100)))}, "cannot read test/images/t.jpg"),
         ({"train/masks/b.png": encoded(Image.new("RGB", (SIZE, SIZE), (1, 2, 3)))}, "b.png has labels above 18 or"),
         ({"train/masks/b.png": encoded(Image.new("L", (SIZE, SIZE), 19))}, "b.png has labels above 18"),
         ({"train/masks/b.png": encoded(Image.new("I;16", (SIZE, SIZE), 1))}, "b.png has mode I;16"),
@@ -146,15 +144,12 @@ def test_prepare_resumes(tmp_path):
         ({"train/images/c.jpg": jpeg()}, "1 training images without a mask, such as c"),
         ({"train/masks/c.png": b""}, "1 training masks without an image, such as c"),
         ({"train/images/a.png": b""}, "train/images/a.jpg and train/images/a.png are the same"),
-        ({"../evil.jpg": b""}, "leads out"),
-        ({"train/images/..\\evil.jpg": b""}, "leads out"),
         ({"CelebA-HQ-img/0.jpg": b""}, "must contain either"),
         ({"CelebAMask-HQ-mask-anno/0/00000_nostril.png": b""}, "00000_nostril.png is not NUMBER_PART"),
         ({"CelebAMask-HQ-mask-anno/0/00000_nose.png": encoded(Image.new("L", (9, 9)))}, "differ in size"),
     ],
 )
 def test_prepare_refuses(changes, reason, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "MAX_BYTES", 19999)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64)  # Pillow refuses twice as many
     base = release() if "mask-anno" in str(changes.keys()) else challenge()
     with pytest.raises(UserError, match=reason):
@@ -190,7 +185,7 @@ def test_audit_finds_one_fault(name, content, fault, command, data):
     assert audit.audit(data, workers=1)[0] == {}
     write({name: content}, data)
     assert audit.audit(data, workers=1)[0] == {fault.format(data): [data / name]}
-    status, out, _ = command(audit, "--data", data, "--list")
+    status, out, _ = command(audit, "--data", data, "--list=1")
     assert status == int(fault != audit.REVERSED) and f"{fault.format(data)} (1): {data / name}" in out
 
 
@@ -238,20 +233,20 @@ def test_synth_image_and_mask_agree(faces):
 
 def test_synth_resumes(command, tmp_path):
     root = tmp_path / "faces"
-    assert "6 faces written, 0 kept" in command(synth, "--out", root, *SMALL)[1]
+    assert "19 new faces" in command(synth, "--out", root, "--train=3", "--size=64")[1]
     made = contents(root)
-    assert len(made) == 3 + 3 + 1 + 2 + 1 and SYNTHETIC_MARKER in made
+    assert len(made) == 2 * 3 + 8 + 8 + 1 and SYNTHETIC_MARKER in made
     (root / "train/masks/train_00001.png").unlink()
-    assert "1 faces written, 5 kept" in command(synth, "--out", root, *SMALL)[1]
+    assert "1 new faces" in command(synth, "--out", root, "--train=3", "--size=64")[1]
     assert contents(root) == made
-    synth.make_dataset(tmp_path / "again", 3, 1, 2, 64, workers=2)
+    synth.make_dataset(tmp_path / "again", 3, size=64, workers=2)
     assert contents(tmp_path / "again") == made
 
 
 def test_mistakes_are_one_line_and_status_2(command, tmp_path):
     raw, other = write(challenge(), tmp_path / "raw"), write({"train/images/mine.jpg": b""}, tmp_path / "other")
     text, new, faces = write({"text.zip": b"no zip"}, tmp_path) / "text.zip", tmp_path / "new", tmp_path / "faces"
-    command(synth, "--out", faces, *SMALL)
+    synth.make_dataset(faces, 1, 1, 1, size=64, workers=1)
     for tool, flags, reason in (
         (prepare, ("--raw", tmp_path / "missing", "--data", new), "cannot read"),
         (prepare, ("--raw", text, "--data", new), "cannot read"),
@@ -261,8 +256,8 @@ def test_mistakes_are_one_line_and_status_2(command, tmp_path):
         (audit, ("--data", raw / "test"), "no such file or folder"),
         (synth, ("--out", text / "faces"), "cannot create folder"),
         (synth, ("--out", other), "other files"),
-        (synth, ("--out", faces, *SMALL, "--seed=1"), "another --seed"),
-        (synth, ("--out", new, "--size=5"), "--size 32"),
+        (synth, ("--out", faces, "--size=128"), "another --size"),
+        (synth, ("--out", new, "--size=0"), "not an integer >= 1"),
     ):
         status, out, error = command(tool, *flags)
         assert (status, out, error.count("\n")) == (2, "", 1) and reason in error

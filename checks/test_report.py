@@ -1,4 +1,4 @@
-"""Leaderboard, page of all runs, course report and terminal output: their figures are those of the runs' files."""
+"""Leaderboard, page of all runs, course report and progress lines: their figures are those of the runs' files."""
 
 import html
 import io
@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import UserError, duration, show_line, style
+from common import UserError, duration, show_line
 
 import numpy as np
 import pytest
@@ -107,13 +107,11 @@ def test_recipes_show_our_best_run_of_the_current_settings(tmp_path):
 def test_the_make_line_repeats_a_run():
     given = ["--recipe", "search", "--name", "a", "--lr", "0.5", "--no-fix-sides", "--model-args", '{"attention": 0}']
     line = make_line(vars(parse([*given, "--data", "d"])[0]) | {"lovasz": 1.0, "repeat_rare": 0.0})
-    command, recipe, flags = shlex.split(line.removeprefix("make "))
-    assert (command, recipe) == ("train", "RECIPE=search")
-    flags = shlex.split(flags.removeprefix("ARGS="))
-    assert flags[-2:] == ["--lovasz", "1.0"]  # a flag that was removed, since it was set
-    again = parse(["--recipe", "search", *flags[:-2]])[0]
+    settings = [word.split("=", 1) for word in shlex.split(line.removeprefix("make train "))]
+    assert settings[0] == ["RECIPE", "search"] and settings.pop() == ["LOVASZ", "1.0"]  # a removed flag that was set
+    again = parse([f"--{name.lower().replace('_', '-')}={value}" for name, value in settings])[0]
     assert vars(again) == vars(parse(given)[0]) | {"name": None}
-    assert make_line({"recipe": "gone", "lr": 0.5}) == 'make train ARGS="--lr 0.5"'
+    assert make_line({"recipe": "gone", "lr": 0.5, "start_from": "a b"}) == "make train FROM='a b' LR=0.5"
 
 
 def test_damaged_runs_are_named_and_the_others_shown(runs):
@@ -240,11 +238,10 @@ def test_the_draft_marks_the_repositorys_records_and_synthetic_faces(runs):
     assert "say nothing about real ones" in course_report.write_draft(runs / "synthetic", None, None).read_text()
 
 
-def test_an_edited_draft_is_kept(runs):
+def test_a_draft_is_replaced_only_if_asked(runs):
     path = course_report.write_draft(runs / "high", "Ada", None)
-    course_report.write_draft(runs / "high", "Ada", None)
     path.write_text(path.read_text().replace("Ada", "Ada Lovelace"))
-    with pytest.raises(UserError, match="was edited"):
+    with pytest.raises(UserError, match="exists: rename it"):
         course_report.write_draft(runs / "high", "Ada", None)
     course_report.write_draft(runs / "high", "Ada", None, overwrite=True)
     assert "Lovelace" not in path.read_text()
@@ -267,14 +264,12 @@ def test_the_draft_prints_on_few_pages(scored, monkeypatch):
         course_report.main()
 
 
-def test_colours_and_progress_lines_are_for_terminals_only(monkeypatch):
-    for name, value in {"COLUMNS": "20", "TERM": "xterm", "NO_COLOR": ""}.items():
-        monkeypatch.setenv(name, value)
+def test_progress_lines_are_for_terminals_only(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
     screen, pipe = io.StringIO(), io.StringIO()
     monkeypatch.setattr(screen, "isatty", lambda: True)
     for stream in (screen, pipe):
         show_line("x" * 50, stream)
         show_line("", stream)
     assert (screen.getvalue(), pipe.getvalue()) == (f"\r{'x' * 19}\r{' ' * 19}\r", "")
-    assert [style("a", "good", stream) for stream in (screen, pipe)] == ["\x1b[32ma\x1b[0m", "a"]
     assert [duration(seconds) for seconds in (89, 90, 11100)] == ["89 s", "2 min", "3 h 05 min"]

@@ -104,11 +104,9 @@ def test_submission_contains_the_required_files_and_no_unused_module(sound):
     assert all(len(np.unique(Image.open(io.BytesIO(sound[name])))) > 2 for name in masks)
 
 
-def test_same_content_gives_the_same_bytes_and_dev_contains_only_masks(place, sound, tmp_path, capsys):
+def test_same_content_gives_the_same_bytes_and_dev_contains_only_masks(place, sound, tmp_path):
     run, target = place / "runs" / "a", tmp_path / "again.zip"
-    target.write_bytes(bytes(2_300_000))
     assert make_submission(run / "best.pt", place / IMAGES, "test", target, "flip", run=0) == 0
-    assert re.search(rf"replacing {target} of 20\d\d-[\d-]+ [\d:]+, 2.3 MB", capsys.readouterr().out)
     assert target.read_bytes() == (run / "submission-test.zip").read_bytes()
     assert make_submission(run / "best.pt", place / IMAGES, "dev", place / "judged.zip", "flip", run=1) == 0
     assert read_zip(place / "judged.zip")[0] == {k: v for k, v in sound.items() if k.startswith("masks/")}
@@ -120,7 +118,7 @@ def test_failed_check_keeps_the_old_zip(place, tmp_path, monkeypatch, capsys):
     kept.write_bytes(b"old")
     monkeypatch.setattr(check_submission, "TIME_LIMIT", 0.01)
     assert make_submission(place / WEIGHTS, place / IMAGES, "test", kept, run=1) == 1 and kept.read_bytes() == b"old"
-    assert "a.jpg: run.py took more than 0.01 s" in capsys.readouterr().out
+    assert "timed out after 0.01 seconds" in capsys.readouterr().out
 
 
 def test_too_many_parameters_are_refused(place, tmp_path, monkeypatch):
@@ -199,7 +197,7 @@ def test_links_duplicates_other_compression_and_macos_files(place, sound):
         archive.writestr(link, "/etc/passwd")
         archive.writestr("masks/a.png", b"")
         archive.writestr("solution/b", b"", zipfile.ZIP_BZIP2)
-    expected = ("link is a link or device", "masks/a.png occurs twice", "b is not compressed by deflate")
+    expected = ("link is a link", "masks/a.png occurs twice", "b is a link, or not compressed by deflate")
     assert all(text in line for text, line in zip(expected, faults(place).splitlines(), strict=True))
 
 
@@ -244,7 +242,7 @@ def test_course_zip_contains_everything_and_its_readme_reproduces_the_masks(plac
         archive.extractall(tmp_path)
     assert (tmp_path / "checkpoint/ckpt.pth").read_bytes() == sound[CKPT]
     text = (tmp_path / "Readme.txt").read_text()
-    assert all(fact in text for fact in ("0.7124, the official", "masks average, flip", "1,747,923", "numpy 2.4.6"))
+    assert all(fact in text for fact in ("0.7124, the official", "masks average: flip", "1,747,923", "numpy 2.4.6"))
     for path in re.findall(r"^  ([\w/.]+\w)[:,]", text, re.M):
         assert (tmp_path / path).exists(), path
     command = shlex.split(re.search(r"^  python (-m tools.run .*)", text, re.M)[1].replace("DATA", str(place / "data")))

@@ -7,7 +7,7 @@ Exit status 1 if there are faults. Masks with left and right reversed are no fau
 """
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 from common import ArgumentParser, in_parallel, positive, printable, run_main
@@ -23,10 +23,7 @@ REVERSED = "left and right reversed"
 
 
 def inspect(path):
-    """Check one image, or mask if its folder is `masks`; runs in a worker process.
-
-    Returns (faults, digest of an image's pixels or None, pixels (19,) of each label of a mask or None).
-    """
+    """Check one file: (faults, digest of an image's pixels or None, pixels (19,) of each label of a mask or None)."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -36,8 +33,7 @@ def inspect(path):
     if path.parent.name == "images":
         if image.mode != "RGB":
             faults.append("image not RGB")
-        content = image.convert("RGB").tobytes() + str(image.size).encode()
-        return faults, hashlib.sha256(content).digest(), None
+        return faults, hashlib.sha256(image.convert("RGB").tobytes()).digest(), None
     if image.format != "PNG" or image.mode not in ("P", "L"):
         return [*faults, "mask not a PNG of mode P or L"], None, None
     mask = np.array(image)
@@ -56,13 +52,10 @@ def audit(data, workers=None):
     images, masks = (image_files(Path(data, "train", kind)) for kind in ("images", "masks"))
     found = defaultdict(list)
     for files, partners, fault in ((images, masks, "image without mask"), (masks, images, "mask without image")):
-        stems, partner_stems = Counter(path.stem for path in files), {path.stem for path in partners}
-        found[fault] += [path for path in files if path.stem not in partner_stems]
-        found["name used twice"] += [path for path in files if stems[path.stem] > 1]
-    files = images + masks
-    for split in ("dev", "test"):
-        if Path(data, split).is_dir():
-            files += image_files(Path(data, split, "images"))
+        stems = {path.stem for path in partners}
+        found[fault] = [path for path in files if path.stem not in stems]
+    others = [Path(data, split, "images") for split in ("dev", "test") if Path(data, split).is_dir()]
+    files = images + masks + [path for folder in others for path in image_files(folder)]
     first, pixels = {}, []
     for path, (faults, digest, counts) in zip(files, in_parallel(inspect, files, workers, "checking"), strict=True):
         if digest and first.setdefault(digest, path) != path:
@@ -77,7 +70,7 @@ def audit(data, workers=None):
 def main():
     parser = ArgumentParser(description="Check a data folder and print label statistics.")
     parser.add_argument("--data", help="folder with train/, dev/ and test/; default ./data, else synthetic faces")
-    parser.add_argument("--list", action="store_true", help="name every file, not only the first of each fault")
+    parser.switch("--list", help="name every file, not only the first of each fault")
     parser.add_argument("--workers", type=positive, help="processes; default one per core")
     args = parser.parse_args()
     data = find_data(args.data)

@@ -12,11 +12,10 @@ import stat
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from pathlib import Path
 
-from common import ArgumentParser, UserError, printable, run_main, show_progress
+from common import ArgumentParser, UserError, printable, run_main, show_line
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from labels import NUM_CLASSES, PALETTE
 from model import MODELS, PARAM_LIMIT, count_parameters
 
 MAX_BYTES, MAX_MEMBERS = 2**28, 10_000  # against decompression bombs; a valid zip unpacks to less than 20 MB
+COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # zipfile unpacks the others without a limit
 TIME_LIMIT = 180  # seconds for one image, including the start of Python and torch
 PYTHON = (sys.executable, "-EB")  # -E ignores PYTHONPATH: only run.py's folder and installed packages; -B: no bytecode
 FILES = ("ckpt.pth", "requirements.txt", "run.py")
@@ -50,12 +50,10 @@ def read_zip(source):
                 return {}, [f"more than {MAX_MEMBERS:,} files or {MAX_BYTES:,} bytes unpacked"]
             for info in infos:
                 name, parts = info.filename, info.filename.split("/")
-                if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-                    faults.append(f"{name} is a link or device, not a file")
+                if stat.S_ISLNK(info.external_attr >> 16) or info.compress_type not in COMPRESSIONS:
+                    faults.append(f"{name} is a link, or not compressed by deflate")
                 elif ".." in parts or not parts[0] or ":" in parts[0] or "\\" in name:
                     faults.append(f"{name} has an absolute path, a backslash or .. in its path")
-                elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    faults.append(f"{name} is not compressed by deflate")  # zipfile unpacks others without a limit
                 elif name in files:
                     faults.append(f"{name} occurs twice")
                 elif not info.is_dir() and not {"__MACOSX", ".DS_Store"} & set(parts):
@@ -142,35 +140,32 @@ def check_solution(files):
 
 
 def execute(folder, image):
-    """Labels (H, W) uint8 of an image by folder/run.py, executed as the organisers do. UserError if it fails."""
-    target = folder / f"{image.stem}.png"
+    """Labels (H, W) uint8 of an image by folder/run.py, executed as the organisers do. UserError or TimeoutExpired."""
+    target = folder.parent / f"{image.stem}.png"
     command = [*PYTHON, "run.py", "--input", image.resolve(), "--output", target, "--weights", "ckpt.pth"]
-    try:
-        done = subprocess.run(command, cwd=folder, input="", capture_output=True, errors="replace", timeout=TIME_LIMIT)
-    except subprocess.TimeoutExpired:
-        raise UserError(f"run.py took more than {TIME_LIMIT} s") from None
+    done = subprocess.run(command, cwd=folder, input="", capture_output=True, errors="replace", timeout=TIME_LIMIT)
     if done.returncode or not target.is_file():
-        last = (done.stdout + done.stderr).strip().split("\n")[-1][-300:]
-        raise UserError(f"run.py ended with status {done.returncode} or wrote no mask: {last}")
+        raise UserError(f"run.py ended with status {done.returncode} or wrote no mask: {done.stderr[-300:]}")
     return read_labels(target.read_bytes(), *read_image(image).shape[:2])
 
 
 def check_run(files, masks, images, run):
     """Findings on run.py's masks of `run` images, the first and last among them, compared with those in the zip."""
     chosen = [images[i] for i in sorted(set(np.linspace(0, len(images) - 1, run).round().astype(int)))]
-    faults, start = [], time.monotonic()
+    faults = []
     with tempfile.TemporaryDirectory(prefix="solution-") as folder:
         for name in (name for name in files if name.startswith("solution/")):
             Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
             Path(folder, name).write_bytes(files[name])
-        for done, path in enumerate(chosen, 1):
+        for done, path in enumerate(chosen):
+            show_line(f"run.py predicts image {done + 1} of {len(chosen)}", sys.stderr)
             try:
                 labels = execute(Path(folder, "solution"), path)
                 if path in masks and (differing := np.count_nonzero(labels != masks[path])):
                     raise UserError(f"run.py and masks/ differ in {differing:,} of {labels.size:,} pixels")
-            except UserError as error:
+            except (UserError, subprocess.TimeoutExpired) as error:
                 faults.append(f"{path.name}: {error}")
-            show_progress("running run.py", done, len(chosen), time.monotonic() - start)
+        show_line("", sys.stderr)
     return verdict("run", faults, f"run.py predicts the same masks for {len(chosen)} images")
 
 

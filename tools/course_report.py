@@ -6,13 +6,11 @@ python -m tools.course_report --name a --pdf       # print the draft, at most fi
 All figures come from the runs' files. The draft shows images of the dataset: hand it in, but do not publish it.
 """
 
-import hashlib
 import re
 import shutil
 import subprocess
 import tempfile
 from argparse import Namespace
-from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from statistics import pstdev
@@ -27,18 +25,15 @@ from tools.leaderboard import settings_of
 from tools.report import TEMPLATE, fill_template, image_score, read_pictures, read_runs, write_page
 from tools.report_zip import count_pages, matriculation
 
-NOISE = 0.004  # runs that differ only in the seed are up to 0.003 apart
 EXPERIMENTS = 14  # rows that fit on five pages
 SETTINGS = "sizes batch optimiser lr schedule warmup weight_decay clip ema dropout ce dice dice_over augment seed"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
-MARK = "<!-- sha256 of the draft: "
 STYLE = """@page { size: A4; margin: 17mm 20mm; }
 body { font: 10pt/1.3 Arial, "Liberation Sans", sans-serif; color: #111; margin: 0 auto; max-width: 170mm; }
 h1, h2 { font-size: 12pt; margin: 9pt 0 3pt; break-after: avoid; }
 p { margin: 0 0 5pt; }
 table { border-collapse: collapse; margin: 3pt 0 6pt; }
 td, th { padding: 1pt 9pt 1pt 0; text-align: left; vertical-align: top; }
-td:nth-child(3) { overflow-wrap: anywhere; }
 th { border-bottom: 0.8pt solid #444; }
 .two { display: grid; grid-template-columns: 1fr 1fr; gap: 4mm; break-inside: avoid; }
 .images { display: grid; grid-template-columns: repeat(8, 1fr); gap: 0.7mm; margin-bottom: 5pt; break-inside: avoid; }
@@ -49,40 +44,33 @@ th { border-bottom: 0.8pt solid #444; }
 def settings(run, args):
     """The training as HTML; `args` are its arguments, with today's defaults for those it lacks."""
     keys = dict.fromkeys([*SETTINGS.split(), *run["changed"]])
-    changes = ", ".join(f"{k} {v:g}" for k, v in asdict(strength(args)).items() if v and not k.endswith("alpha"))
+    changes = ", ".join(f"{k} {v:g}" for k, v in vars(strength(args)).items() if v and not k.endswith("alpha"))
     row = run["row"]
     return f"""<p>{escape(", ".join(f"{key} {getattr(args, key)}" for key in keys))}.</p>
-<p>Augmentation: {changes or "none"}; left and right labels of mirrored masks exchanged: {args.exchange_sides}; training
-masks with left and right reversed repaired: {args.fix_sides}. {row["epochs"]} epochs took {row["minutes"]:.0f} minutes.
-The weights of epoch {row["epoch"]}, the best on the validation images, are kept: this favours the score slightly.
+<p>Augmentation: {changes or "none"}. Mirrored masks exchange left and right: {args.exchange_sides}; training masks with
+left and right reversed are repaired: {args.fix_sides}. {row["epochs"]} epochs took {row["minutes"]:.0f} minutes. The
+weights of epoch {row["epoch"]}, the best on the validation images, are kept: this favours the score slightly.
 {escape(run["origin"])}</p>"""
 
 
-def sources(runs):
-    """{run: "repository" if git tracks it, "own" if not, "unknown" outside a checkout}."""
+def experiments(run, runs, folder):
+    """Table of the scored runs on the same kind of faces: this run, own runs, then the repository's records."""
+    # Git tracks the repository's records; outside a checkout the sources are unknown.
     command = ["git", "ls-files", "*/args.json"]
-    done = subprocess.run(command, cwd=runs, capture_output=True, text=True) if shutil.which("git") else None
-    known = done and done.returncode == 0
-    tracked = {Path(line).parent.name for line in done.stdout.splitlines()} if known else set()
-    names = [path.parent.name for path in runs.glob("*/args.json")]
-    return {name: "repository" if name in tracked else "own" if known else "unknown" for name in names}
-
-
-def experiments(run, runs, source):
-    """Table of scored runs on the same kind of faces: this run, own runs, then the repository's records."""
+    git = subprocess.run(command, cwd=folder, capture_output=True, text=True) if shutil.which("git") else None
+    tracked = {Path(line).parent.name for line in git.stdout.splitlines()} if git and not git.returncode else None
     rows = [other for other in runs if other["row"] and other["row"]["synthetic"] == run["row"]["synthetic"]]
-    rows.sort(key=lambda other: (other is not run, source[other["name"]]))
+    rows.sort(key=lambda other: (other is not run, other["name"] in (tracked or ())))
     body = ""
-    for row, other in ((other["row"], other) for other in rows[:EXPERIMENTS]):
-        changes = ", ".join(f"{key} {value}" for key, value in other["changed"].items())
-        what = f"{row['recipe'] or 'no recipe'}{': ' if changes else ''}{changes}"
+    for other in rows[:EXPERIMENTS]:
+        row, changes = other["row"], [f"{key} {value}" for key, value in other["changed"].items()]
+        source = "unknown" if tracked is None else "repository" if row["name"] in tracked else "own"
         figures = f"{row['parameters']:,}", row["epochs"], f"{row['official']:.4f}"
-        cells = "".join(f"<td>{escape(str(cell))}</td>" for cell in (row["name"], source[row["name"]], what, *figures))
-        body += f"<tr>{cells}</tr>"
-    heads = "<th>run<th>source<th>recipe: changes<th>parameters<th>epochs<th>official"
-    return f"""<p>{min(len(rows), EXPERIMENTS)} of {len(rows)} scored runs. Differences below {NOISE} say nothing: seeds
-alone differ by almost as much. Runs of the source "repository" are its records, not trained for this report.</p>
-<table><tr>{heads}</tr>{body}</table>"""
+        cells = row["name"], source, ", ".join([row["recipe"] or "no recipe", *changes]), *figures
+        body += "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells)
+    return f"""<p>{min(len(rows), EXPERIMENTS)} of {len(rows)} scored runs. Differences below 0.004 say nothing: seeds
+alone differ by up to 0.003. Runs of the source "repository" are its records, not trained for this report.</p>
+<table><tr><th>run<th>source<th>recipe and changes<th>parameters<th>epochs<th>official{body}</table>"""
 
 
 def examples(folder):
@@ -107,34 +95,33 @@ def draft(folder, author, matric):
     run = next((run for run in runs if run["name"] == folder.name and run["row"] and run["best"]), None)
     if not run:
         raise UserError(f"{folder} has no scores (metrics.jsonl, best.json), or they are damaged")
-    record, row, source = read_json(folder / "args.json"), run["row"], sources(folder.parent)
+    record, row = read_json(folder / "args.json"), run["row"]
     args = Namespace(**settings_of() | record["args"])
     model = build(args.model, **network_arguments(args))
-    count = f"{count_parameters(model):,}"
-    if row["parameters"] not in (0, count_parameters(model)):
+    count = count_parameters(model)
+    if row["parameters"] not in (0, count):
         raise UserError(f"this version builds another {args.model} than {folder}: check out {record['commit'][:12]}")
     scores = [image_score(f) for f in run["best"]["image_scores"].values()]
     charts = re.search('<script id="charts">.*?</script>', TEMPLATE.read_text(encoding="utf-8"), re.DOTALL)[0]
     faces = "synthetic faces, which say nothing about real ones" if row["synthetic"] else "CelebAMask-HQ portraits"
     seen = "The weights were trained on all pairs, these images included; the score is of a training without them."
     template = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Report</title><style>{STYLE}</style>
-<p class="screen">Draft from the files of run {escape(run["name"])}: check it, add your own analysis, then print it with
-make report-pdf. It shows images of the dataset: do not publish it.</p>
-<h1>Face parsing with {count} parameters</h1>
+<p class="screen">A draft from the run's files: check and complete it. Do not publish it: it shows the dataset.</p>
+<h1>Face parsing with {count:,} parameters</h1>
 <p>{escape(author or "Author: ________")} · {escape(matric or "matriculation number: ________")}</p>
 <p><b>Validation F-measure (official score): {row["official"]:.4f}</b>, from one view per image (not mirrored, not
 rescaled), on {len(scores)} images; standard error {pstdev(scores) / len(scores) ** 0.5:.4f}. Pooled over batches of 32
 images: {row["batch32"]:.4f}. {seen if row["weights"] == "all pairs" else ""}</p>
-<p><b>Parameters: {count}</b> (fewer than {PARAM_LIMIT:,} are allowed).</p>
+<p><b>Parameters: {count:,}</b> (fewer than {PARAM_LIMIT:,} are allowed).</p>
 <h2>1. Task</h2><p>Every pixel of a 512 x 512 image gets one of {len(NAMES)} labels; left and right are the person's.
 Data: {faces}; {args.val_split:.0%} of the pairs are held out for validation (seed {args.split_seed}). No other data, no
 pretrained weights, one network. The official score is F averaged over the labels present in an image, then over the
-images; masks are scored as they are. Source of this run (see 6): {source[folder.name]}.</p>
+images; masks are scored as they are.</p>
 <h2>2. Network: {escape(args.model)}, parameters by module</h2><pre>{escape(parameter_table(model))}</pre>
 <h2>3. Training</h2>{settings(run, args)}
 <h2>4. Results</h2><div class="two" id="results"></div>
 <h2>5. Examples</h2>{examples(folder)}
-<h2>6. Experiments</h2>{experiments(run, runs, source)}
+<h2>6. Experiments</h2>{experiments(run, runs, folder.parent)}
 <script type="application/json" id="data"><!--DATA--></script>{charts}
 <script>document.getElementById("results").append(curves(DATA.runs), bars(DATA.runs));</script></html>
 """
@@ -142,12 +129,11 @@ images; masks are scored as they are. Source of this run (see 6): {source[folder
 
 
 def write_draft(folder, author, matric, overwrite=False):
-    """Write runs/NAME/report.html; returns its path. UserError if the existing one was edited."""
-    path, content = folder / "report.html", draft(folder, author, matric)
-    old, _, digest = path.read_text(encoding="utf-8").rpartition(MARK) if path.is_file() else ("", "", "")
-    if path.is_file() and not overwrite and not digest.startswith(hashlib.sha256(old.encode()).hexdigest()):
-        raise UserError(f"{path} was edited: rename it to keep it, or replace it with OVERWRITE=1")
-    write_text(path, f"{content}{MARK}{hashlib.sha256(content.encode()).hexdigest()} -->\n")
+    """Write runs/NAME/report.html; returns its path. UserError if it exists, for its author may have edited it."""
+    path = folder / "report.html"
+    if path.is_file() and not overwrite:
+        raise UserError(f"{path} exists: rename it to keep it, or replace it with OVERWRITE=1")
+    write_text(path, draft(folder, author, matric))
     return path
 
 
@@ -165,32 +151,27 @@ def browse(*flags):
     return done.stdout, done.stderr
 
 
-def print_draft(folder):
-    """Print report.html to report.pdf; returns a line about it. UserError without a draft or with too many pages."""
-    source, target, name = folder / "report.html", folder / "report.pdf", make_name(folder)
-    if not source.is_file():
-        raise UserError(f"no {source}; `make report NAME={name} AUTHOR= MATRIC=` creates it")
-    with atomic(target) as temporary:
-        browse("--no-pdf-header-footer", f"--print-to-pdf={temporary.resolve()}", source.resolve().as_uri())
-    return f"{target}: {count_pages(target)} pages; next: make report-zip NAME={name} MATRIC="
-
-
 def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--name", required=True, help="run to report on")
     parser.add_argument("--runs", default="runs", help="folder of all runs")
     parser.add_argument("--author", help="name on the report")
     parser.add_argument("--matric", type=matriculation, help="matriculation number on the report")
-    parser.switch("--overwrite", help="replace a draft that was edited")
+    parser.switch("--overwrite", help="replace an existing draft")
     parser.switch("--pdf", help="print the existing draft instead")
     args = parser.parse_args()
     folder = find_run(args.name, args.runs)
-    if args.pdf:
-        print(print_draft(folder))
-    else:
+    source, target, name = folder / "report.html", folder / "report.pdf", make_name(folder)
+    if not args.pdf:
         print(write_page(folder.parent, folder.name))
-        path = write_draft(folder, args.author, args.matric, args.overwrite)
-        print(f"{path}: check and complete it, then: make report-pdf NAME={make_name(folder)}")
+        write_draft(folder, args.author, args.matric, args.overwrite)
+        print(f"{source}: check and complete it, then: make report-pdf NAME={name}")
+        return
+    if not source.is_file():
+        raise UserError(f"no {source}; `make report NAME={name} AUTHOR= MATRIC=` creates it")
+    with atomic(target) as temporary:
+        browse("--no-pdf-header-footer", f"--print-to-pdf={temporary.resolve()}", source.resolve().as_uri())
+    print(f"{target}: {count_pages(target)} pages; next: make report-zip NAME={name} MATRIC=")
 
 
 if __name__ == "__main__":

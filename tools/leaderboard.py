@@ -32,12 +32,12 @@ def summary(folder):
     if not scored:
         return None
     best, last = max(scored, key=lambda line: number(line["official"])), lines[-1]
-    row = {"official": best["official"], "batch32": best["batch32"], "epoch": best["epoch"], "epochs": last["epoch"]}
-    row |= {"minutes": last["minutes"], "lr": args["lr"], "dice": args["dice"]}
-    row = {key: number(value) for key, value in row.items()} | {"parameters": number(record.get("parameters") or 0)}
-    row |= {"name": folder.name, "model": args["model"], "recipe": args["recipe"]}
+    figures = {key: best[key] for key in ("official", "batch32", "epoch")} | {key: args[key] for key in ("lr", "dice")}
+    figures |= {"epochs": last["epoch"], "minutes": last["minutes"], "parameters": record.get("parameters") or 0}
+    row = {key: number(value) for key, value in figures.items()}
+    row |= {"name": folder.name, "recipe": args["recipe"], "date": str(record.get("started", "-"))[:10]}
+    row["synthetic"] = bool((record.get("pairs") or {}).get("drawn"))
     row["lmsa"] = ("no", "yes")[args["lmsa"]] if args["model"] == "microsegformer" else "-"
-    row |= {"date": str(record.get("started", "-"))[:10], "synthetic": bool((record.get("pairs") or {}).get("drawn"))}
     row["weights"] = ("yes" if is_validated(load(path)) else "all pairs") if path.is_file() else "-"
     return row | {"changed": changed_settings(args), "line": make_line(args)}
 
@@ -56,19 +56,13 @@ def changed_settings(args):
 
 def make_line(args):
     """The make command that repeats a run with these arguments."""
-    line = f"make train RECIPE={args['recipe']}" if args["recipe"] in options.load_recipes() else "make train"
-    flags = []
-    for key, value in changed_settings(args).items():
-        name = {"start_from": "from"}.get(key, key).replace("_", "-")
-        flags += [f"--{name}" if value else f"--no-{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
-    quoted = shlex.join(flags).replace('"', '\\"')
-    return f'{line} ARGS="{quoted}"' if flags else line
+    settings = {"recipe": args["recipe"]} if args["recipe"] in options.load_recipes() else {}
+    settings |= {"from" if key == "start_from" else key: value for key, value in changed_settings(args).items()}
+    return " ".join(["make train", *(f"{key.upper()}={shlex.quote(str(value))}" for key, value in settings.items())])
 
 
 def survey(runs, read=summary):
     """(read(folder) of each run, without None; [(name, reason) of each run that cannot be read])."""
-    if not Path(runs).is_dir():
-        raise UserError(f"no folder {runs}; `make train` creates it")
     found, unreadable = [], []
     for path in sorted(Path(runs).glob("*/args.json")):
         try:
@@ -84,22 +78,20 @@ def unfinished(folder):
     total = sum(length for _, length in options.parse_sizes(args["sizes"], args["epochs"]))
     done = lines[-1]["epoch"] if lines else 0
     score, epoch = max(((line["official"], line["epoch"]) for line in lines if "official" in line), default=(0, done))
-    stopped = 0 < args.get("target", 0) <= score or 0 < args["patience"] <= done - epoch
+    if done >= total or 0 < args.get("target", 0) <= score or 0 < args["patience"] <= done - epoch:
+        return None
     remedy = f"make resume NAME={make_name(folder)}" if (folder / "last.pt").is_file() else "no last.pt to resume from"
-    line = f"unfinished: {folder.name}, {done} of {total} epochs, {'running' if is_running(folder) else remedy}"
-    return None if stopped or done >= total else line
+    return f"unfinished: {folder.name}, {done} of {total} epochs, {'running' if is_running(folder) else remedy}"
 
 
 def leaderboard(rows):
     """The table of `make runs` as text: summaries with real faces first, then by score."""
-    lines = [f"{'run':<24}official  batch32    epoch  parameters       LR  Dice  LMSA  minutes  date        weights"]
+    table = f"{'run':<24}official  batch32    epoch  parameters       LR  Dice  LMSA  minutes  date        weights"
     for row in sorted(rows, key=lambda row: (row["synthetic"], -row["official"])):
-        lines.append(
-            f"{row['name']:<24}{row['official']:>8.4f}{row['batch32']:>9.4f}{row['epoch']:>5}/{row['epochs']:<3}"
-            f"{row['parameters']:>12,}{row['lr']:>9.1e}{row['dice']:>6g}{row['lmsa']:>6}{row['minutes']:>9.1f}  "
-            f"{row['date']:<12}{row['weights']}{', synthetic faces' if row['synthetic'] else ''}"
-        )
-    return "\n".join(lines)
+        table += f"\n{row['name']:<24}{row['official']:>8.4f}{row['batch32']:>9.4f}{row['epoch']:>5}/{row['epochs']:<3}"
+        table += f"{row['parameters']:>12,}{row['lr']:>9.1e}{row['dice']:>6g}{row['lmsa']:>6}{row['minutes']:>9.1f}  "
+        table += f"{row['date']:<12}{row['weights']}{', synthetic faces' if row['synthetic'] else ''}"
+    return table
 
 
 def recipe_table(rows):

@@ -75,9 +75,8 @@ def make_submission(weights, images, phase, target, views=None, run=5):
             return 1
         make_folder(target.parent)
         if target.is_file():
-            old = target.stat()
-            date = time.strftime("%Y-%m-%d %H:%M", time.localtime(old.st_mtime))
-            print(f"replacing {target} of {date}, {old.st_size / 1e6:.1f} MB")
+            date = time.strftime("%Y-%m-%d %H:%M", time.localtime(target.stat().st_mtime))
+            print(f"replacing {target} of {date}, {target.stat().st_size / 1e6:.1f} MB")
         with atomic(target) as temporary:
             shutil.copyfile(made, temporary)
     size = target.stat().st_size / 1e6

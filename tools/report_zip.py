@@ -7,7 +7,6 @@ Masks and checkpoint are those in the run's Codabench zip (tools/package.py), wh
 """
 
 import io
-import logging
 import re
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from model import PARAM_LIMIT, count_parameters
 from tools.check_submission import judge, read_zip, show
 from tools.package import ROOT, make_submission, write_zip
 
-ZIP = "submission-test.zip"
 MAX_PAGES = 5
 CODE = ("*.py", "*.toml", "*.md", "Makefile", "LICENSE", "requirements.txt", "tools/*", "checks/*", "docs/*")
 
@@ -39,7 +37,6 @@ def count_pages(path):
         import pypdf
     except ImportError:
         raise UserError("pypdf is missing: pip install -r tools/requirements.txt") from None
-    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # damage is reported below
     try:
         sizes = [sorted((page.mediabox.width, page.mediabox.height)) for page in pypdf.PdfReader(path).pages]
     except Exception as error:  # a damaged file makes the reader raise anything
@@ -52,18 +49,8 @@ def count_pages(path):
     return len(sizes)
 
 
-def find_report(folder):
-    """The run's report.pdf. UserError if it is missing or older than its draft."""
-    report, draft, name = folder / "report.pdf", folder / "report.html", checkpoint.make_name(folder)
-    if not report.is_file():
-        raise UserError(f"no {report}: `make report NAME={name}`, then `make report-pdf NAME={name}`; or REPORT=FILE")
-    if draft.is_file() and draft.stat().st_mtime > report.stat().st_mtime:
-        raise UserError(f"{draft} is newer than {report}: print it again, `make report-pdf NAME={name}`")
-    return report
-
-
 def read_submission(path, images, own):
-    """({name: bytes}, views) of a Codabench zip. UserError if a check fails or its weights differ from `own`."""
+    """({name: bytes}, views) of a Codabench zip. UserError if a check fails or its weights are not `own`."""
     remedy = f"`make submit NAME={checkpoint.make_name(path.parent)}` creates a new one"
     if not show(judge(path, images, "test")):
         raise UserError(f"{path} has the faults above; {remedy}")
@@ -75,27 +62,17 @@ def read_submission(path, images, own):
     return files, content.get("views", "")
 
 
-def describe_score(folder, validated, views):
-    """The run's best validation scores as text, and what they do not cover."""
-    scored = [line for line in checkpoint.read_metrics(folder) if "official" in line]
-    if not scored:
-        return "not measured, because the network was trained on all pairs"
-    best = max(scored, key=lambda line: line["official"])
-    text = f"{best['official']:.4f}, the official score; {best['batch32']:.4f} by the batch-of-32 formula"
-    text += f"\n  without the views that the masks average, {views}" if views else ""
-    if not validated:
-        text += (
-            "\n  of the run in run/, which held pairs out; the weights here come from the same training on all pairs"
-        )
-    return text
-
-
-def write_readme(matric, score, parameters, report, count, record):
-    """The text of Readme.txt; `record` is the run's args.json, `count` the number of masks."""
+def write_readme(matric, folder, content, views, report, count):
+    """The text of Readme.txt; `content` is the run's checkpoint, `count` the number of masks."""
+    best, versions = checkpoint.best_score(folder), read_json(folder / "args.json")["versions"]
+    score = f"{best:.4f}, the official score on the pairs that the run in run/ held out, from one view per image"
+    validated = checkpoint.is_validated(content)
     return f"""Face parsing on CelebAMask-HQ, 19 labels: {matric}
 
-Validation F-measure: {score}
-Parameters: {parameters:,} (fewer than {PARAM_LIMIT:,} are allowed)
+Validation F-measure: {score if best >= 0 else "not measured"}
+Weights: {"of that run" if validated else "of a training on all pairs, which leaves none to score them"}
+Views that the masks average: {views or "one per image"}
+Parameters: {count_parameters(checkpoint.restore(content, folder)):,} (fewer than {PARAM_LIMIT:,} are allowed)
 
 Files
   {report}: the report
@@ -105,10 +82,9 @@ Files
   code/: all code; code/README.md describes it
 
 Third-party libraries are in code/requirements.txt; the training's versions and machine:
-  {", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())}
+  {", ".join(f"{name} {version}" for name, version in versions.items())}
 
-How to reproduce the masks, with the test images in DATA/test/images (an absolute path): in code/, by make or without
-  make submit WEIGHTS=../checkpoint/ckpt.pth DATA=DATA ZIP=../again.zip
+How to reproduce the masks, in code/, with the test images in DATA/test/images (an absolute path):
   python -m tools.run --input DATA/test/images --output ../masks-again --weights ../checkpoint/ckpt.pth
 
 CelebAMask-HQ (Lee et al., CVPR 2020), weights trained on it and these masks are for non-commercial research only.
@@ -124,25 +100,30 @@ def main():
     parser.add_argument("--out", default="build", type=Path, help="folder for the zip")
     args = parser.parse_args()
     weights = checkpoint.find_weights(args.name)
-    folder, content = weights.parent, checkpoint.load(weights)
-    record, report = read_json(folder / "args.json"), args.report or find_report(folder)
+    folder, name = weights.parent, checkpoint.make_name(weights.parent)
+    report, draft = args.report or folder / "report.pdf", folder / "report.html"
+    if not report.is_file():
+        raise UserError(f"no {report}: `make report NAME={name}`, then `make report-pdf NAME={name}`; or REPORT=FILE")
+    if not args.report and draft.is_file() and draft.stat().st_mtime > report.stat().st_mtime:
+        raise UserError(f"{draft} is newer than {report}: print it again, `make report-pdf NAME={name}`")
     pages = count_pages(report)
     images = find_data(args.data or checkpoint.run_args(weights).get("data")) / "test" / "images"
-    if not (folder / ZIP).is_file() and make_submission(weights, images, "test", folder / ZIP):
+    submission = folder / "submission-test.zip"
+    if not submission.is_file() and make_submission(weights, images, "test", submission):
         return 1
-    sent, views = read_submission(folder / ZIP, images, content["state_dict"])
-    entries = {name: data for name, data in sent.items() if name.startswith("masks/")}
-    score, count = describe_score(folder, checkpoint.is_validated(content), views), len(entries)
-    parameters = count_parameters(checkpoint.restore(content, weights))
-    entries["Readme.txt"] = write_readme(args.matric, score, parameters, report.name, count, record).encode()
-    entries |= {report.name: report.read_bytes(), "checkpoint/ckpt.pth": sent["solution/ckpt.pth"]}
-    entries |= {f"run/{name}": (folder / name).read_bytes() for name in ("args.json", "metrics.jsonl")}
-    for path in (path for pattern in CODE for path in ROOT.glob(pattern) if path.is_file()):
-        entries[f"code/{path.relative_to(ROOT).as_posix()}"] = path.read_bytes()
+    content = checkpoint.load(weights)
+    sent, views = read_submission(submission, images, content["state_dict"])
+    masks = {name: data for name, data in sent.items() if name.startswith("masks/")}
+    readme = write_readme(args.matric, folder, content, views, report.name, len(masks))
+    files = {report.name: report, "run/args.json": folder / "args.json", "run/metrics.jsonl": folder / "metrics.jsonl"}
+    code = (path for pattern in CODE for path in ROOT.glob(pattern) if path.is_file())
+    files |= {f"code/{path.relative_to(ROOT)}": path for path in code}
+    entries = masks | {name: path.read_bytes() for name, path in files.items()}
+    entries |= {"Readme.txt": readme.encode(), "checkpoint/ckpt.pth": sent["solution/ckpt.pth"]}
     make_folder(args.out)
     with atomic(args.out / f"{args.matric}.zip") as temporary:
         write_zip(temporary, entries)
-    print(f"{args.out / args.matric}.zip: report of {pages} pages, {count} masks, {len(entries) - count} other files")
+    print(f"{args.out / args.matric}.zip: report of {pages} pages, {len(masks)} masks, {len(files)} other files")
     return 0
 
 

@@ -18,13 +18,6 @@ from images import image_files, mask_image, read_image
 from views import label_map, log_probabilities, parse_views
 
 
-def predict_file(model, path, size, views):
-    """Labels (H, W) uint8 of an image file, computed on the CPU. UserError if the file is unreadable."""
-    pixels = read_image(path)
-    log_p = log_probabilities([model], torch.from_numpy(pixels).permute(2, 0, 1)[None], size, views)
-    return label_map(log_p, *pixels.shape[:2])[0].numpy()
-
-
 def find_outputs(source, output):
     """[(image, mask path), ...]; creates the output folder. UserError if two images would have the same mask path."""
     files, output, outputs = image_files(source), Path(output), {}
@@ -50,7 +43,9 @@ def main():
     model, info = load_model(args.weights)
     views, outputs, start = parse_views(info.get("views", "")), find_outputs(args.input, args.output), time.monotonic()
     for done, (path, target) in enumerate(outputs, 1):
-        mask = predict_file(model, path, info["size"], views)
+        pixels = read_image(path)
+        log_p = log_probabilities([model], torch.from_numpy(pixels).permute(2, 0, 1)[None], info["size"], views)
+        mask = label_map(log_p, *pixels.shape[:2])[0].numpy()
         with atomic(target) as temporary:
             mask_image(mask).save(temporary, format="PNG")
         show_progress("predicting", done, len(outputs), time.monotonic() - start)
