@@ -1,11 +1,12 @@
 """The training pairs: find, decode once into a memory-mapped cache, split, read in batches, repair reversed masks."""
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,11 +109,6 @@ def find_data(folder=None):
     return SYNTHETIC
 
 
-def is_synthetic(folder):
-    """True if tools/synth.py made the data folder."""
-    return Path(folder, SYNTHETIC_MARKER).is_file()
-
-
 def find_pairs(data):
     """[(image path, mask path), ...] of DATA/train, sorted by name. UserError if a file has no partner."""
     for kind in ("images", "masks"):
@@ -173,10 +169,12 @@ def _build_cache(path, files, total, workers):
     """Decode all pairs into the cache file `path` of `total` bytes, atomically."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for unfinished in path.parent.glob("*.tmp"):  # of a killed process
-            if time.time() - unfinished.stat().st_mtime > 3600:
+        for unfinished in path.parent.glob("*.tmp"):  # of a killed process: a live one holds the lock of its file
+            with contextlib.suppress(OSError), open(unfinished) as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 unfinished.unlink()
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        fcntl.flock(handle, fcntl.LOCK_EX)
         try:
             _reserve(handle, total)
             tasks = [(temporary, i, len(files), *pair) for i, pair in enumerate(files)]

@@ -16,6 +16,7 @@ first, and each is parsed at full resolution (photo.py).
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -34,7 +35,6 @@ from common import (
 )
 
 import numpy as np
-import torch
 from PIL import Image
 
 from checkpoint import find_weights, load_model, select_device
@@ -99,10 +99,9 @@ def parser_settings(args):
 
 def box(text):
     """argparse type: x,y,w,h in pixels."""
-    values = tuple(map(int, text.split(",")))
-    if len(values) != 4 or min(values[2:]) < 1:
-        raise ValueError
-    return values
+    if not re.fullmatch(r"-?\d+,-?\d+,[1-9]\d*,[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not x,y,w,h in pixels, w and h at least 1")
+    return tuple(map(int, text.split(",")))
 
 
 def write_results(args, path, pixels, parsed):

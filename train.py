@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 from augment import augment, draw, slice_batch
 from checkpoint import find_run, find_weights, make_name, read_metrics, select_device
-from data import Batches, find_data, is_synthetic, load_pairs, split
+from data import SYNTHETIC_MARKER, Batches, find_data, load_pairs, split
 from evaluate import batch_score, evaluate, f_scores, label_scores, official_score
 from labels import NUM_CLASSES
 from losses import training_loss
@@ -227,7 +227,7 @@ def set_up(args):
     )
     run.loss["class_weights"] = label_weights(args, pairs, train_indices, device)
     used = {"training": len(train_indices), "validation": len(val_indices), "content": pairs.digest}
-    used["drawn"] = is_synthetic(data)
+    used["drawn"] = (data / SYNTHETIC_MARKER).is_file()
     if args.resume:
         restore(run, used)
     elif not rank:
@@ -567,11 +567,8 @@ def summary(run, stopped):
     if stopped:
         return f"stopped in epoch {done + 1}, saved; {epochs}\nnext: make resume NAME={name}"
     score = f"official score {run.progress['best']:.4f} in " if len(run.val_indices) else ""
-    return (
-        f"best: {score}epoch {run.progress['best_epoch']}; {epochs}\n"
-        f"files: {run.folder}/best.pt (weights), metrics.jsonl, best.json (scores)\n"
-        f"next: make report, make predict NAME={name} IN=photos OUT=masks, or make submit NAME={name}"
-    )
+    best = f"best: {score}epoch {run.progress['best_epoch']}; {epochs}; weights: {run.folder}/best.pt"
+    return f"{best}\nnext: make report, make predict NAME={name} IN=photos OUT=masks, make submit NAME={name}"
 
 
 def main():
