@@ -179,14 +179,15 @@ class Parsed:
     mask: np.ndarray  # uint8 (H, W)
     owner: np.ndarray  # int8 (H, W), index into faces, -1 far from any face
     faces: list  # [(score, or None if it was not computed, window (left, top, width, height)), ...], left to right
-    missed: bool = False  # no face was found: the whole photo was parsed as one portrait
+    missed: bool = False  # no face was found
 
 
 def parse_photo(models, pixels, size, views, device, whole=False, box=None):
     """Parse uint8 pixels (H, W, 3) into a Parsed.
 
-    A photo that is one portrait, like those of the training, is parsed as a whole; so is any photo if `whole`, and one
-    without a face. In all others each face found is parsed. `box` (left, top, width, height) is parsed as the only
+    A photo that is one portrait, like those of the training, is parsed as a whole; so is any photo if `whole`. In all
+    others each face found is parsed; if there is none, a hint of a face is parsed as one portrait, anything else is
+    background. `box` (left, top, width, height) is parsed as the only
     portrait instead; UserError if it lies outside the photo. `size` is the side the models were trained on.
     """
     height, width = pixels.shape[:2]
@@ -208,8 +209,9 @@ def parse_photo(models, pixels, size, views, device, whole=False, box=None):
     # The search may confirm a portrait in which the face is hard to see.
     portrait = clear or (fills and faces and overlap(faces[0][1], everything) >= PORTRAIT_OVERLAP)
     if portrait or not faces:
+        background = not whole and scores.item() < CANDIDATE_SCORE
         return Parsed(
-            mask=labels_at(log_p, height, width),
+            mask=np.zeros((height, width), np.uint8) if background else labels_at(log_p, height, width),
             owner=np.zeros((height, width), np.int8),
             faces=[(scores.item() if portrait else None, everything)],
             missed=not (whole or portrait),

@@ -150,7 +150,7 @@ def predict_all(parser, args):
         write_results(args, path, pixels, parsed)
         if parsed.missed:
             show_line("", sys.stderr)
-            print_message(f"no face found in {path}: parsed as one portrait; --box=x,y,w,h selects one")
+            print_message(f"no face found in {path}; WHOLE=1 (--whole) or BOX=x,y,w,h parses it as a portrait")
         show_progress("predicting", done, len(files), time.monotonic() - begin)
     seconds = time.monotonic() - begin
     print(

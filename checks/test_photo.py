@@ -100,9 +100,11 @@ def test_portrait_is_parsed_as_a_whole(faces):
     assert np.array_equal(parsed.mask, expected) and parsed.faces[0][1] == (0, 0, 512, 512) and not parsed.missed
 
 
-def test_photo_without_a_face_is_parsed_as_a_whole():
-    parsed = parse(np.full((200, 320), 18, np.uint8))
-    assert parsed.missed and (parsed.mask == 18).all() and parsed.faces == [(None, (0, 0, 320, 200))]
+def test_photo_without_a_face_is_background_unless_whole():
+    cloth = np.full((200, 320), 18, np.uint8)
+    parsed = parse(cloth)
+    assert parsed.missed and not parsed.mask.any() and parsed.faces == [(None, (0, 0, 320, 200))]
+    assert (parse(cloth, whole=True).mask == 18).all()
 
 
 def test_box_is_the_only_portrait(group):
