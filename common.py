@@ -30,6 +30,13 @@ class UserError(Exception):
     """A mistake the user can fix. The message is one line that names the cause and the remedy."""
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults, but not those that say nothing."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, "", False) else super()._get_help_string(action)
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with one-line errors, defaults in --help, `~` in paths, and switches that also take a value.
 
@@ -37,7 +44,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """
 
     def __init__(self, **settings):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **settings)
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **settings)
 
     def switch(self, flag, default=False, **settings):
         """Add a switch --flag / --no-flag."""

@@ -14,9 +14,8 @@ from PIL import Image, ImageOps
 
 from labels import COLOURS, NUM_CLASSES, PALETTE
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif")
-# Pillow alone cannot read these; they are reported instead of skipped.
-UNSUPPORTED_SUFFIXES = (".heic", ".heif")
+# Pillow alone cannot read the last two: they are reported instead of skipped.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".heif")
 # A small file can claim huge dimensions (a decompression bomb): an error, not a warning.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 # Pillow warns about damaged metadata in lines of its own source; the pixels are still readable.
@@ -44,8 +43,7 @@ def read_image(path):
         with Image.open(path) as image:
             return rgb_pixels(image)
     except DECODE_ERRORS as error:
-        remedy = "; convert it to JPEG first" if Path(path).suffix.lower() in UNSUPPORTED_SUFFIXES else ""
-        raise UserError(f"cannot read image {path}: {error}{remedy}") from None
+        raise UserError(f"cannot read image {path}: {error}; convert it to JPEG") from None
 
 
 def rgb_pixels(image):
@@ -122,8 +120,7 @@ def image_files(path):
         return [path]
     if not path.is_dir():
         raise UserError(f"no such file or folder: {path}")
-    suffixes = IMAGE_SUFFIXES + UNSUPPORTED_SUFFIXES
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
     if not files:
         raise UserError(f"no images in {path} (looked for {' '.join(IMAGE_SUFFIXES)})")
     return files

@@ -32,12 +32,8 @@ def segmentation_loss(
     """
     log_p = F.log_softmax(logits, 1)
     p = log_p.exp()
-    loss = logits.new_zeros(())
-    if ce:
-        loss = ce * _cross_entropy(log_p, p, target, focal, class_weights, smoothing)
-    if dice:
-        loss = loss + dice * _dice(p, target, dice_over)
-    return loss
+    loss = ce * _cross_entropy(log_p, p, target, focal, class_weights, smoothing) if ce else 0.0
+    return loss + dice * _dice(p, target, dice_over) if dice else loss
 
 
 def _dice(p, target, over):

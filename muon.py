@@ -56,14 +56,12 @@ class Muon(torch.optim.AdamW):
             group["momentum"] = momentum
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         """One step of all groups."""
-        loss = None if closure is None else closure()
         for group in self.param_groups:
             if group["orthogonal"]:
                 self._orthogonal_step(group, [p for p in group["params"] if p.grad is not None])
         super().step()
-        return loss
 
     def _orthogonal_step(self, group, parameters):
         if not parameters:

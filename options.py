@@ -42,7 +42,7 @@ def build_parser():
     data.add_argument("--fix-sides", **switch, default=True, help="repair training masks with left and right reversed")
 
     net = parser.add_argument_group("network")
-    net.add_argument("--model", choices=sorted(MODELS), default="microsegformer")
+    net.add_argument("--model", choices=sorted(MODELS), default="microsegformer", help="network")
     net.add_argument("--lmsa", **switch, default=True, help="LMSA in MicroSegFormer")
     net.add_argument("--dropout", type=float, default=0.15, help="dropout rate")
     net.add_argument("--model-args", default="{}", help="further constructor arguments as JSON")
@@ -53,15 +53,15 @@ def build_parser():
     length.add_argument("--batch", type=int, default=32, help="images per step, over all processes")
     length.add_argument("--lr", type=float, default=8e-4, help="highest learning rate")
     length.add_argument("--warmup", type=float, default=5, help="epochs of linear warm-up; at most half of the run")
-    length.add_argument("--schedule", choices=("cosine", "restarts", "constant"), default="cosine")
+    length.add_argument("--schedule", choices=("cosine", "restarts", "constant"), default="cosine", help="shape")
     length.add_argument("--restart-period", type=float, default=30, help="epochs until the first warm restart")
     length.add_argument("--restart-growth", type=float, default=2, help="length of each period relative to the last")
     length.add_argument("--patience", type=int, default=30, help="stop after this many epochs without gain; 0: never")
     length.add_argument("--target", type=float, default=0.0, help="stop at this official score; 0: never")
 
     optim = parser.add_argument_group("optimiser")
-    optim.add_argument("--optimiser", choices=("adamw", "muon"), default="adamw")
-    optim.add_argument("--weight-decay", type=float, default=1e-4)
+    optim.add_argument("--optimiser", choices=("adamw", "muon"), default="adamw", help="Muon: for matrices")
+    optim.add_argument("--weight-decay", type=float, default=1e-4, help="decoupled, as in AdamW")
     optim.add_argument("--decay-all", **switch, default=True, help="decay biases and norms too, not only matrices")
     optim.add_argument("--clip", type=float, default=1.0, help="maximum gradient norm; 0 disables clipping")
     optim.add_argument("--ema", type=float, default=0.0, help="decay of the weights' moving average; 0 disables it")
@@ -75,7 +75,7 @@ def build_parser():
     loss.add_argument("--dice-over", choices=("present", "all"), default="present", help="labels that Dice averages")
     loss.add_argument("--loss-grid", choices=("image", "logits"), default="image", help="resolution of the loss")
 
-    change = parser.add_argument_group("augmentation (defaults: the preset's)")
+    change = parser.add_argument_group("augmentation", "Units are in augment.py; the defaults are the preset's.")
     change.add_argument("--augment", choices=sorted(PRESETS), default="basic", help="preset of the strengths below")
     for name, kind in Strength.__annotations__.items():
         if kind is float:

@@ -46,7 +46,7 @@ from model import PARAM_LIMIT, build
 from tools.synth import make_dataset
 
 ROOT = Path(__file__).parent.parent
-PATIENCE = 200  # seconds without output or end after which an attempt hangs
+PATIENCE = 100  # seconds without output or end after which an attempt hangs
 TINY = {"widths": [4, 4, 8, 8, 8], "depths": [0, 1, 1, 1, 1], "decoder": [4, 4, 8, 8]}
 FLAGS = (
     *("--model=microunet", f"--model-args={json.dumps(TINY)}", "--sizes=32:2,64:2", "--batch=4", "--optimiser=muon"),
