@@ -85,6 +85,8 @@ def open_run(args):
             name = make_name(folder)
             raise UserError(f"{folder} has no last.pt to resume; `make train FROM={name} NAME=...` starts from it")
         lock(folder)
+        for unfinished in folder.glob(".*.tmp"):  # of a killed process
+            unfinished.unlink()
         return folder
     name, number = args.name, 1
     while name is None:

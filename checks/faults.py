@@ -46,7 +46,6 @@ from model import PARAM_LIMIT, build
 from tools.synth import make_dataset
 
 ROOT = Path(__file__).parent.parent
-PATIENCE = 100  # seconds without output or end after which an attempt hangs
 TINY = {"widths": [4, 4, 8, 8, 8], "depths": [0, 1, 1, 1, 1], "decoder": [4, 4, 8, 8]}
 FLAGS = (
     *("--model=microunet", f"--model-args={json.dumps(TINY)}", "--sizes=32:2,64:2", "--batch=4", "--optimiser=muon"),
@@ -87,8 +86,8 @@ def run(module, *args, prepare=lambda: None):
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
     os.close(writer)
-    text = b""  # complete once all processes of the attempt have ended
-    while (ready := select.select([reader], [], [], PATIENCE)[0]) and (chunk := os.read(reader, 1 << 16)):
+    text = b""  # complete once all processes of the attempt have ended; one that is silent for 100 s hangs
+    while (ready := select.select([reader], [], [], 100)[0]) and (chunk := os.read(reader, 1 << 16)):
         text += chunk
     os.close(reader)
     if not ready:
@@ -135,6 +134,7 @@ class Place:
             raise UserError(f"the uninterrupted training failed: {problem}")
         self.seconds = os.times().children_user - begin
         self.predict = ["predict", "--whole", "--weights", self.weights, "--input", self.images, "--output"]
+        self.evaluate = ["evaluate", "--weights", self.weights, "--data", self.data, "--cache"]
         self.package = ["tools.package", "--weights", self.weights, "--data", self.data, "--run", 0, "--zip"]
 
     def train(self, name, *flags, data=None, cache=None):
@@ -189,7 +189,7 @@ def fill_disk(place):
     for name in (mask, "a.zip"):
         (out / name).write_bytes(b"older")
     commands = [
-        (["data", "--data", place.data, "--cache", out], full),
+        ([*place.evaluate, out], full),
         ([*place.predict, out], at_call("images.mask_image", 1, full)),
         ([*place.package, out / "a.zip"], at_call("common.atomic", 2, full)),
         (["tools.prepare", "--raw", place.data, "--data", place.root / "full-data"], full),
@@ -251,7 +251,7 @@ def load_checkpoints(place):
     contents += [saved([1, 2]), saved(state), saved(build("microunet")), hostile, b"", b"weights", whole[:-1]]
     commands = [
         [*place.predict, place.root / "x", "--weights", path],
-        ["evaluate", "--weights", path, "--data", place.data, "--cache", place.cache],
+        [*place.evaluate, place.cache, "--weights", path],
         [*place.package, place.root / "bad.zip", "--weights", path],
         ["tools.run", "--weights", path, "--input", image, "--output", place.root / "bad.png"],
         ["ensemble_tta", "--weights", path, path, "--average-weights", "--input", image, "--output", place.root],
@@ -366,7 +366,7 @@ def train_on_masks(place):
         yield f"mask {number}", problem or run(*audit).lost(status=(1,))
     mask_image(labels).save(path)
     image.write_bytes(image.read_bytes()[:500])
-    yield "an image", run("data", "--data", data, "--cache", cache).lost(image.name)
+    yield "an image", run(*place.train("bad", data=data, cache=cache)).lost(image.name)
 
 
 def spoil_numbers(place):
@@ -397,7 +397,7 @@ def pass_bad_flags(place):
     cases = [[*train, flag] for flag in [*flags.split(), "--recipe=x", "--name=a/b", "--seed=-1", "--epochs=9"]]
     cases += [[*train, f"{flag}={'x' * 300}"] for flag in ("--name", "--data", "--from", "--resume")]
     cases += [[*predict, flag] for flag in ("--size=33", "--views=nan", "--device=meta", "--input=", "--box=1")]
-    cases += [["evaluate", "--weights", place.weights, flag] for flag in ("--size=31", "--views=x", "--data=x")]
+    cases += [[*place.evaluate, place.cache, flag] for flag in ("--size=31", "--views=x", "--data=x")]
     cases += [["tools.check_submission", "--data", place.data, "--zip", path] for path in ("z" * 5000, place.root)]
     cases += [["tools.prepare", "--raw", path] for path in ("r" * 5000, place.root)]
     cases += [["tools.synth", "--size=-1"], ["tools.audit", "--data=x"], ["model", "--model-args={"]]

@@ -64,8 +64,7 @@ def test_fuzz_mixed_labels_add_up_to_one(seed, count, mixup, rest, alpha, stride
 @given(seeds, st.integers(2, 4))
 def test_fuzz_labels_mix_like_images(seed, count):
     images, masks = painted(count, 32, seed)
-    params = draw(count, Strength(mixup=0.5, cutmix=0.5, mixup_alpha=1.0), (seed,))
-    mixed, target = mix(images.float() / 255, masks, params, 1)
+    mixed, target = mix(images.float() / 255, masks, draw(count, Strength(mixup=0.5, cutmix=0.5), (seed,)), 1)
     soft = F.one_hot(target, NUM_CLASSES).permute(0, 3, 1, 2).float() if target.dim() == 3 else target
     assert torch.allclose(torch.einsum("blhw,lc->bchw", soft, TABLE), mixed, atol=1e-5)
 
@@ -88,8 +87,7 @@ values = st.one_of(st.floats().map(str), st.integers().map(str), odd, st.text(ma
 @few
 @given(st.lists(st.one_of(st.tuples(flags), st.tuples(flags, values), st.tuples(values)), max_size=6))
 def test_fuzz_flags_are_parsed_or_refused(parts):
-    argv = [text for part in parts for text in part]
     with contextlib.suppress(UserError, SystemExit):
-        args, given_names = parse(argv)
+        args, given_names = parse([text for part in parts for text in part])
         rate = learning_rate(args, parse_sizes(args.sizes, args.epochs), 0.5)
         assert 0 <= rate <= args.lr and given_names <= vars(args).keys()
