@@ -126,7 +126,7 @@ def find_run(name, runs="runs"):
         if (folder / "args.json").is_file():
             return folder
     known = sorted(p.parent.name for p in Path(runs).glob("*/args.json"))
-    similar = difflib.get_close_matches(Path(name).name, known)
+    similar = [match for part in Path(name).parts for match in difflib.get_close_matches(part, known)]
     what = f"no such file or run: {name}" if "/" in name or "." in name else f"no run {name} in {runs}"
     raise UserError(f"{what}; {'did you mean ' + ' or '.join(similar) + '?' if similar else '`make runs` lists them'}")
 

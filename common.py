@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import importlib.util
 import json
 import os
@@ -22,8 +23,9 @@ for _package in ("torch", "numpy", "PIL"):
             f"error: {_package} is not installed; `make install`, or pip install -r requirements.txt", file=sys.stderr
         )
         sys.exit(2)
-# OpenMP threads that spin while they wait slow each other down many times when another process uses a core.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP threads that spin for long while they wait are several times slower when another process uses a core.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 class UserError(Exception):
@@ -66,6 +68,9 @@ class ArgumentParser(argparse.ArgumentParser):
         return (home[1] or "") + os.path.expanduser(home[2]) if home else text
 
     def error(self, message):
+        if unknown := re.match(r"unrecognized arguments: (--[a-z-]+)", message):
+            similar = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
+            message += f"; did you mean {similar[0]}?" if similar else ""
         raise UserError(f"{message} ({self.prog} --help lists the flags)")
 
 

@@ -49,17 +49,13 @@ def swap_sides(mask):
 
 @dataclass(frozen=True)
 class Pairs:
-    """All training pairs.
+    """All training pairs."""
 
-    images (N, 3, 512, 512) and masks (N, 512, 512), uint8, memory-mapped; reversed (N,) bool: left and right are
-    reversed in the mask; names (N,), sorted; digest of all the files.
-    """
-
-    images: np.ndarray
-    masks: np.ndarray
-    reversed: np.ndarray
-    names: list
-    digest: str = ""
+    images: np.ndarray  # uint8 (N, 3, 512, 512), memory-mapped
+    masks: np.ndarray  # uint8 (N, 512, 512), memory-mapped
+    reversed: np.ndarray  # bool (N,): left and right are reversed in the mask
+    names: list  # (N,), sorted
+    digest: str = ""  # of all the files
 
     def batch(self, indices, fix_sides=True):
         """Copies (B, 3, 512, 512) and (B, 512, 512) of some pairs; `fix_sides` repairs reversed masks."""

@@ -154,7 +154,7 @@ def main():
     pairs = load_pairs(find_data(args.data or checkpoint.run_args(path).get("data")), args.cache)
     indices = held_out(path, len(pairs.names))
     if not checkpoint.is_validated(info):
-        print_message(f"{path} was trained on all pairs, these included: this is not a score of unseen images")
+        print_message(f"{path} was trained on all pairs of its data: on these, this is not a score of unseen images")
     print(score_table(evaluate(model, pairs, indices, args.size or info["size"], device, views=views)[0]))
 
 

@@ -10,7 +10,7 @@ from common import UserError
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from labels import COLOURS, NUM_CLASSES, PALETTE
 
@@ -42,8 +42,10 @@ def read_image(path):
     try:
         with Image.open(path) as image:
             return rgb_pixels(image)
+    except UnidentifiedImageError:
+        raise UserError(f"cannot read image {path}: unknown format; convert it to JPEG") from None
     except DECODE_ERRORS as error:
-        raise UserError(f"cannot read image {path}: {error}; convert it to JPEG") from None
+        raise UserError(f"cannot read image {path}: {error}") from None
 
 
 def rgb_pixels(image):

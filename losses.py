@@ -22,13 +22,11 @@ def segmentation_loss(
 
     - `focal` > 0 multiplies each pixel's cross-entropy by (1 - p)^focal, p being the true label's probability
       (arXiv 1708.02002); for soft labels each label's own term.
-    - `class_weights` (19,) weight the labels' terms; the mean is over pixels, not over weights, so that the means of
-      several processes average to the whole.
+    - `class_weights` (19,) weight the labels' terms; the mean is over pixels, not over weights.
     - `smoothing` gives that fraction of each pixel's target to all labels equally (arXiv 1512.00567), in the
       cross-entropy only.
-    - `dice_over`: "present" averages 1 - Dice over the labels in each image's target, as the official score does, with
-      no smoothing, which would hide parts of a few cells; "all" averages over all 19 with the usual smoothing by one
-      pixel, so that an absent label counts 1 - 1 / (1 + its predicted pixels).
+    - `dice_over`: "present" averages 1 - Dice over the labels in each image's target, as the official score does;
+      "all" averages over all 19, with one pixel added to both sides of the fraction for those that are absent.
     """
     log_p = F.log_softmax(logits, 1)
     p = log_p.exp()
@@ -46,7 +44,7 @@ def _dice(p, target, over):
         intersection, true = (p * target).sum((2, 3)), target.sum((2, 3))
     smooth = 1.0 if over == "all" else 1e-5
     terms = 1 - (2 * intersection + smooth) / (p.sum((2, 3)) + true + smooth)
-    if over == "present":
+    if over == "present":  # soft labels of absent parts must be exactly 0
         present = (true > 0).to(terms.dtype)
         terms = (terms * present).sum(1) / present.sum(1)
     return terms.mean()

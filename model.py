@@ -442,7 +442,7 @@ def main():
     if args.name and name != "microsegformer":  # a run records the flag's default
         lmsa = None
     model = build(name, **model_arguments(name, lmsa, settings["model_args"]))
-    print(parameter_table(model))
+    print(f"{name}\n{parameter_table(model)}")
     if count_parameters(model) >= PARAM_LIMIT:
         print(f"FAIL: a submission must have fewer than {PARAM_LIMIT:,}", file=sys.stderr)
         return 1

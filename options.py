@@ -227,9 +227,8 @@ def compute(phases, epoch):
 def learning_rate(args, phases, epoch):
     """Learning rate at `epoch`, a float that counts finished epochs.
 
-    Linear warm-up, then constant; or "cosine" to 0 over the compute spent (arXiv 1608.03983 without restarts),
-    so that epochs at small sizes take a small part of it; or "restarts", the same curve over `restart_period` epochs
-    again and again, each period `restart_growth` times the last.
+    Linear warm-up, then constant; or "cosine" to 0 over the compute spent (arXiv 1608.03983), so that epochs at small
+    sizes take a small part of it; or "restarts": the cosine over periods of `restart_period` epochs, growing.
     """
     length = sum(epochs for _, epochs in phases)
     warmup = min(args.warmup, length / 2)

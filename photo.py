@@ -47,7 +47,6 @@ PORTRAIT_OVERLAP = 0.5  # a photo that overlaps this much with the portrait foun
 MAX_PIXELS = 1 << 22  # parsed at once: larger windows are reduced, which bounds memory
 FEATHER = 0.1  # width of the transition from a portrait's parse to its surroundings, as a fraction of its side
 
-# Names for several labels in --cutout.
 GROUPS = {"head": tuple(name for name in NAMES if name not in ("background", "neck_l", "neck", "cloth"))}
 
 

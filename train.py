@@ -46,7 +46,7 @@ from muon import Muon
 from options import PLACES, compute, learning_rate, network_arguments, parse, parse_sizes, size_at, strength
 
 HERE = Path(__file__).parent
-LONG_HOURS = 6  # a run estimated to take longer prints a warning
+LONG_HOURS = 2  # a run estimated to take longer prints a warning
 # The files of a run; args.json first: without it there is no run, whatever else is left.
 RUN_FILES = "args.json", "*.json", "metrics.jsonl", "*.pt", "submission-*.zip", "report.*", ".*.tmp"
 
@@ -265,7 +265,6 @@ def restore(run, used):
         if [line.get("epoch") for line in lines] != list(range(1, done + 1)):
             raise UserError(f"{folder}/metrics.jsonl is damaged: restore it, or start a new run")
         write_metrics(folder, lines)
-        print(f"resuming {folder} at epoch {done + 1}, step {run.progress['step'] + 1}")
 
 
 def join_processes(args, device):
@@ -589,6 +588,8 @@ def main():
             f"{run.steps} steps of {run.batch} images, {devices}; the first step is slow",
             flush=True,
         )
+        if args.resume and not is_finished(run):
+            print(f"resuming at epoch {run.progress['epoch'] + 1}, step {run.progress['step'] + 1}")
     if is_finished(run):
         print(f"already finished; `make train FROM={args.resume} NAME=...` starts a new run from its weights")
         return 0

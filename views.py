@@ -14,7 +14,6 @@ from images import resize
 from labels import FLIP
 from model import upsample
 
-SCALES = (0.75, 1.0, 1.25)
 CPU_PIXELS = 1 << 18  # pixels a CPU processes at once: more would leave its cache
 
 
@@ -36,7 +35,7 @@ def parse_views(text):
         if part == "flip":
             flip = True
         elif part == "scales":
-            scales += SCALES
+            scales += [0.75, 1.0, 1.25]
         else:
             try:
                 scales.append(float(part))

@@ -10,7 +10,7 @@ import hashlib
 from collections import defaultdict
 from pathlib import Path
 
-from common import ArgumentParser, in_parallel, positive, printable, run_main
+from common import ArgumentParser, in_parallel, printable, run_main
 
 import numpy as np
 from PIL import Image
@@ -71,10 +71,9 @@ def main():
     parser = ArgumentParser(description="Check a data folder and print label statistics.")
     parser.add_argument("--data", help="folder with train/, dev/ and test/; default ./data, else synthetic faces")
     parser.switch("--list", help="name every file, not only the first of each fault")
-    parser.add_argument("--workers", type=positive, help="processes; default one per core")
     args = parser.parse_args()
     data = find_data(args.data)
-    found, pixels = audit(data, args.workers)
+    found, pixels = audit(data)
     print(f"{'label':<13} {'% of pixels':>11} {'% of masks':>11}")
     if len(pixels):
         fractions, present = 100 * (pixels / pixels.sum(1, keepdims=True)).mean(0), 100 * (pixels > 0).mean(0)

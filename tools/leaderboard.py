@@ -35,7 +35,12 @@ def summary(folder):
     figures = {key: best[key] for key in ("official", "batch32", "epoch")} | {key: args[key] for key in ("lr", "dice")}
     figures |= {"epochs": last["epoch"], "minutes": last["minutes"], "parameters": record.get("parameters") or 0}
     row = {key: number(value) for key, value in figures.items()}
-    row |= {"name": folder.name, "recipe": args["recipe"], "date": str(record.get("started", "-"))[:10]}
+    row |= {
+        "name": folder.name,
+        "model": args["model"],
+        "recipe": args["recipe"],
+        "date": str(record.get("started", "-"))[:10],
+    }
     row["synthetic"] = bool((record.get("pairs") or {}).get("drawn"))
     row["lmsa"] = ("no", "yes")[args["lmsa"]] if args["model"] == "microsegformer" else "-"
     row["weights"] = ("yes" if is_validated(load(path)) else "all pairs") if path.is_file() else "-"
@@ -86,11 +91,12 @@ def unfinished(folder):
 
 def leaderboard(rows):
     """The table of `make runs` as text: summaries with real faces first, then by score."""
-    table = f"{'run':<24}official  batch32    epoch  parameters       LR  Dice  LMSA  minutes  date        weights"
+    table = f"{'run':<24}official  batch32    epoch  parameters  minutes  date        weights    recipe: changes"
     for row in sorted(rows, key=lambda row: (row["synthetic"], -row["official"])):
         table += f"\n{row['name']:<24}{row['official']:>8.4f}{row['batch32']:>9.4f}{row['epoch']:>5}/{row['epochs']:<3}"
-        table += f"{row['parameters']:>12,}{row['lr']:>9.1e}{row['dice']:>6g}{row['lmsa']:>6}{row['minutes']:>9.1f}  "
-        table += f"{row['date']:<12}{row['weights']}{', synthetic faces' if row['synthetic'] else ''}"
+        table += f"{row['parameters']:>12,}{row['minutes']:>9.1f}  {row['date']:<12}{row['weights']:<11}"
+        changes = " ".join(f"{key}={value}" for key, value in row["changed"].items())
+        table += f"{'synthetic faces; ' * row['synthetic']}{row['recipe'] or 'none'}: {changes}"[:80]
     return table
 
 

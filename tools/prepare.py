@@ -190,9 +190,8 @@ def main():
     parser.add_argument("--raw", required=True, help="downloaded data: a zip or folder")
     parser.add_argument("--data", default="data", help="folder to create or complete")
     parser.add_argument("--count", type=positive, help="use only the first so many training pairs")
-    parser.add_argument("--workers", type=positive, help="processes; default one per core")
     args = parser.parse_args()
-    jobs, written = prepare(args.raw, args.data, args.count, workers=args.workers)
+    jobs, written = prepare(args.raw, args.data, args.count)
     pairs, dev, test = (sum(name.startswith(key) for name in jobs) for key in ("train/masks", "dev/", "test/"))
     print(
         f"{args.data}: {pairs} training pairs, {dev} dev and {test} test images; {written} of {len(jobs)} files written"

@@ -48,7 +48,8 @@ def read_run(folder):
     run["changed"] = {key: str(value) for key, value in changed_settings(args).items()}
     run["settings"] = {key: str(value) for key, value in args.items() if key not in PLACES}
     versions = ", ".join(f"{name} {value}" for name, value in record["versions"].items() if value)
-    run["origin"] = f"Started {record.get('started', '-')}, commit {record['commit'][:12]}, {versions}."
+    commit = record["commit"][:12] + "+" * record["commit"].endswith("+")  # +: files differed from it
+    run["origin"] = f"Started {record.get('started', '-')}, commit {commit}, {versions}."
     json.dumps(run, allow_nan=False)  # ValueError if not valid JSON
     return run
 

@@ -191,7 +191,6 @@ def main():
     parser.add_argument("--out", default=str(SYNTHETIC), help="folder of the data set")
     parser.add_argument("--train", type=positive, default=200, help="number of image-mask pairs")
     parser.add_argument("--size", type=positive, default=512, help="side of images and masks in pixels")
-    parser.add_argument("--workers", type=positive, help="processes; default one per core")
     args = parser.parse_args()
     print(f"{args.out}: {make_dataset(**vars(args))} new faces")
 
