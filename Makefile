@@ -114,11 +114,11 @@ test: $(READY) ## lint and tests
 	$(PY) -m pip install --quiet --disable-pip-version-check -r checks/requirements.txt -r tools/requirements.txt
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest -q $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -q $(ARGS)
 
 faults: $(READY) ## kill trainings; feed damaged disks, images, checkpoints and zips
 	$(PY) -m pip install --quiet --disable-pip-version-check -r checks/requirements.txt
-	$(PY) -m checks.faults $(flags)
+	OMP_WAIT_POLICY=PASSIVE $(PY) -m checks.faults $(flags)
 
 # make bench ONLY=network,views
 bench: $(READY) ## throughput, memory and scaling against the baseline

@@ -77,7 +77,7 @@ def command(monkeypatch, capsys):
     """Run a tool's main with these flags: (exit status, stdout, stderr)."""
 
     def run(tool, *flags):
-        monkeypatch.setattr(sys, "argv", [tool.__name__, "--workers=1", *map(str, flags)])
+        monkeypatch.setattr(sys, "argv", [tool.__name__, *map(str, flags)])
         with pytest.raises(SystemExit) as stop:
             run_main(tool.main)
         return stop.value.code or 0, *capsys.readouterr()
