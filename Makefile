@@ -125,4 +125,5 @@ bench: $(READY) ## throughput, memory and scaling against the baseline
 	$(PY) -m checks.bench $(flags)
 
 clean: ## remove the environment and caches; never runs/ or data
-	rm -rf $(patsubst %/.ready,%,$(wildcard $(VENV)/.ready)) build .pytest_cache .ruff_cache __pycache__ */__pycache__
+	rm -rf $(patsubst %/.ready,%,$(wildcard $(VENV)/.ready)) build/cache build/speedrun build/synthetic-faces build/demo-masks \
+		.pytest_cache .ruff_cache __pycache__ */__pycache__
