@@ -43,25 +43,25 @@ def main():
     if args.save and not args.average_weights:
         raise UserError("--save requires --average-weights")
     paths = [checkpoint.find_weights(weights) for weights in args.weights]
-    face_parser = FaceParser(paths[0], **parser_settings(args))
     if args.average_weights:
         if len({path.resolve().parent for path in paths}) > 1:
-            print_message("checkpoints of several runs; the challenge allows an average of one run's", "warning")
+            print_message("checkpoints of several runs; the challenge allows an average of one run's")
         content = average_weights(paths)
         if args.save:
             checkpoint.save(args.save, content)
+        face_parser = FaceParser(paths[0], **parser_settings(args))
         face_parser.models = [checkpoint.restore(content, paths[0], face_parser.device)]
         face_parser.size = args.size or content["size"]
     else:
         if len(paths) > 1:
-            print_message("an ensemble of models; the challenge forbids submitting its masks", "warning")
-        loaded = [checkpoint.load_model(path, face_parser.device) for path in paths]
-        sizes = {info["size"] for _, info in loaded}
-        if len(sizes) > 1 and not args.size:
+            print_message("an ensemble of models; the challenge forbids submitting its masks")
+        parsers = [FaceParser(path, **parser_settings(args)) for path in paths]
+        sizes = {parser.size for parser in parsers}
+        if len(sizes) > 1:
             raise UserError(f"the checkpoints are for sizes {sorted(sizes)}: choose one with --size")
+        face_parser = parsers[0]
         # The finest logits first: the others are upsampled to their grid.
-        face_parser.models = sorted((model for model, _ in loaded), key=lambda model: model.stride)
-        face_parser.size = args.size or max(sizes)
+        face_parser.models = sorted((parser.models[0] for parser in parsers), key=lambda model: model.stride)
     return predict_all(face_parser, args)
 
 

@@ -219,6 +219,7 @@ def set_up(args):
         model=model,
         network=network,  # the model as it is called: compiled, distributed
         average=average,  # EMA of the model, or None
+        averaged=[[v for v in m.state_dict().values() if v.is_floating_point()] for m in (average, model) if average],
         optimiser=make_optimiser(model, args, device),
         amp_dtype=amp_dtype,
         scaler=scaler,
@@ -350,9 +351,8 @@ def precision(amp, device):
 
 
 @torch.no_grad()
-def update_average(average, model, decay, step):
-    """Move the EMA's weights and statistics towards the model's; the decay warms up over the first steps."""
-    kept, new = ([v for v in m.state_dict().values() if v.is_floating_point()] for m in (average, model))
+def update_average(kept, new, decay, step):
+    """Move the EMA's tensors towards the model's; the decay warms up over the first steps."""
     torch._foreach_lerp_(kept, new, 1 - min(decay, (1 + step) / (10 + step)))
 
 
@@ -393,7 +393,7 @@ def train_step(run, epoch, step, positions):
     run.scaler.step(run.optimiser)
     run.scaler.update()
     if run.average:
-        update_average(run.average, run.model, args.ema, epoch * run.steps + step)
+        update_average(*run.averaged, args.ema, epoch * run.steps + step)
     return value, signalled > 0
 
 

@@ -1,7 +1,7 @@
 """The page of all runs, runs/index.html: leaderboard, curves, scores by label, worst and best images, comparisons.
 
 python -m tools.report
-python -m tools.report --name a --device cpu      # predict the images of run a only, as a training does at its end
+python -m tools.report --name a --device cpu      # predict the images of run a only
 
 The page and runs/*/pictures.json contain images of the dataset: git ignores them, and they must not be published.
 """
