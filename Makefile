@@ -11,7 +11,7 @@ PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 READY := $(if $(VENV),$(VENV)/.ready)
 
 TARGETS := help install data check-data train resume sweep speedrun recipes runs predict evaluate check-params submit \
-	check-submission report report-pdf report-zip release demo test faults bench clean
+	check-submission report report-pdf report-zip release export try demo test faults bench clean
 .DEFAULT_GOAL := help
 .PHONY: $(TARGETS)
 STRAY := $(firstword $(filter-out $(TARGETS) $(READY),$(MAKECMDGOALS)))
@@ -46,11 +46,9 @@ data: $(READY) ## prepare DATA from RAW: the challenge's zip or folder, or the C
 check-data: $(READY) ## audit DATA: unpaired, damaged, wrong or duplicate files, reversed sides
 	$(PY) -m tools.audit $(flags)
 
-# make train NAME=a LR=8e-4 DICE=1.5
 train: $(READY) ## train a run
 	$(PY) train.py $(flags)
 
-# make resume NAME=a
 resume: $(READY) ## continue run NAME exactly where it stopped
 	$(call needs,NAME,make resume NAME=a)$(PY) train.py --resume=$(call quoted,NAME) $(call flags,NAME)
 
@@ -72,7 +70,6 @@ runs: $(READY) ## leaderboard of runs/
 predict: $(READY) ## masks for IN (file or folder) into OUT
 	$(call needs,IN OUT,make predict IN=photos OUT=masks)$(PY) predict.py $(flags)
 
-# make evaluate NAME=a VIEWS=flip,scales
 evaluate: $(READY) ## official score of run NAME on its held-out pairs
 	$(PY) evaluate.py $(flags)
 
@@ -88,11 +85,9 @@ submit: $(READY) ## Codabench zip of run NAME, verified by running its run.py
 check-submission: $(READY) ## check any Codabench zip
 	$(call needs,ZIP,make check-submission ZIP=theirs.zip)$(PY) -m tools.check_submission $(flags)
 
-# make report NAME=a AUTHOR="A. Author" MATRIC=A12345678B
 report: $(READY) ## runs/index.html, one page of all runs; with NAME, a draft of the course report
 	$(PY) -m tools.$(if $(NAME),course_report,report) $(flags)
 
-# make report-pdf NAME=a
 report-pdf: $(READY) ## print the draft of run NAME with Chromium, at most five pages
 	$(PY) -m tools.course_report --pdf $(flags)
 
@@ -100,9 +95,14 @@ report-pdf: $(READY) ## print the draft of run NAME with Chromium, at most five 
 report-zip: $(READY) ## course zip of run NAME: report, masks, code, checkpoint
 	$(call needs,MATRIC,make report-zip NAME=a MATRIC=A12345678B)$(PY) -m tools.report_zip $(flags)
 
-# make release NAME=a
 release: $(READY) ## make runs/release from run NAME
-	$(call needs,NAME,make release NAME=a)$(PY) -m tools.release $(flags)
+	$(call needs,NAME,make release NAME=a)$(PY) -m tools.export --release $(flags)
+
+export: $(READY) ## one ONNX file of run NAME, compared with torch; needs tools/requirements.txt
+	$(call needs,OUT,make export NAME=a OUT=parser.onnx)$(PY) -m tools.export $(flags)
+
+try: $(READY) ## a page in your browser: drop a picture, see and save its mask
+	$(PY) -m tools.serve $(flags)
 
 demo: $(READY) ## no data needed: synthetic faces, a short training, masks, a verified zip
 	$(PY) -m tools.synth --out=build/synthetic-faces

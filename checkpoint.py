@@ -18,7 +18,7 @@ from common import UserError, atomic, read_json
 
 import torch
 
-from model import MODELS, build
+from model import MODELS, build, fold_batch_norm
 
 REQUIRED = {"state_dict": dict, "model": str, "model_args": dict, "size": int}
 RELEASE = Path(__file__).with_name("runs") / "release"
@@ -111,7 +111,7 @@ def restore(content, source, device="cpu"):
 def load_model(path, device="cpu"):
     """(network ready for inference, dict of the checkpoint's other entries) of a checkpoint file."""
     content = load(path)
-    model = restore(content, path, device)
+    model = fold_batch_norm(restore(content, path, device))
     return model, {key: value for key, value in content.items() if key != "state_dict"}
 
 

@@ -12,6 +12,7 @@ from common import ArgumentParser, UserError, print_message, run_main
 import torch
 
 import checkpoint
+from model import fold_batch_norm
 from predict import FaceParser, add_arguments, parser_settings, predict_all
 
 
@@ -50,7 +51,7 @@ def main():
         if args.save:
             checkpoint.save(args.save, content)
         face_parser = FaceParser(paths[0], **parser_settings(args))
-        face_parser.models = [checkpoint.restore(content, paths[0], face_parser.device)]
+        face_parser.models = [fold_batch_norm(checkpoint.restore(content, paths[0], face_parser.device))]
         face_parser.size = args.size or content["size"]
     else:
         if len(paths) > 1:

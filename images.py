@@ -39,13 +39,18 @@ def read_image(path):
     16-bit and float greys are scaled to 0..255, transparency is blended over white. UserError if unreadable.
     """
     require_file(path)
+    return decode_image(path, f"image {path}")
+
+
+def decode_image(source, name):
+    """`read_image` of a path or a binary stream; `name` is what the error calls it."""
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             return rgb_pixels(image)
     except UnidentifiedImageError:
-        raise UserError(f"cannot read image {path}: unknown format; convert it to JPEG") from None
+        raise UserError(f"cannot read {name}: unknown format; convert it to JPEG") from None
     except DECODE_ERRORS as error:
-        raise UserError(f"cannot read image {path}: {error}") from None
+        raise UserError(f"cannot read {name}: {error}") from None
 
 
 def rgb_pixels(image):

@@ -110,6 +110,8 @@ class LMSA(nn.Module):
     The gate comes from the branch's global average. 25,984 parameters at 128 channels.
     """
 
+    FOLDS = {"norm": ("pointwise",)}
+
     def __init__(self, dim, reduction=4):
         super().__init__()
         self.depthwise = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
@@ -207,6 +209,8 @@ def _init_transformer(module):
 class ConvNorm(nn.Sequential):
     """Convolution without bias, batch norm, and ReLU unless act=False."""
 
+    FOLDS = {"1": ("0",)}
+
     def __init__(self, inputs, outputs, kernel=3, stride=1, dilation=1, act=True):
         padding = dilation * (kernel // 2)
         layers = [
@@ -262,6 +266,8 @@ class _Depthwise(torch.autograd.Function):
 class WideBlock(nn.Module):
     """Depthwise convolution with a large kernel, pointwise expansion, GELU, pointwise, identity (arXiv 2201.03545)."""
 
+    FOLDS = {"norm1": ("depthwise",), "norm2": ("project",)}
+
     def __init__(self, dim, kernel=7, expansion=4):
         super().__init__()
         self.depthwise = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim, bias=False)
@@ -287,12 +293,14 @@ class JoinNorm(ConvNorm):
         conv, norm, relu = self
         for_x, for_y = conv.weight.split([x.shape[1], y.shape[1]], 1)
         joined = F.conv2d(x, for_x, padding=conv.padding)
-        joined += F.conv2d(y, for_y, padding=conv.padding)
+        joined += F.conv2d(y, for_y, conv.bias, padding=conv.padding)
         return relu(norm(joined))
 
 
 class JoinWide(nn.Module):
     """Project x and y to `width` channels, upsample x and add; batch norm, ReLU, one WideBlock."""
+
+    FOLDS = {"norm": ("project", "skip")}
 
     def __init__(self, inputs, skip, width, kernel=5, expansion=4):
         super().__init__()
@@ -384,6 +392,23 @@ def coordinates(image):
     batch, _, height, width = image.shape
     x, y = ((2 * torch.arange(n, device=image.device, dtype=image.dtype) + 1) / n - 1 for n in (width, height))
     return torch.stack([x.expand(height, width), y[:, None].expand(height, width)]).expand(batch, 2, height, width)
+
+
+@torch.no_grad()
+def fold_batch_norm(model):
+    """Make each batch norm of a network, in place, part of the convolutions whose sum it normalises.
+
+    The logits in evaluation mode stay the same up to rounding; the network cannot be trained any more.
+    """
+    for module in list(model.modules()):
+        for name, convolutions in getattr(module, "FOLDS", {}).items():
+            norm = module.get_submodule(name)
+            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+            for conv in map(module.get_submodule, convolutions):
+                conv.weight *= scale[:, None, None, None]
+            conv.bias = nn.Parameter(norm.bias - norm.running_mean * scale)
+            setattr(module, name, nn.Identity())
+    return model
 
 
 MODELS = {"microsegformer": MicroSegFormer, "microunet": MicroUNet}

@@ -5,6 +5,7 @@ python train.py --recipe lmsa_gpu_aug --dice 2     # a recipe; further flags ove
 """
 
 import argparse
+import difflib
 import json
 import math
 import tomllib
@@ -111,7 +112,8 @@ def recipe_flags(name):
     """A recipe's settings as a list of flags, so that argparse checks them; those of the recipe it is `like` first."""
     recipes = load_recipes()
     if name not in recipes:
-        raise UserError(f"no recipe {name!r}; `make recipes` lists {', '.join(recipes)}")
+        similar = "".join(f"did you mean {match}? " for match in difflib.get_close_matches(name, recipes, 1))
+        raise UserError(f"no recipe {name!r}; {similar}`make recipes` lists them")
     flags = recipe_flags(recipes[name]["like"]) if "like" in recipes[name] else []
     for key, value in recipes[name].get("set", {}).items():
         flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
@@ -122,7 +124,11 @@ def parse(argv):
     """(arguments of a training, names of those given by flag or recipe). UserError for any invalid value."""
     parser = build_parser()
     first, _ = parser.parse_known_args(argv)
-    flags = (recipe_flags(first.recipe) if first.recipe else []) + list(argv)
+    own = recipe_flags(first.recipe) if first.recipe else []
+    flags = own + list(argv)
+    if first.model_args != "{}":  # added to those of the recipe
+        of_recipe = model_arguments(first.model, text=parser.parse_args(own).model_args)
+        flags.append(f"--model-args={json.dumps(model_arguments(first.model, None, first.model_args, **of_recipe))}")
     args = parser.parse_args(flags)
     if any(flag.partition("=")[0] == "--epochs" for flag in argv) and ":" in args.sizes:
         raise UserError(f"--epochs has no effect with --sizes {args.sizes}, which gives the epochs; change --sizes")

@@ -181,23 +181,32 @@ class Parsed:
     missed: bool = False  # no face was found
 
 
-def parse_photo(models, pixels, size, views, device, whole=False, box=None):
-    """Parse uint8 pixels (H, W, 3) into a Parsed.
+def parse_photos(models, photos, size, views, device, whole=False, box=None):
+    """Parse photos of one size, a list of uint8 pixels (H, W, 3), in one batch: [Parsed, ...].
 
     A photo that is one portrait, like those of the training, is parsed as a whole; so is any photo if `whole`. In all
     others each face found is parsed; if there is none, a hint of a face is parsed as one portrait, anything else is
-    background. `box` (left, top, width, height) is parsed as the only
-    portrait instead; UserError if it lies outside the photo. `size` is the side the models were trained on.
+    background. `box` (left, top, width, height) is parsed as the only portrait instead; UserError if it lies outside
+    the photos. `size` is the side the models were trained on.
     """
+    if not photos:
+        return []
+    height, width = photos[0].shape[:2]
+    everything = (0, 0, width, height)
+    if box and (not overlap(box, everything) or max(box[2:]) > 2 * max(height, width)):
+        raise UserError(f"the box {box} lies outside the image of {width} x {height} pixels, or is far larger")
+    batch = parse_window(models, photos, box or everything, size, views, device).split(1)
+    if box:
+        pasted = [paste(height, width, [(labels_at(log_p, box[3], box[2]), box)]) for log_p in batch]
+        return [Parsed(mask=mask, owner=owner, faces=[(None, box)]) for mask, owner in pasted]
+    settings = models, size, views, device, whole
+    return [_parse_photo(pixels, log_p, *settings) for pixels, log_p in zip(photos, batch, strict=True)]
+
+
+def _parse_photo(pixels, log_p, models, size, views, device, whole):
+    """Parsed of one photo; `log_p` are its log-probabilities as one portrait."""
     height, width = pixels.shape[:2]
     everything = (0, 0, width, height)
-    if box:
-        if not overlap(box, everything) or max(box[2:]) > 2 * max(height, width):
-            raise UserError(f"the box {box} lies outside the image of {width} x {height} pixels, or is far larger")
-        labels = labels_at(parse_window(models, pixels, box, size, views, device), box[3], box[2])
-        mask, owner = paste(height, width, [(labels, box)])
-        return Parsed(mask=mask, owner=owner, faces=[(None, box)])
-    log_p = parse_window(models, pixels, everything, size, views, device)
     # From fractions of the sides to pixels, of which a portrait has as many across as down.
     units = torch.tensor([width, height, math.sqrt(width * height), 1], device=log_p.device)
     scores, (window,) = match_layout(measure(log_p) * units)
@@ -219,7 +228,7 @@ def parse_photo(models, pixels, size, views, device, whole=False, box=None):
     def portraits():
         for _, window in faces:
             outer, inner = enlarge(window)
-            both = [parse_window(models, pixels, w, size, views, device) for w in (inner, outer)]
+            both = [parse_window(models, [pixels], w, size, views, device) for w in (inner, outer)]
             yield labels_at(surround(*both), *outer[2:]), outer
 
     faces.sort(key=lambda face: face[1])
@@ -239,14 +248,14 @@ def reduction(height, width):
     return max(1, math.ceil(math.sqrt(height * width / MAX_PIXELS)))
 
 
-def parse_window(models, pixels, window, size, views, device):
-    """Log-probabilities (1, 19, h, w), on the logit grid, of a window (left, top, width, height) as a portrait."""
+def parse_window(models, photos, window, size, views, device):
+    """Log-probabilities (B, 19, h, w), on the logit grid, of a window (left, top, width, height) of B photos."""
     factor = reduction(*window[2:])
     if factor > 1:
-        pixels = np.asarray(Image.fromarray(pixels).reduce(factor))
+        photos = [np.asarray(Image.fromarray(pixels).reduce(factor)) for pixels in photos]
         window = [-(-value // factor) for value in window]
-    images = torch.from_numpy(np.array(crop(pixels, window))).permute(2, 0, 1)[None].to(device)
-    return log_probabilities(models, images, size, views)
+    images = np.stack([crop(pixels, window) for pixels in photos])
+    return log_probabilities(models, torch.from_numpy(images).permute(0, 3, 1, 2).to(device), size, views)
 
 
 def labels_at(log_p, height, width):

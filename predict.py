@@ -7,7 +7,7 @@ From Python:
 
     from predict import FaceParser
     parser = FaceParser()                    # the release; FaceParser("runs/a"): the weights of a run
-    mask = parser("photo.jpg").mask          # uint8 (H, W), values 0..18: indices into labels.NAMES
+    mask = parser("photo.jpg").mask          # uint8 (H, W), values 0..18: indices into parser.names
 
 A photo that is one portrait, like those of the challenge, is parsed as a whole. In any other the faces are found
 first, and each is parsed at full resolution (photo.py).
@@ -39,17 +39,22 @@ from PIL import Image
 
 from checkpoint import find_weights, load_model, select_device
 from images import image_files, mask_image, overlay, read_image, rgb_pixels
-from photo import cut_out, describe, parse_labels, parse_photo
+from labels import NAMES
+from photo import cut_out, describe, parse_labels, parse_photos
 from views import check_size, parse_views
 
 
 class FaceParser:
     """Parses photos with trained weights: parser(image) -> photo.Parsed, whose `mask` is uint8 (H, W).
 
+    `parser.names` are the labels' names, by id.
+
     weights: a checkpoint file or the name or folder of a run; default the release, else the best run.
     views: views to average, as "flip,scales". size: side of the network's input, 0 for the checkpoint's own.
     UserError for weights or settings that cannot be used.
     """
+
+    names = NAMES
 
     def __init__(self, weights=None, *, views="", size=0, device="auto", threads=0):
         self.views, self.device = parse_views(views), select_device(device, threads)
@@ -59,18 +64,25 @@ class FaceParser:
         self.models, self.size = [model], size or info["size"]
 
     def __call__(self, image, *, whole=False, box=None):
-        """Parse a path, a PIL image or a uint8 RGB array (H, W, 3).
+        """Parse a path, a PIL image or a uint8 RGB array (H, W, 3); a list of images of one size gives a list.
 
         `whole` treats the image as one portrait; `box` (left, top, width, height) is the only portrait in it. UserError
-        if the image cannot be read.
+        if an image cannot be read.
         """
-        if isinstance(image, (str, os.PathLike)):
-            pixels = read_image(image)
-        else:
-            pixels = image if isinstance(image, np.ndarray) else rgb_pixels(image)
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-            raise UserError(f"an image array must be uint8 (H, W, 3), not {pixels.dtype} {pixels.shape}")
-        return parse_photo(self.models, pixels, self.size, self.views, self.device, whole, box)
+        photos = list(map(_pixels, image if isinstance(image, list) else [image]))
+        if len({pixels.shape for pixels in photos}) > 1:
+            raise UserError("a list of images is parsed as one batch: they must have one size")
+        parsed = parse_photos(self.models, photos, self.size, self.views, self.device, whole, box)
+        return parsed if isinstance(image, list) else parsed[0]
+
+
+def _pixels(image):
+    if isinstance(image, (str, os.PathLike)):
+        return read_image(image)
+    pixels = image if isinstance(image, np.ndarray) else rgb_pixels(image)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+        raise UserError(f"an image array must be uint8 (H, W, 3), not {pixels.dtype} {pixels.shape}")
+    return pixels
 
 
 def add_arguments(parser):

@@ -13,7 +13,16 @@ import torch
 import torch.nn.functional as F
 
 from checks.references import plain_forward
-from model import PARAM_LIMIT, MicroSegFormer, MicroUNet, _Depthwise, build, count_parameters, model_arguments
+from model import (
+    PARAM_LIMIT,
+    MicroSegFormer,
+    MicroUNet,
+    _Depthwise,
+    build,
+    count_parameters,
+    fold_batch_norm,
+    model_arguments,
+)
 
 REFERENCE = Path(__file__).with_name("reference")
 # The reference's names of weights, as patterns, and ours; numbered modules count from 1 there.
@@ -111,3 +120,15 @@ def test_every_parameter_is_used(kind, settings):
 def test_impossible_arguments_are_refused(text):
     with pytest.raises(UserError, match="arguments|--model-args"):
         build("microunet", **model_arguments("microunet", text=text))
+
+
+@pytest.mark.parametrize("name, arguments", [("microsegformer", {}), ("microunet", {}), ("microunet", {"dense": 2})])
+def test_folded_batch_norm_gives_the_same_logits(name, arguments):
+    model, image = build(name, **arguments).train(), torch.rand(4, 3, 64, 96)
+    with torch.no_grad():
+        for _ in range(3):
+            model(image)  # statistics that differ from 0 and 1
+        expected = model.eval()(image)
+        folded = fold_batch_norm(model)
+        assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+        assert torch.allclose(folded(image), expected, atol=1e-4)

@@ -14,7 +14,7 @@ from PIL import Image
 
 import photo
 from labels import COLOURS, NAMES
-from photo import FACE_SCORE, LAYOUT, label_regions, match_layout, overlap, parse_photo, paste
+from photo import FACE_SCORE, LAYOUT, label_regions, match_layout, overlap, parse_photos, paste
 from predict import FaceParser
 from tools.synth import draw_face
 from views import ONE_VIEW, label_map, log_probabilities
@@ -51,7 +51,7 @@ def painted(mask):
 
 
 def parse(mask, **settings):
-    return parse_photo([Oracle()], painted(mask), 128, ONE_VIEW, "cpu", **settings)
+    return parse_photos([Oracle()], [painted(mask)], 128, ONE_VIEW, "cpu", **settings)[0]
 
 
 def test_paste_clips_windows_at_the_edges():

@@ -166,3 +166,14 @@ def test_face_parser_takes_paths_images_and_arrays(run, weights):
     assert masks[0].shape == (30, 40) and all(np.array_equal(mask, masks[0]) for mask in masks)
     with pytest.raises(UserError, match="uint8"):
         parser(np.zeros((30, 40, 3)))
+
+
+def test_a_list_is_parsed_as_one_batch(run, weights):
+    parser = predict.FaceParser(weights / "a.pt", device="cpu", views="flip")
+    images = list(np.random.default_rng(0).integers(0, 256, (3, 30, 40, 3), dtype=np.uint8))
+    for settings in ({"whole": True}, {"box": (4, 4, 20, 20)}, {}):
+        batch = parser(images, **settings)
+        assert all(np.array_equal(parser(a, **settings).mask, b.mask) for a, b in zip(images, batch, strict=True))
+    assert parser([]) == [] and parser.names[17] == "neck"
+    with pytest.raises(UserError, match="one size"):
+        parser([images[0], images[1][1:]])

@@ -1,4 +1,4 @@
-"""Submission, its checker, the course zip, the release and sweeps. The network is untrained, the images are noise."""
+"""Submission, its checker, the course zip and sweeps. The network is untrained, the images are noise."""
 
 import io
 import pickle
@@ -22,7 +22,7 @@ import checkpoint
 from images import mask_image
 from labels import PALETTE
 from model import PARAM_LIMIT, build
-from tools import check_submission, package, release, report_zip, sweep
+from tools import check_submission, package, report_zip, sweep
 from tools.check_submission import judge, read_zip
 from tools.package import make_submission, write_zip
 
@@ -272,22 +272,6 @@ def test_course_zip_refuses_other_weights_and_a_wrong_number(place, sound, tmp_p
         report_zip.read_submission(tmp_path / "other.zip", place / IMAGES, own)
     with pytest.raises(UserError, match="a letter, eight digits and a letter"):
         report_zip.matriculation("12345678B")
-
-
-def test_release_is_the_run_in_half_precision(place, tmp_path, monkeypatch):
-    made = tmp_path / "release"
-    made.mkdir()
-    (made / "best.json").write_text("of the previous release")
-    monkeypatch.setattr(checkpoint, "RELEASE", made)
-    state = build("microunet").state_dict()
-    checkpoint.save(tmp_path / "a.pt", {"model": "microunet", "model_args": {}, "size": 64, "state_dict": state})
-    flags = ("--name", "a", "--runs", place / "runs", "--weights", tmp_path / "a.pt")
-    assert exit_status(monkeypatch, release.main, *flags) == 0
-    assert {path.name for path in made.iterdir()} == {"best.pt", "args.json", "metrics.jsonl", "LICENCE.txt"}
-    half = checkpoint.load(made / "best.pt")["state_dict"]
-    assert {value.dtype for value in half.values()} == {torch.float16, torch.int64}
-    assert all(torch.allclose(half[key].float(), value.float(), 1e-3, 1e-7) for key, value in state.items())
-    assert exit_status(monkeypatch, release.main, "--name", made) == 2
 
 
 def test_sweep_expands_every_combination():

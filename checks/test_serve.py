@@ -1,0 +1,138 @@
+"""The page of `make try`: what it shows and saves in Chromium, and the requests that its server refuses."""
+
+import base64
+import http.client
+import io
+import re
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import checkpoint
+from images import overlay, read_image
+from labels import COLOURS
+from model import build
+from predict import FaceParser
+from tools import serve
+from tools.course_report import BROWSERS
+
+PHOTO = "docs/astronaut.jpg"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A running server of an untrained network for 64 pixels."""
+    path = tmp_path_factory.mktemp("serve") / "a.pt"
+    content = {"model": "microunet", "model_args": {}, "size": 64, "state_dict": build("microunet").state_dict()}
+    checkpoint.save(path, content)
+    with serve.make_server(FaceParser(path, device="cpu"), 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def ask(server, method="POST", path="/parse?whole", body=None, **headers):
+    """(status, body) of a request; a header's value of None leaves the header out."""
+    port = server.server_address[1]
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    headers = {"Host": f"127.0.0.1:{port}", "Content_Length": len(body or b"")} | headers
+    connection.putrequest(method, path, skip_host=True)
+    for name, value in headers.items():
+        if value is not None:
+            connection.putheader(name.replace("_", "-"), str(value))
+    connection.endheaders(body)
+    reply = connection.getresponse()
+    return reply.status, reply.read()
+
+
+def test_the_answer_is_the_mask_of_predict(server):
+    status, body = ask(server, body=Path(PHOTO).read_bytes())
+    mask = np.asarray(Image.open(io.BytesIO(body)))
+    assert status == 200 and np.array_equal(mask, server.RequestHandlerClass.parser(PHOTO, whole=True).mask)
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "text"),
+    [
+        ({"Host": "example.com"}, 403, "other hosts"),
+        ({"Host": "127.0.0.1:1"}, 403, "other hosts"),
+        ({"Origin": "http://example.com"}, 403, "other sites"),
+        ({"Origin": "null"}, 403, "other sites"),
+        ({"Content_Length": None}, 411, "length"),
+        ({"Content_Length": "-1"}, 411, "length"),
+        ({"body": bytes(serve.MAX_BYTES + 1)}, 413, "more than 40 MB"),
+        ({"body": b"no picture"}, 415, "unknown format"),
+        ({"path": "/mask"}, 404, "/parse"),
+        ({"method": "GET", "path": "/../Makefile"}, 404, "the page is at /"),
+    ],
+)
+def test_refused_requests_have_a_clear_answer(server, request_, status, text):
+    answer, body = ask(server, **request_)
+    assert answer == status and text in body.decode() and body.count(b"\n") == 0
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if not path:
+        pytest.skip("no Chromium")
+    with playwright.sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-background-networking"])
+        yield chromium
+        chromium.close()
+
+
+def saved(page, name):
+    with page.expect_download() as download:
+        page.click(f"#{name}")
+    with Image.open(download.value.path()) as image:
+        return download.value.suggested_filename, np.array(image.convert("RGBA"))
+
+
+def test_page_shows_and_saves_a_picture_and_names_a_wrong_file(server, browser, tmp_path):
+    from playwright.sync_api import expect
+
+    page = browser.new_page()
+    problems = []
+    page.on("pageerror", lambda error: problems.append(error))
+    page.goto(f"http://127.0.0.1:{server.server_address[1]}")
+    page.check("#whole")
+    page.set_input_files("#file", PHOTO)
+    expect(page.locator("#message")).to_contain_text("1 face in", timeout=60000)
+    pixels, mask = read_image(PHOTO), server.RequestHandlerClass.parser(PHOTO, whole=True).mask
+    colours = np.array(COLOURS, np.uint8)[mask]
+    assert (saved(page, "mask")[1][..., :3] == colours).all()
+    name, blended = saved(page, "overlay")
+    assert name == "astronaut-overlay.png" and abs(blended[..., :3].astype(int) - overlay(pixels, mask)).max() <= 2
+    label = np.bincount(mask.ravel()).argmax()
+    page.locator("#legend input").nth(label).uncheck()
+    page.locator("#legend input").nth(0).set_checked(label > 0)
+    assert ((saved(page, "cutout")[1][..., 3] == 0) == (mask == label)).all()
+    page.focus("#view")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#where")).to_have_text(re.compile(r"^[a-z_]+ at \d+, \d+$"))
+    page.set_input_files("#file", "Makefile")
+    expect(page.locator("#message.error")).to_contain_text("Makefile: cannot read this file", timeout=60000)
+    assert not problems
+    page.close()
+
+
+def test_page_takes_a_dropped_picture(server, browser):
+    from playwright.sync_api import expect
+
+    page = browser.new_page(bypass_csp=True)  # for the script below
+    page.goto(f"http://127.0.0.1:{server.server_address[1]}")
+    drop = """text => {
+        const bytes = Uint8Array.from(atob(text), c => c.charCodeAt()), files = new DataTransfer();
+        files.items.add(new File([bytes], "dropped.jpg"));
+        document.body.dispatchEvent(new DragEvent("drop", {dataTransfer: files, bubbles: true, cancelable: true}));
+    }"""
+    page.evaluate(drop, base64.b64encode(Path(PHOTO).read_bytes()).decode())
+    expect(page.locator("#message")).to_contain_text("dropped.jpg", timeout=60000)
+    expect(page.locator("#message")).to_have_text(re.compile("face"), timeout=60000)
+    page.close()

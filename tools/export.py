@@ -1,0 +1,173 @@
+"""Export trained weights: as one ONNX file for other programs, or in half precision as runs/release.
+
+python -m tools.export --name a --out parser.onnx            # pip install -r tools/requirements.txt
+python -m tools.export --name a --release                    # what prediction and submission use by default
+
+The ONNX file maps `image`, uint8 RGB (N, 3, H, W) with sides in multiples of 32, to `labels`, uint8 (N, H, W), or with
+--logits to `logits`, float32 (N, 19, H, W). Batch norm is folded; its metadata contains names, colours and this
+convention. It replaces an older file only after onnxruntime gave the same labels as torch.
+"""
+
+import importlib.util
+import json
+import logging
+import shutil
+import time
+import warnings
+from pathlib import Path
+from statistics import median
+
+from common import ArgumentParser, UserError, atomic, make_folder, run_main, write_text
+
+import torch
+from torch import nn
+
+import checkpoint
+from augment import Strength, draw, warp
+from images import image_files, read_image, resize
+from labels import HEX_COLOURS, NAMES
+from views import label_map
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+SAME = 0.9999  # least fraction of pixels to which torch and onnxruntime give the same label
+ASTRONAUT = Path(__file__).parent.parent / "docs" / "astronaut.jpg"
+LICENCE = """These weights were trained on CelebAMask-HQ (Lee et al., arXiv 1907.11922), which is for non-commercial
+research and education; the same restriction applies to them. They contain no image of it.
+"""
+
+
+class Exported(nn.Module):
+    """A network from uint8 images (N, 3, H, W) to labels (N, H, W), or to logits (N, 19, H, W)."""
+
+    def __init__(self, model, logits):
+        super().__init__()
+        self.model, self.logits = model, logits
+
+    def forward(self, image):
+        logits = self.model(image.float() / 255)
+        return logits if self.logits else logits.argmax(1).to(torch.uint8)
+
+
+def convert(model, size, logits):
+    """torch's ONNXProgram of a network; `size` is the side of the images it was trained on."""
+    side = torch.export.Dim
+    shapes = {0: side("batch"), 2: 32 * side("height", min=2, max=64), 3: 32 * side("width", min=2, max=64)}
+    names = {"input_names": ["image"], "output_names": ["logits" if logits else "labels"]}
+    example = torch.zeros(2, 3, 256, 320, dtype=torch.uint8)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # torch reports on its own internals
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        network = Exported(model, logits).eval()
+        program = torch.onnx.export(network, (example,), dynamic_shapes=(shapes,), verbose=False, **names)
+    program.model.metadata_props.update(
+        labels=json.dumps(NAMES),
+        colours=json.dumps(HEX_COLOURS),
+        input=f"uint8 RGB, NCHW, values 0..255, sides in multiples of 32; trained on portraits of {size} x {size}",
+        licence=" ".join(LICENCE.split()),
+    )
+    return program
+
+
+def portraits(source, size):
+    """Ten portraits, uint8 (10, 3, size, size): the first of a folder, else one photo moved in ten ways."""
+    paths = image_files(source)[:10]
+    images = [torch.from_numpy(read_image(path)).permute(2, 0, 1)[None] for path in paths]
+    if len(images) == 1:
+        image = (resize(images[0], size, size) * 255).byte().expand(10, -1, -1, -1)
+        move = draw(10, Strength(flip=0.5, rotate=15, scale=0.2, shift=0.1), (0,))
+        return (warp(image, torch.zeros(10, size, size, dtype=torch.uint8), move, size)[0] * 255).byte()
+    return torch.cat([(resize(image, size, size) * 255).byte() for image in images])
+
+
+@torch.inference_mode()
+def compare(path, model, images, logits):
+    """Compare an ONNX file with its network on uint8 images (N, 3, size, size), at two sizes.
+
+    Returns (smaller fraction of equal labels, seconds of torch, seconds of onnxruntime), for one image of `size`.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def by_onnx(x):
+        result = torch.from_numpy(session.run(None, {"image": x.numpy()})[0])
+        return result.argmax(1).byte() if logits else result
+
+    def by_torch(x):
+        return torch.cat([label_map(model(one.float() / 255, full_size=False), *x.shape[2:]) for one in x.split(1)])
+
+    size = images.shape[-1]
+    smaller = (resize(images, max(64, size // 64 * 32), size) * 255).byte()
+    same = min(float((by_onnx(x) == by_torch(x)).float().mean()) for x in (images, smaller))
+    seconds = {by_torch: [], by_onnx: []}
+    for call in (by_torch, by_onnx) * 7:  # in turns, so that other work on the machine slows both
+        begin = time.monotonic()
+        call(images[:1])
+        seconds[call].append(time.monotonic() - begin)
+    return same, *(median(times) for times in seconds.values())
+
+
+def write_onnx(weights, out, logits, images):
+    """Write the ONNX file. UserError if a package is missing or onnxruntime gives other labels than torch."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} not installed: pip install -r tools/requirements.txt")
+    model, info = checkpoint.load_model(weights)
+    size = info["size"]
+    program = convert(model, size, logits)
+    with atomic(out) as temporary:
+        program.save(temporary)
+        same, torch_time, onnx_time = compare(temporary, model, portraits(images, size), logits)
+        if same < SAME:
+            raise UserError(f"onnxruntime gives {same:.4%} of pixels torch's label, below {SAME:.2%}; nothing written")
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB from {weights}; {same:.4%} of pixels have torch's label")
+    print(
+        f"one image of {size} x {size} in float32, {torch.get_num_threads()} threads: "
+        f"torch {torch_time * 1000:.0f} ms, onnxruntime {onnx_time * 1000:.0f} ms"
+    )
+
+
+def write_release(weights, folder):
+    """Create runs/release: the records of the run in `folder`, and the weights in half precision."""
+    release = checkpoint.RELEASE
+    if folder.resolve() == release.resolve():
+        raise UserError(f"{folder} is already the release; give another run")
+    content = checkpoint.load(weights)
+    state = {key: v.half() if v.is_floating_point() else v for key, v in content["state_dict"].items()}
+    if not all(bool(value.isfinite().all()) for value in state.values()):
+        raise UserError(f"some weights of {weights} exceed half precision; release another run")
+    make_folder(release)
+    for name in ("args.json", "metrics.jsonl", "best.json"):
+        (release / name).unlink(missing_ok=True)  # of the previous release
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, release / name)
+    checkpoint.save(release / "best.pt", {**content, "state_dict": state})
+    write_text(release / "LICENCE.txt", LICENCE)
+    print(f"{release}: {(release / 'best.pt').stat().st_size / 1e6:.1f} MB from {weights}")
+
+
+def main():
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--name", help="run to export; default the release, else the best run")
+    parser.add_argument("--weights", help="checkpoint, instead of the run's best.pt")
+    parser.add_argument("--runs", default="runs", help="folder of all runs")
+    parser.add_argument("--out", type=Path, help="ONNX file to write")
+    parser.switch("--logits", help="the ONNX file gives logits instead of labels")
+    parser.add_argument("--images", default=ASTRONAUT, help="folder of portraits for the comparison; default one photo")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of the comparison; 0: torch's default")
+    parser.switch("--release", help="create runs/release instead; needs --name")
+    args = parser.parse_args()
+    if bool(args.out) == args.release or (args.release and not args.name):
+        raise UserError("give the file to write, OUT=parser.onnx; `make release NAME=a` creates runs/release")
+    weights = checkpoint.find_weights(args.weights or args.name, args.runs)
+    if args.release:
+        write_release(weights, checkpoint.find_run(args.name, args.runs))
+    else:
+        checkpoint.select_device("cpu", args.threads)
+        write_onnx(weights, args.out, args.logits, args.images)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,135 @@
+"""A page to try the face parser on, served to this machine's browser only: `make try`, then http://127.0.0.1:8000.
+
+python -m tools.serve --name b --views flip
+
+The page sends the picture to this process, which answers with its mask; nothing leaves the machine.
+"""
+
+import contextlib
+import io
+import json
+import re
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from common import ArgumentParser, UserError, run_main
+
+from images import decode_image, mask_image
+from labels import HEX_COLOURS, NAMES
+from predict import FaceParser
+
+PAGE = Path(__file__).with_name("serve.html")
+MAX_BYTES = 40_000_000
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+class Refused(Exception):
+    """A request to answer with (HTTP status, one line of text)."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    """GET / gives the page; POST /parse or /parse?whole takes a picture's bytes and gives its mask as PNG."""
+
+    protocol_version = "HTTP/1.1"
+    timeout = 30  # seconds without a byte
+    parser = page = None  # set by make_server
+    busy = threading.Lock()
+
+    def do_GET(self):
+        self.answer(self.get)
+
+    def do_POST(self):
+        self.answer(self.parse)
+
+    def answer(self, method):
+        """Send what `method` returns, (content type, bytes, further headers), or the reason why it was refused."""
+        status = 200
+        try:
+            self.check_sender()
+            kind, body, headers = method()
+        except Refused as refused:
+            status, text = refused.args
+            kind, body, headers = "text/plain; charset=utf-8", text.encode(), {"Connection": "close"}
+        with contextlib.suppress(ConnectionError):  # the browser no longer waits
+            self.send_response(status)
+            for name, value in {"Content-Type": kind, "Content-Length": len(body), **HEADERS, **headers}.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            self.wfile.write(body)
+
+    def check_sender(self):
+        """Refuse pages of other sites, also those whose name was made to resolve to this machine (DNS rebinding)."""
+        port, host = self.server.server_address[1], self.headers.get("Host")
+        if host not in (f"127.0.0.1:{port}", f"localhost:{port}"):
+            raise Refused(403, f"other hosts are refused; open http://127.0.0.1:{port} on this machine")
+        if self.headers.get("Origin") not in (None, f"http://{host}"):
+            raise Refused(403, "requests of other sites are refused")
+
+    def get(self):
+        if self.path != "/":
+            raise Refused(404, "the page is at /")
+        return "text/html; charset=utf-8", self.page, {}
+
+    def parse(self):
+        if self.path not in ("/parse", "/parse?whole"):
+            raise Refused(404, "pictures go to /parse")
+        length = self.headers.get("Content-Length", "")
+        if not re.fullmatch("[0-9]{1,12}", length):
+            raise Refused(411, "the length of the picture is missing")
+        body = self.rfile.read(min(int(length), MAX_BYTES))
+        if (rest := int(length) - MAX_BYTES) > 0:
+            while rest > 0 and (part := self.rfile.read(min(rest, 1 << 20))):  # clients send everything, then listen
+                rest -= len(part)
+            raise Refused(413, f"the picture has more than {MAX_BYTES / 1e6:.0f} MB")
+        begin = time.monotonic()
+        try:
+            pixels = decode_image(io.BytesIO(body), "this file")
+        except UserError as error:
+            raise Refused(415, str(error)) from None
+        with self.busy:
+            parsed = self.parser(pixels, whole=self.path.endswith("whole"))
+        png = io.BytesIO()
+        mask_image(parsed.mask).save(png, format="PNG")
+        found = {"faces": 0 if parsed.missed else len(parsed.faces), "seconds": round(time.monotonic() - begin, 2)}
+        return "image/png", png.getvalue(), {"X-Found": json.dumps(found)}
+
+
+def make_server(parser, port):
+    """An HTTP server on 127.0.0.1 that parses with a FaceParser. UserError if the port is taken."""
+    labels = json.dumps(list(zip(NAMES, HEX_COLOURS, strict=True)))
+    page = PAGE.read_text(encoding="utf-8").replace("<!--LABELS-->", labels).encode()
+    handler = type("Handler", (Handler,), {"parser": staticmethod(parser), "page": page})
+    try:
+        return ThreadingHTTPServer(("127.0.0.1", port), handler)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot serve on port {port} ({error}); choose another, PORT=8001") from None
+
+
+def main():
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--weights", "--name", help="checkpoint or run; default the release, else the best run")
+    parser.add_argument("--views", default="", help="views to average: flip, scales, or numbers such as flip,1,1.5")
+    parser.add_argument("--port", type=int, default=8000, help="port on 127.0.0.1; 0: any free one")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
+    args = parser.parse_args()
+    face_parser = FaceParser(args.weights, views=args.views, device=args.device, threads=args.threads)
+    with make_server(face_parser, args.port) as server:
+        print(
+            f"weights {face_parser.source}\nopen http://127.0.0.1:{server.server_address[1]}; Ctrl-C ends", flush=True
+        )
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
+
+
+if __name__ == "__main__":
+    run_main(main)
