@@ -20,7 +20,7 @@ from pathlib import Path
 for _package in ("torch", "numpy", "PIL"):
     if importlib.util.find_spec(_package) is None:
         print(
-            f"error: {_package} is not installed; `make install`, or pip install -r requirements.txt", file=sys.stderr
+            f"error: {_package} is not installed: {sys.executable} -m pip install -r requirements.txt", file=sys.stderr
         )
         sys.exit(2)
 # OpenMP threads that spin for long while they wait are several times slower when another process uses a core.

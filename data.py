@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import UserError, in_parallel, print_message
+from common import UserError, in_parallel, print_message, read_json
 
 import numpy as np
 import torch
@@ -103,6 +103,19 @@ def find_data(folder=None):
     if subprocess.run(command, cwd=Path(__file__).parent, stdout=subprocess.DEVNULL).returncode:
         raise UserError(f"could not create the synthetic faces in {SYNTHETIC}")
     return SYNTHETIC
+
+
+def find_data_of(weights, folder=None):
+    """The data folder for a file in a run's folder: `folder`, else that of the run, else ./data.
+
+    UserError if there is none: synthetic faces replace it only for a run that was trained on them.
+    """
+    path = Path(weights).with_name("args.json")
+    record = read_json(path) if path.is_file() else {}
+    folder = folder or record.get("args", {}).get("data")
+    if folder is None and not Path("data").is_dir() and not (record.get("pairs") or {}).get("drawn"):
+        raise UserError("no data/ folder: `make data RAW=/path/to/download` creates it; DATA=FOLDER names another")
+    return find_data(folder)
 
 
 def find_pairs(data):

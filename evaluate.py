@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import checkpoint
-from data import find_data, load_pairs, split
+from data import SYNTHETIC_MARKER, find_data_of, load_pairs, split
 from images import area, image_files, read_mask, soft_labels
 from labels import NAMES, NUM_CLASSES
 from losses import segmentation_loss
@@ -132,7 +132,7 @@ def compare_folders(predicted, truth):
 def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--weights", "--name", help="checkpoint or run; default the release, else the best run")
-    parser.add_argument("--data", help="folder with train/; default that of the training, else ./data, else synthetic")
+    parser.add_argument("--data", help="folder with train/; default that of the training, else ./data")
     parser.add_argument("--cache", default="build/cache", help="folder of the decoded copies")
     parser.add_argument("--views", default="", help="views to average: flip, scales, or numbers such as flip,1,1.5")
     parser.add_argument("--size", type=int, default=0, help="side of the network's input; 0: the checkpoint's own")
@@ -149,9 +149,12 @@ def main():
     views, device = parse_views(args.views), checkpoint.select_device(args.device, args.threads)
     check_size(args.size or 32)
     path = checkpoint.find_weights(args.weights)
-    print(f"weights {path}{'' if args.weights else ' (no NAME given)'}, views: {args.views or 'none'}", file=sys.stderr)
+    data = find_data_of(path, args.data)
+    synthetic = " (synthetic faces)" if (data / SYNTHETIC_MARKER).is_file() else ""
+    name = f"{path}{'' if args.weights else ' (no NAME given)'}"
+    print(f"weights {name}, views: {args.views or 'none'}, data: {data}{synthetic}", file=sys.stderr)
     model, info = checkpoint.load_model(path, device)
-    pairs = load_pairs(find_data(args.data or checkpoint.run_args(path).get("data")), args.cache)
+    pairs = load_pairs(data, args.cache)
     indices = held_out(path, len(pairs.names))
     if not checkpoint.is_validated(info):
         print_message(f"{path} was trained on all pairs of its data: on these, this is not a score of unseen images")

@@ -69,16 +69,18 @@ class FaceParser:
         `whole` treats the image as one portrait; `box` (left, top, width, height) is the only portrait in it. UserError
         if an image cannot be read.
         """
-        photos = list(map(_pixels, image if isinstance(image, list) else [image]))
+        photos = list(map(_pixels, image if isinstance(image, (list, tuple)) else [image]))
         if len({pixels.shape for pixels in photos}) > 1:
             raise UserError("a list of images is parsed as one batch: they must have one size")
         parsed = parse_photos(self.models, photos, self.size, self.views, self.device, whole, box)
-        return parsed if isinstance(image, list) else parsed[0]
+        return parsed if isinstance(image, (list, tuple)) else parsed[0]
 
 
 def _pixels(image):
     if isinstance(image, (str, os.PathLike)):
         return read_image(image)
+    if not isinstance(image, (np.ndarray, Image.Image)):
+        raise UserError(f"an image is a path, a PIL image or a uint8 array, not a {type(image).__name__}")
     pixels = image if isinstance(image, np.ndarray) else rgb_pixels(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise UserError(f"an image array must be uint8 (H, W, 3), not {pixels.dtype} {pixels.shape}")

@@ -82,8 +82,9 @@ def open_run(args):
     if args.resume:
         folder = find_run(args.resume, args.runs)
         if not (folder / "last.pt").is_file():
-            name = make_name(folder)
-            raise UserError(f"{folder} has no last.pt to resume; `make train FROM={name} NAME=...` starts from it")
+            starts = f"; `make train FROM={make_name(folder)} NAME=...` starts from it"
+            kept = (folder / "best.pt").is_file()
+            raise UserError(f"{folder} has no last.pt to resume{starts if kept else ', only records of a training'}")
         lock(folder)
         for unfinished in folder.glob(".*.tmp"):  # of a killed process
             unfinished.unlink()
@@ -584,7 +585,7 @@ def main():
         devices = f"{run.device}{threads}" + (f", {run.processes} processes" if run.processes > 1 else "")
         print(
             f"{run.folder}: {run.args.model} {count:,} parameters{' (TOO MANY)' * (count >= PARAM_LIMIT)}, "
-            f"{len(run.batches.indices)} training and {len(run.val_indices)} validation pairs, {run.epochs} epochs of "
+            f"{len(run.batches.indices)} training and {len(run.val_indices)} validation pairs, {run.epochs} epochs x "
             f"{run.steps} steps of {run.batch} images, {devices}; the first step is slow",
             flush=True,
         )

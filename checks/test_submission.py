@@ -167,7 +167,7 @@ def test_exactly_the_fault_is_reported(place, sound, fault):
 def test_missing_folders_are_reported(place, sound):
     assert "folders: no folder solution/" in faults(place, {k: v for k, v in sound.items() if k.startswith("masks/")})
     nested = faults(place, {f"mine/{name}": data for name, data in sound.items()})
-    assert "folders: no folder masks/" in nested and "folders: mine/ does not belong at the top" in nested
+    assert "folders: everything is inside mine/: zip its contents" in nested
     assert "folders: no folder masks/" in faults(place, {})
 
 
@@ -250,6 +250,14 @@ def test_course_zip_contains_everything_and_its_readme_reproduces_the_masks(plac
     for name in ("a.png", "b.png", "c.png"):
         again = (tmp_path / "masks-again" / name).read_bytes()
         assert again == (tmp_path / "masks" / name).read_bytes() == sound[f"masks/{name}"]
+
+
+@pytest.mark.parametrize("script", [package, report_zip])
+def test_a_run_on_real_faces_gets_no_masks_of_synthetic_ones(place, tmp_path, monkeypatch, capsys, script):
+    monkeypatch.chdir(tmp_path)
+    flags = [] if script is package else ["--matric", "A12345678B", "--report", pdf(tmp_path / "report.pdf", 1)]
+    assert exit_status(monkeypatch, script.main, "--name", place / "runs" / "a", *flags) == 2
+    assert "no data/ folder" in capsys.readouterr().err
 
 
 def test_report_must_have_at_most_five_a4_pages(tmp_path):

@@ -81,7 +81,8 @@ def main():
             print(f"{label:>2} {name:<10} {fractions[label]:>11.2f} {present[label]:>11.1f}")
     for fault, paths in found.items():
         for path in paths if args.list else paths[:1]:
-            print(f"{printable(fault)} ({len(paths)}): {printable(str(path))}")
+            more = "" if args.list or len(paths) == 1 else "; LIST=1 names all"
+            print(f"{printable(fault)} ({len(paths)}): {printable(str(path))}{more}")
     faults = sum(len(paths) for fault, paths in found.items() if fault != REVERSED)
     repaired = len(found.get(REVERSED, []))
     print(f"{data}: {len(pixels)} readable masks, {faults} faults, {repaired} reversed masks (repaired in training)")

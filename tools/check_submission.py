@@ -19,10 +19,10 @@ from common import ArgumentParser, UserError, printable, run_main, show_line
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from checkpoint import restore
-from data import find_data
+from data import find_data_of
 from images import DECODE_ERRORS, image_files, read_image
 from labels import NUM_CLASSES, PALETTE
 from model import MODELS, PARAM_LIMIT, count_parameters
@@ -71,6 +71,8 @@ def check_folders(files, phase):
     top = {name if "/" not in name else name.split("/")[0] + "/" for name in files}
     missing = {"masks/", "solution/"} - top if phase == "test" else {"masks/"} - top
     faults = [f"no folder {name} at the top of the zip (phase {phase})" for name in sorted(missing)]
+    if len(top) == 1 and missing and any("/masks/" in name for name in files):
+        return verdict("folders", [f"everything is inside {top.pop()}: zip its contents, not the folder"])
     faults += [f"{name} does not belong at the top of the zip" for name in sorted(top - {"masks/", "solution/"})]
     return verdict("folders", faults, " and ".join(sorted(top)))
 
@@ -84,6 +86,8 @@ def read_labels(data, height, width):
             if image.mode != "P":
                 raise UserError(f"has mode {image.mode}, not P (one channel with a palette)")
             labels, palette = np.array(image), image.getpalette()[: len(PALETTE)]
+    except UnidentifiedImageError:
+        raise UserError("is not a PNG") from None
     except DECODE_ERRORS as error:
         raise UserError(f"is not a readable PNG: {error}") from None
     if labels.max() >= NUM_CLASSES:
@@ -194,11 +198,11 @@ def show(findings):
 def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--zip", required=True, help="zip to check")
-    parser.add_argument("--data", help="folder with test/images and dev/images; default ./data, else synthetic faces")
+    parser.add_argument("--data", help="folder with test/images and dev/images; default ./data")
     parser.add_argument("--phase", choices=("test", "dev"), default="test", help="dev: only masks are needed")
     parser.add_argument("--run", type=int, default=0, help="EXECUTE the zip's run.py on so many images")
     args = parser.parse_args()
-    valid = show(judge(args.zip, find_data(args.data) / args.phase / "images", args.phase, args.run))
+    valid = show(judge(args.zip, find_data_of(args.zip, args.data) / args.phase / "images", args.phase, args.run))
     print(f"{args.zip}: {'valid' if valid else 'NOT valid'} for the {args.phase} phase")
     return 0 if valid else 1
 

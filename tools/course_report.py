@@ -162,6 +162,8 @@ def main():
     args = parser.parse_args()
     folder = find_run(args.name, args.runs)
     source, target, name = folder / "report.html", folder / "report.pdf", make_name(folder)
+    if args.pdf and (args.author or args.matric):
+        raise UserError(f"AUTHOR= and MATRIC= are for the draft, `make report NAME={name}`; this prints it as it is")
     if not args.pdf:
         print(write_page(folder.parent, folder.name))
         write_draft(folder, args.author, args.matric, args.overwrite)

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import logging
 import shutil
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -113,16 +114,16 @@ def write_onnx(weights, out, logits, images):
     """Write the ONNX file. UserError if a package is missing or onnxruntime gives other labels than torch."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"{' and '.join(missing)} not installed: pip install -r tools/requirements.txt")
+        raise UserError(f"no {', '.join(missing)} here: {sys.executable} -m pip install -r tools/requirements.txt")
     model, info = checkpoint.load_model(weights)
     size = info["size"]
-    program = convert(model, size, logits)
     with atomic(out) as temporary:
-        program.save(temporary)
+        print(f"exporting {weights}: some 20 seconds", flush=True)
+        convert(model, size, logits).save(temporary)
         same, torch_time, onnx_time = compare(temporary, model, portraits(images, size), logits)
         if same < SAME:
             raise UserError(f"onnxruntime gives {same:.4%} of pixels torch's label, below {SAME:.2%}; nothing written")
-    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB from {weights}; {same:.4%} of pixels have torch's label")
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB; {same:.4%} of the pixels of {images} have torch's label")
     print(
         f"one image of {size} x {size} in float32, {torch.get_num_threads()} threads: "
         f"torch {torch_time * 1000:.0f} ms, onnxruntime {onnx_time * 1000:.0f} ms"

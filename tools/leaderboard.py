@@ -91,12 +91,12 @@ def unfinished(folder):
 
 def leaderboard(rows):
     """The table of `make runs` as text: summaries with real faces first, then by score."""
-    table = f"{'run':<24}official  batch32    epoch  parameters  minutes  date        weights    recipe: changes"
+    table = f"{'run':<24}official  batch32    epoch  parameters  minutes  date        weights    recipe, changes"
     for row in sorted(rows, key=lambda row: (row["synthetic"], -row["official"])):
         table += f"\n{row['name']:<24}{row['official']:>8.4f}{row['batch32']:>9.4f}{row['epoch']:>5}/{row['epochs']:<3}"
         table += f"{row['parameters']:>12,}{row['minutes']:>9.1f}  {row['date']:<12}{row['weights']:<11}"
         changes = " ".join(f"{key}={value}" for key, value in row["changed"].items())
-        table += f"{'synthetic faces; ' * row['synthetic']}{row['recipe'] or 'none'}: {changes}"[:80]
+        table += f"{'synthetic faces; ' * row['synthetic']}{row['recipe'] or 'none'} {changes}"[:80].rstrip()
     return table
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from common import ArgumentParser, UserError, atomic, make_folder, run_main
 
 import checkpoint
-from data import SYNTHETIC_MARKER, find_data
+from data import SYNTHETIC_MARKER, find_data_of
 from images import image_files
 from model import PARAM_LIMIT, count_parameters
 from tools.check_submission import PYTHON, judge, show
@@ -102,7 +102,7 @@ def main():
     folder = checkpoint.find_run(args.name) if args.name else Path(path).parent
     folder = folder if (folder / "args.json").is_file() else Path("build")
     target = args.zip or folder / f"submission-{args.phase}.zip"
-    images = find_data(args.data or checkpoint.run_args(weights).get("data")) / args.phase / "images"
+    images = find_data_of(weights, args.data) / args.phase / "images"
     return make_submission(weights, images, args.phase, target, args.views, args.run)
 
 

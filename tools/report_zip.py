@@ -8,6 +8,7 @@ Masks and checkpoint are those in the run's Codabench zip (tools/package.py), wh
 
 import io
 import re
+import sys
 from pathlib import Path
 
 from common import ArgumentParser, UserError, atomic, make_folder, read_json, run_main
@@ -15,7 +16,7 @@ from common import ArgumentParser, UserError, atomic, make_folder, read_json, ru
 import torch
 
 import checkpoint
-from data import find_data
+from data import find_data_of
 from model import PARAM_LIMIT, count_parameters
 from tools.check_submission import judge, read_zip, show
 from tools.package import ROOT, make_submission, write_zip
@@ -36,7 +37,7 @@ def count_pages(path):
     try:
         import pypdf
     except ImportError:
-        raise UserError("pypdf is missing: pip install -r tools/requirements.txt") from None
+        raise UserError(f"pypdf is missing: {sys.executable} -m pip install -r tools/requirements.txt") from None
     try:
         sizes = [sorted((page.mediabox.width, page.mediabox.height)) for page in pypdf.PdfReader(path).pages]
     except Exception as error:  # a damaged file makes the reader raise anything
@@ -106,8 +107,12 @@ def main():
         raise UserError(f"no {report}: `make report NAME={name}`, then `make report-pdf NAME={name}`; or REPORT=FILE")
     if not args.report and draft.is_file() and draft.stat().st_mtime > report.stat().st_mtime:
         raise UserError(f"{draft} is newer than {report}: print it again, `make report-pdf NAME={name}`")
+    if not args.report and draft.is_file() and "________" in draft.read_text(encoding="utf-8"):
+        raise UserError(
+            f"{draft} has blanks: edit and print it, or `make report OVERWRITE=1 AUTHOR= MATRIC= NAME={name}`"
+        )
     pages = count_pages(report)
-    images = find_data(args.data or checkpoint.run_args(weights).get("data")) / "test" / "images"
+    images = find_data_of(weights, args.data) / "test" / "images"
     submission = folder / "submission-test.zip"
     if not submission.is_file() and make_submission(weights, images, "test", submission):
         return 1
