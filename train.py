@@ -193,7 +193,8 @@ def set_up(args):
             raise UserError(f"{source} is a {other}; use MODEL={other} (--model {other})")
         checkpoint.load_state(model, content["state_dict"], source)
         if not rank:
-            print(f"weights from {source}, after its epoch {content.get('epoch', '?')}")
+            after = content.get("epoch") or (content.get("progress") or {}).get("epoch", "?")
+            print(f"weights from {source}, after its epoch {after}")
     average = copy.deepcopy(model).requires_grad_(False) if args.ema else None
     if processes > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
