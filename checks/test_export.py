@@ -42,7 +42,7 @@ def test_onnx_file_gives_the_labels_of_torch(untrained, tmp_path, monkeypatch, c
     checkpoint.save(untrained / "best.pt", content)
     path = tmp_path / "parser.onnx"
     assert exit_status(monkeypatch, "--name", untrained, "--out", path, f"--logits={int(logits)}") == 0
-    assert "100.0000% of the pixels of astronaut.jpg have torch's label" in capsys.readouterr().out
+    assert "100.0000% of pixels of astronaut.jpg have torch's label" in capsys.readouterr().out
     model = onnx.load(path)
     facts = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(facts["labels"])[17] == "neck" and "uint8 RGB" in facts["input"] and "128 x 128" in facts["input"]

@@ -123,7 +123,7 @@ def write_onnx(weights, out, logits, images):
         same, torch_time, onnx_time = compare(temporary, model, portraits(images, size), logits)
         if same < SAME:
             raise UserError(f"onnxruntime gives {same:.4%} of pixels torch's label, below {SAME:.2%}; nothing written")
-    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB; {same:.4%} of the pixels of {Path(images).name} have torch's label")
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB; {same:.4%} of pixels of {Path(images).name} have torch's label")
     print(
         f"one image of {size} x {size} in float32, {torch.get_num_threads()} threads: "
         f"torch {torch_time * 1000:.0f} ms, onnxruntime {onnx_time * 1000:.0f} ms"
