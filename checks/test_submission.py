@@ -84,7 +84,7 @@ def place(tmp_path_factory):
     checkpoint.save(run / "best.pt", {"model": "microsegformer", "model_args": {}, "size": 64, "state_dict": state})
     (run / "args.json").write_text('{"args": {}, "versions": {"torch": "2.13.0", "numpy": "2.4.6"}}')
     (run / "metrics.jsonl").write_text('{"official": 0.71236, "batch32": 0.60004}\n{"official": 0.7, "batch32": 0.6}\n')
-    assert make_submission(run / "best.pt", images, "test", run / "submission-test.zip", "flip", run=1, threads=2) == 0
+    assert make_submission(run / "best.pt", images, "test", run / "submission-test.zip", "flip", run=1) == 0
     return root
 
 

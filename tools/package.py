@@ -16,7 +16,7 @@ import time
 import zipfile
 from pathlib import Path
 
-from common import ArgumentParser, UserError, atomic, make_folder, positive, run_main
+from common import ArgumentParser, UserError, atomic, make_folder, run_main
 
 import checkpoint
 from data import SYNTHETIC_MARKER, find_data_of
@@ -48,11 +48,11 @@ def write_solution(folder, content, views):
     checkpoint.save(folder / "ckpt.pth", {**settings, "views": views, "state_dict": dict(content["state_dict"])})
 
 
-def make_submission(weights, images, phase, target, views=None, run=5, threads=1):
+def make_submission(weights, images, phase, target, views=None, run=5):
     """Write the zip of a phase (test or dev) to `target` and return 0; 1, without writing, if it fails its checks.
 
-    `views` defaults to those in the checkpoint; the packaged run.py is executed once more, with one thread, on `run`
-    images. UserError if the model has too many parameters or a file cannot be read or written.
+    `views` defaults to those in the checkpoint; the packaged run.py is executed once more on `run` images. UserError
+    if the model has too many parameters or a file cannot be read or written.
     """
     content = checkpoint.load(weights)
     parameters = count_parameters(checkpoint.restore(content, weights))
@@ -66,7 +66,7 @@ def make_submission(weights, images, phase, target, views=None, run=5, threads=1
         solution, masks, made = Path(folder, "solution"), Path(folder, "masks"), Path(folder, "made.zip")
         write_solution(solution, content, views)
         command = [*PYTHON, "run.py", "--weights", "ckpt.pth", "--input", str(images), "--output", str(masks)]
-        if subprocess.run([*command, "--threads", str(threads)], cwd=solution).returncode:
+        if subprocess.run(command, cwd=solution).returncode:
             raise UserError(f"run.py could not predict the images of {images}; nothing was written")
         folders = [masks] if phase == "dev" else [masks, solution]
         write_zip(made, {f"{part.name}/{path.name}": path.read_bytes() for part in folders for path in part.iterdir()})
@@ -94,7 +94,6 @@ def main():
     parser.add_argument("--zip", help="zip to write; default submission-PHASE.zip in the run's folder, else in build")
     parser.add_argument("--views", help="views to average, such as flip,scales; default those in the checkpoint")
     parser.add_argument("--run", type=int, default=5, help="images on which run.py is checked")
-    parser.add_argument("--threads", type=positive, default=1, help="CPU threads")
     args = parser.parse_args()
     weights = checkpoint.find_weights(args.weights or args.name)
     path = os.path.relpath(weights) if weights.is_relative_to(Path.cwd()) else weights
@@ -104,7 +103,7 @@ def main():
     folder = folder if (folder / "args.json").is_file() else Path("build")
     target = args.zip or folder / f"submission-{args.phase}.zip"
     images = find_data_of(weights, args.data) / args.phase / "images"
-    return make_submission(weights, images, args.phase, target, args.views, args.run, args.threads)
+    return make_submission(weights, images, args.phase, target, args.views, args.run)
 
 
 if __name__ == "__main__":

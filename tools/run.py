@@ -9,7 +9,7 @@ In the repository: `python -m tools.run`. The checkpoint sets the input size and
 import time
 from pathlib import Path
 
-from common import ArgumentParser, UserError, atomic, make_folder, positive, run_main, show_progress
+from common import ArgumentParser, UserError, atomic, make_folder, run_main, show_progress
 
 import torch
 
@@ -38,9 +38,8 @@ def main():
     parser.add_argument("--input", required=True, help="image, or folder of images")
     parser.add_argument("--output", required=True, help="PNG of the mask, or folder for NAME.png")
     parser.add_argument("--weights", default="ckpt.pth", help="checkpoint")
-    parser.add_argument("--threads", type=positive, default=1, help="CPU threads")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)  # not the number of cores, which on another machine might round differently
+    torch.set_num_threads(1)  # the masks must not depend on the machine's number of cores
     model, info = load_model(args.weights)
     views, outputs, start = parse_views(info.get("views", "")), find_outputs(args.input, args.output), time.monotonic()
     for done, (path, target) in enumerate(outputs, 1):
