@@ -5,7 +5,6 @@ A checkpoint is a dict. `best.pt` contains what inference needs (`state_dict`, `
 """
 
 import ctypes
-import difflib
 import json
 import os
 import shlex
@@ -14,7 +13,7 @@ import textwrap
 import zipfile
 from pathlib import Path
 
-from common import UserError, atomic, read_json
+from common import UserError, atomic, did_you_mean, read_json
 
 import torch
 
@@ -126,9 +125,8 @@ def find_run(name, runs="runs"):
         if (folder / "args.json").is_file():
             return folder
     known = sorted(p.parent.name for p in Path(runs).glob("*/args.json"))
-    similar = [match for part in Path(name).parts for match in difflib.get_close_matches(part, known)]
     what = f"no such file or run: {name}" if "/" in name or "." in name else f"no run {name} in {runs}"
-    raise UserError(f"{what}; {'did you mean ' + ' or '.join(similar) + '?' if similar else '`make runs` lists them'}")
+    raise UserError(f"{what}; {did_you_mean(known, *Path(name).parts) or '`make runs` lists them'}")
 
 
 def find_weights(text=None, runs="runs"):
@@ -148,10 +146,10 @@ def find_weights(text=None, runs="runs"):
     return path
 
 
-def run_args(weights):
-    """The training arguments in the args.json next to a checkpoint, as a dict; {} if there is none."""
-    record = Path(weights).with_name("args.json")
-    return read_json(record).get("args", {}) if record.is_file() else {}
+def run_record(path):
+    """The args.json next to a file in a run's folder, as a dict; {} if there is none."""
+    record = Path(path).with_name("args.json")
+    return read_json(record) if record.is_file() else {}
 
 
 def make_name(folder):

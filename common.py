@@ -32,6 +32,12 @@ class UserError(Exception):
     """A mistake the user can fix. The message is one line that names the cause and the remedy."""
 
 
+def did_you_mean(known, *words, count=3):
+    """ "did you mean a or b?" of the `count` most similar names in `known` for each word; "" if none is similar."""
+    similar = [match for word in words for match in difflib.get_close_matches(word, known, count)]
+    return f"did you mean {' or '.join(similar)}?" if similar else ""
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults, but not those that say nothing."""
 
@@ -69,8 +75,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message):
         if unknown := re.match(r"unrecognized arguments: (--[a-z-]+)", message):
-            similar = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
-            message += f"; did you mean {similar[0]}?" if similar else ""
+            similar = did_you_mean(self._option_string_actions, unknown[1], count=1)
+            message += f"; {similar}" if similar else ""
         raise UserError(f"{message} ({self.prog} --help lists the flags)")
 
 

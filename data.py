@@ -10,11 +10,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import UserError, in_parallel, print_message, read_json
+from common import UserError, in_parallel, print_message
 
 import numpy as np
 import torch
 
+from checkpoint import run_record
 from images import image_files, read_image, read_mask, require_file
 from labels import FLIP, NUM_CLASSES, SIDES
 
@@ -105,13 +106,17 @@ def find_data(folder=None):
     return SYNTHETIC
 
 
+def is_synthetic(data):
+    """True if tools/synth.py made the data folder."""
+    return Path(data, SYNTHETIC_MARKER).is_file()
+
+
 def find_data_of(weights, folder=None):
     """The data folder for a file in a run's folder: `folder`, else that of the run, else ./data.
 
     UserError if there is none: synthetic faces replace it only for a run that was trained on them.
     """
-    path = Path(weights).with_name("args.json")
-    record = read_json(path) if path.is_file() else {}
+    record = run_record(weights)
     folder = folder or record.get("args", {}).get("data")
     if folder is None and not Path("data").is_dir() and not (record.get("pairs") or {}).get("drawn"):
         raise UserError("no data/ folder: `make data RAW=/path/to/download` creates it; DATA=FOLDER names another")

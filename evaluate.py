@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import checkpoint
-from data import SYNTHETIC_MARKER, find_data_of, load_pairs, split
+from data import find_data_of, is_synthetic, load_pairs, split
 from images import area, image_files, read_mask, soft_labels
 from labels import NAMES, NUM_CLASSES
 from losses import segmentation_loss
@@ -110,7 +110,7 @@ def evaluate(model, pairs, indices, size, device, *, views=ONE_VIEW, batch=4, ra
 
 def held_out(path, count):
     """Indices of the pairs, of `count`, that a checkpoint's training held out (args.json), else the reference's."""
-    args = checkpoint.run_args(path)
+    args = checkpoint.run_record(path).get("args", {})
     return split(count, args.get("val_split") or 0.1, args.get("split_seed", 42))[1]
 
 
@@ -150,7 +150,7 @@ def main():
     check_size(args.size or 32)
     path = checkpoint.find_weights(args.weights)
     data = find_data_of(path, args.data)
-    synthetic = " (synthetic faces)" if (data / SYNTHETIC_MARKER).is_file() else ""
+    synthetic = " (synthetic faces)" if is_synthetic(data) else ""
     name = f"{path}{'' if args.weights else ' (no NAME given)'}"
     print(f"weights {name}, views: {args.views or 'none'}, data: {data}{synthetic}", file=sys.stderr)
     model, info = checkpoint.load_model(path, device)

@@ -5,13 +5,12 @@ python train.py --recipe lmsa_gpu_aug --dice 2     # a recipe; further flags ove
 """
 
 import argparse
-import difflib
 import json
 import math
 import tomllib
 from pathlib import Path
 
-from common import ArgumentParser, UserError
+from common import ArgumentParser, UserError, did_you_mean
 
 from augment import PRESETS, Strength
 from model import MODELS, model_arguments
@@ -112,8 +111,7 @@ def recipe_flags(name):
     """A recipe's settings as a list of flags, so that argparse checks them; those of the recipe it is `like` first."""
     recipes = load_recipes()
     if name not in recipes:
-        similar = "".join(f"did you mean {match}? " for match in difflib.get_close_matches(name, recipes, 1))
-        raise UserError(f"no recipe {name!r}; {similar}`make recipes` lists them")
+        raise UserError(f"no recipe {name!r}; {did_you_mean(recipes, name, count=1)} `make recipes` lists them")
     flags = recipe_flags(recipes[name]["like"]) if "like" in recipes[name] else []
     for key, value in recipes[name].get("set", {}).items():
         flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")

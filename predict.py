@@ -69,11 +69,12 @@ class FaceParser:
         `whole` treats the image as one portrait; `box` (left, top, width, height) is the only portrait in it. UserError
         if an image cannot be read.
         """
-        photos = list(map(_pixels, image if isinstance(image, (list, tuple)) else [image]))
+        several = isinstance(image, (list, tuple))
+        photos = list(map(_pixels, image if several else [image]))
         if len({pixels.shape for pixels in photos}) > 1:
             raise UserError("a list of images is parsed as one batch: they must have one size")
         parsed = parse_photos(self.models, photos, self.size, self.views, self.device, whole, box)
-        return parsed if isinstance(image, (list, tuple)) else parsed[0]
+        return parsed if several else parsed[0]
 
 
 def _pixels(image):

@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 from augment import augment, draw, slice_batch
 from checkpoint import find_run, find_weights, make_name, read_metrics, select_device
-from data import SYNTHETIC_MARKER, Batches, find_data, load_pairs, split
+from data import Batches, find_data, is_synthetic, load_pairs, split
 from evaluate import batch_score, evaluate, f_scores, label_scores, official_score
 from labels import NUM_CLASSES
 from losses import training_loss
@@ -232,7 +232,7 @@ def set_up(args):
     )
     run.loss["class_weights"] = label_weights(args, pairs, train_indices, device)
     used = {"training": len(train_indices), "validation": len(val_indices), "content": pairs.digest}
-    used["drawn"] = (data / SYNTHETIC_MARKER).is_file()
+    used["drawn"] = is_synthetic(data)
     if args.resume:
         restore(run, used)
     elif not rank:

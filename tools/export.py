@@ -27,7 +27,7 @@ import checkpoint
 from augment import Strength, draw, warp
 from images import image_files, read_image, resize
 from labels import HEX_COLOURS, NAMES
-from views import label_map
+from views import label_map, predict_logits
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 SAME = 0.9999  # least fraction of pixels to which torch and onnxruntime give the same label
@@ -69,15 +69,20 @@ def convert(model, size, logits):
     return program
 
 
+def fit(images, height, width):
+    """Resize uint8 images (B, 3, H, W) to uint8 (B, 3, height, width)."""
+    return (resize(images, height, width) * 255).byte()
+
+
 def portraits(source, size):
     """Ten portraits, uint8 (10, 3, size, size): the first of a folder, else one photo moved in ten ways."""
     paths = image_files(source)[:10]
     images = [torch.from_numpy(read_image(path)).permute(2, 0, 1)[None] for path in paths]
     if len(images) == 1:
-        image = (resize(images[0], size, size) * 255).byte().expand(10, -1, -1, -1)
+        image = fit(images[0], size, size).expand(10, -1, -1, -1)
         move = draw(10, Strength(flip=0.5, rotate=15, scale=0.2, shift=0.1), (0,))
         return (warp(image, torch.zeros(10, size, size, dtype=torch.uint8), move, size)[0] * 255).byte()
-    return torch.cat([(resize(image, size, size) * 255).byte() for image in images])
+    return torch.cat([fit(image, size, size) for image in images])
 
 
 @torch.inference_mode()
@@ -97,10 +102,10 @@ def compare(path, model, images, logits):
         return result.argmax(1).byte() if logits else result
 
     def by_torch(x):
-        return torch.cat([label_map(model(one.float() / 255, full_size=False), *x.shape[2:]) for one in x.split(1)])
+        return label_map(predict_logits(model, x.float() / 255), *x.shape[2:])
 
     size = images.shape[-1]
-    smaller = (resize(images, max(64, size // 64 * 32), size) * 255).byte()
+    smaller = fit(images, max(64, size // 64 * 32), size)
     same = min(float((by_onnx(x) == by_torch(x)).float().mean()) for x in (images, smaller))
     seconds = {by_torch: [], by_onnx: []}
     for call in (by_torch, by_onnx) * 7:  # in turns, so that other work on the machine slows both

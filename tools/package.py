@@ -19,7 +19,7 @@ from pathlib import Path
 from common import ArgumentParser, UserError, atomic, make_folder, run_main
 
 import checkpoint
-from data import SYNTHETIC_MARKER, find_data_of
+from data import find_data_of, is_synthetic
 from images import image_files
 from model import PARAM_LIMIT, count_parameters
 from tools.check_submission import PYTHON, judge, show
@@ -80,7 +80,7 @@ def make_submission(weights, images, phase, target, views=None, run=5):
         with atomic(target) as temporary:
             shutil.copyfile(made, temporary)
     size = target.stat().st_size / 1e6
-    of = " of synthetic faces" if (images.parent.parent / SYNTHETIC_MARKER).is_file() else ""
+    of = " of synthetic faces" if is_synthetic(images.parent.parent) else ""
     print(f"{target}: {count} masks{of}, {parameters:,} parameters, views: {views or 'none'}, {size:.1f} MB")
     return 0
 

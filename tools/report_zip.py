@@ -105,12 +105,12 @@ def main():
     report, draft = args.report or folder / "report.pdf", folder / "report.html"
     if not report.is_file():
         raise UserError(f"no {report}: `make report NAME={name}`, then `make report-pdf NAME={name}`; or REPORT=FILE")
-    if not args.report and draft.is_file() and draft.stat().st_mtime > report.stat().st_mtime:
-        raise UserError(f"{draft} is newer than {report}: print it again, `make report-pdf NAME={name}`")
-    if not args.report and draft.is_file() and "________" in draft.read_text(encoding="utf-8"):
-        raise UserError(
-            f"{draft} has blanks: edit and print it, or `make report OVERWRITE=1 AUTHOR= MATRIC= NAME={name}`"
-        )
+    if not args.report and draft.is_file():
+        if draft.stat().st_mtime > report.stat().st_mtime:
+            raise UserError(f"{draft} is newer than {report}: print it again, `make report-pdf NAME={name}`")
+        if "________" in draft.read_text(encoding="utf-8"):
+            remedy = f"edit and print it, or `make report OVERWRITE=1 AUTHOR= MATRIC= NAME={name}`"
+            raise UserError(f"{draft} has blanks: {remedy}")
     pages = count_pages(report)
     images = find_data_of(weights, args.data) / "test" / "images"
     submission = folder / "submission-test.zip"

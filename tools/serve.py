@@ -83,8 +83,9 @@ class Handler(BaseHTTPRequestHandler):
         if not re.fullmatch("[0-9]{1,12}", length):
             raise Refused(411, "the length of the picture is missing")
         body = self.rfile.read(min(int(length), MAX_BYTES))
-        if (rest := int(length) - MAX_BYTES) > 0:
-            while rest > 0 and (part := self.rfile.read(min(rest, 1 << 20))):  # clients send everything, then listen
+        if int(length) > MAX_BYTES:
+            rest = int(length) - MAX_BYTES
+            while part := self.rfile.read(min(rest, 1 << 20)):  # clients send everything, then listen
                 rest -= len(part)
             raise Refused(413, f"the picture has more than {MAX_BYTES / 1e6:.0f} MB")
         try:
