@@ -110,7 +110,7 @@ class LMSA(nn.Module):
     The gate comes from the branch's global average. 25,984 parameters at 128 channels.
     """
 
-    FOLDS = {"norm": ("pointwise",)}
+    FOLDS = {"norm": "pointwise"}
 
     def __init__(self, dim, reduction=4):
         super().__init__()
@@ -209,7 +209,7 @@ def _init_transformer(module):
 class ConvNorm(nn.Sequential):
     """Convolution without bias, batch norm, and ReLU unless act=False."""
 
-    FOLDS = {"1": ("0",)}
+    FOLDS = {"1": "0"}
 
     def __init__(self, inputs, outputs, kernel=3, stride=1, dilation=1, act=True):
         padding = dilation * (kernel // 2)
@@ -246,45 +246,6 @@ class ResidualBlock(nn.Module):
         return torch.addcmul(x, y, self.gate(y)).relu_()
 
 
-class _Depthwise(torch.autograd.Function):
-    """Depthwise convolution whose weight gradient is computed in float32: on a CPU, bf16 takes three times as long."""
-
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight.to(x.dtype), padding=weight.shape[-1] // 2, groups=len(weight))
-
-    @staticmethod
-    def backward(ctx, slope):
-        x, weight = ctx.saved_tensors
-        half, groups = weight.shape[-1] // 2, len(weight)
-        by_x = F.conv2d(slope, weight.flip(2, 3).to(slope.dtype), padding=half, groups=groups)
-        settings = None, [1, 1], [half, half], [1, 1], False, [0, 0], groups, [False, True, False]
-        return by_x, torch.ops.aten.convolution_backward(slope.float(), x.float(), weight, *settings)[1]
-
-
-class WideBlock(nn.Module):
-    """Depthwise convolution with a large kernel, pointwise expansion, GELU, pointwise, identity (arXiv 2201.03545)."""
-
-    FOLDS = {"norm1": ("depthwise",), "norm2": ("project",)}
-
-    def __init__(self, dim, kernel=7, expansion=4):
-        super().__init__()
-        self.depthwise = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim, bias=False)
-        self.norm1 = nn.BatchNorm2d(dim)
-        self.expand = nn.Conv2d(dim, expansion * dim, 1)
-        self.project = nn.Conv2d(expansion * dim, dim, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(dim)
-
-    def forward(self, x):
-        if self.training and torch.is_autocast_enabled("cpu"):
-            y = _Depthwise.apply(x.to(torch.get_autocast_dtype("cpu")), self.depthwise.weight)
-        else:
-            y = self.depthwise(x)
-        y = F.gelu(pointwise(self.norm1(y), self.expand))
-        return x + self.norm2(pointwise(y, self.project))
-
-
 class JoinNorm(ConvNorm):
     """Upsample x to y's size and apply one ConvNorm to both maps: the sum of their convolutions, without a copy."""
 
@@ -297,30 +258,12 @@ class JoinNorm(ConvNorm):
         return relu(norm(joined))
 
 
-class JoinWide(nn.Module):
-    """Project x and y to `width` channels, upsample x and add; batch norm, ReLU, one WideBlock."""
-
-    FOLDS = {"norm": ("project", "skip")}
-
-    def __init__(self, inputs, skip, width, kernel=5, expansion=4):
-        super().__init__()
-        self.project = nn.Conv2d(inputs, width, 1, bias=False)
-        self.skip = nn.Conv2d(skip, width, 1, bias=False)
-        self.norm = nn.BatchNorm2d(width)
-        self.block = WideBlock(width, kernel, expansion)
-
-    def forward(self, x, y):
-        joined = upsample(pointwise(x, self.project), y.shape[2:]) + pointwise(y, self.skip)
-        return self.block(F.relu(self.norm(joined)))
-
-
 class MicroUNet(nn.Module):
     """A residual U-Net (arXiv 1505.04597) with logits at stride 2.
 
-    Encoder stages at strides 2, 4, 8, 16, 32 of `widths` channels and `depths` blocks; `attention` transformer blocks
-    at stride 32; a decoder that joins the upsampled map with the skip, level by level. The first `dense` stages, and
-    the decoder levels beside them, consist of 3x3 convolutions, the others of WideBlocks with `kernel` (in the decoder
-    `decoder_kernel`) and `expansion`. Two channels of coordinates (-1..1) accompany RGB, since portraits are aligned.
+    Encoder stages at strides 2, 4, 8, 16, 32 of `widths` channels and `depths` residual blocks, those at stride 16 with
+    `dilations` in turn; `attention` transformer blocks at stride 32; a decoder that joins the upsampled map with the
+    skip, level by level. Two channels of coordinates (-1..1) accompany RGB, since portraits are aligned.
     """
 
     stride = 2
@@ -332,38 +275,24 @@ class MicroUNet(nn.Module):
         depths=(0, 2, 3, 4, 1),
         dilations=(1, 2, 4, 1),
         decoder=(32, 48, 64, 96),
-        dense=5,
-        kernel=7,
-        decoder_kernel=5,
-        expansion=4,
         attention=1,
         dropout=0.0,
     ):
         super().__init__()
         if len(decoder) != len(widths) - 1:
             raise ValueError("decoder needs one width fewer than widths")
-        if not kernel % 2 or not decoder_kernel % 2:
-            raise ValueError("kernels must be odd")
         previous = 5  # RGB and coordinates
         self.encoder = nn.ModuleList()
         for level, (width, depth) in enumerate(zip(widths, depths, strict=True)):
-            if level < dense:
-                rates = [dilations[i % len(dilations)] if level == 3 else 1 for i in range(depth)]
-                blocks = [ResidualBlock(width, rate) for rate in rates]
-            else:
-                blocks = [WideBlock(width, kernel, expansion) for _ in range(depth)]
+            rates = [dilations[i % len(dilations)] if level == 3 else 1 for i in range(depth)]
+            blocks = [ResidualBlock(width, rate) for rate in rates]
             self.encoder.append(nn.Sequential(ConvNorm(previous, width, 5 if level == 0 else 3, 2), *blocks))
             previous = width
         self.attention = nn.ModuleList(TransformerBlock(previous, dropout=dropout) for _ in range(attention))
         self.attention.apply(_init_transformer)
         self.decoder = nn.ModuleList()
-        for level in reversed(range(len(decoder))):
-            width = decoder[level]
-            if level < dense:
-                join = JoinNorm(previous + widths[level], width)
-            else:
-                join = JoinWide(previous, widths[level], width, decoder_kernel, expansion)
-            self.decoder.append(nn.Sequential(join))
+        for width, skip in zip(decoder[::-1], widths[-2::-1], strict=True):
+            self.decoder.append(nn.Sequential(JoinNorm(previous + skip, width)))
             previous = width
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(previous, NUM_CLASSES, 1)
@@ -396,16 +325,15 @@ def coordinates(image):
 
 @torch.no_grad()
 def fold_batch_norm(model):
-    """Make each batch norm of a network, in place, part of the convolutions whose sum it normalises.
+    """Make each batch norm of a network, in place, part of the convolution before it; FOLDS of the classes name both.
 
     The logits in evaluation mode stay the same up to rounding; the network cannot be trained any more.
     """
     for module in list(model.modules()):
-        for name, convolutions in getattr(module, "FOLDS", {}).items():
-            norm = module.get_submodule(name)
+        for name, before in getattr(module, "FOLDS", {}).items():
+            norm, conv = module.get_submodule(name), module.get_submodule(before)
             scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-            for conv in map(module.get_submodule, convolutions):
-                conv.weight *= scale[:, None, None, None]
+            conv.weight *= scale[:, None, None, None]
             conv.bias = nn.Parameter(norm.bias - norm.running_mean * scale)
             setattr(module, name, nn.Identity())
     return model

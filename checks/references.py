@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
-from model import LMSA, JoinWide, MicroSegFormer, WideBlock, grid, standardise, tokens, upsample
+from model import LMSA, MicroSegFormer, grid, standardise, tokens, upsample
 
 
 def plain_forward(model, image):
@@ -55,19 +55,14 @@ def segformer_features(model, image):
 
 
 def residual(module, x):
-    if isinstance(module, WideBlock):
-        return x + module.norm2(module.project(F.gelu(module.expand(module.norm1(module.depthwise(x))))))
     y = module.conv2(module.conv1(x))
     factor = module.gate.up(F.relu(module.gate.down(y.mean((2, 3))))).sigmoid()
     return F.relu(x + y * factor[:, :, None, None])
 
 
 def join(module, x, y):
-    x = upsample(x, y.shape[2:])
-    if isinstance(module, JoinWide):
-        return residual(module.block, F.relu(module.norm(module.project(x) + module.skip(y))))
     conv, norm, relu = module
-    return relu(norm(conv(torch.cat([x, y], 1))))
+    return relu(norm(conv(torch.cat([upsample(x, y.shape[2:]), y], 1))))
 
 
 def unet_features(model, image):

@@ -34,7 +34,7 @@ def untrained(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "arguments", "logits"),
-    [("microsegformer", {}, True), ("microunet", {"dense": 2, "depths": (1,) * 5}, False)],
+    [("microsegformer", {}, True), ("microunet", {"depths": (1,) * 5}, False)],
 )
 def test_onnx_file_gives_the_labels_of_torch(untrained, tmp_path, monkeypatch, capsys, name, arguments, logits):
     onnx = pytest.importorskip("onnx")
