@@ -96,7 +96,7 @@ def leaderboard(rows):
         table += f"\n{row['name']:<24}{row['official']:>8.4f}{row['batch32']:>9.4f}{row['epoch']:>5}/{row['epochs']:<3}"
         table += f"{row['parameters']:>12,}{row['minutes']:>9.1f}  {row['date']:<12}{row['weights']:<11}"
         changes = " ".join(f"{key}={value}" for key, value in row["changed"].items())
-        table += f"{'synthetic faces; ' * row['synthetic']}{row['recipe'] or 'none'} {changes}"[:80].rstrip()
+        table += f"{'synthetic faces; ' * row['synthetic']}{row['recipe'] or 'none'} {changes}".rstrip()
     return table
 
 
