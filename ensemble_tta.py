@@ -1,7 +1,7 @@
 """Masks from several checkpoints and views averaged, or from one run's checkpoints averaged into one model.
 
 python ensemble_tta.py --weights runs/a/best.pt runs/b/best.pt --views flip --input photos --output masks
-python ensemble_tta.py --weights runs/a/epoch-*.pt --average-weights --input photos --output masks
+python ensemble_tta.py --weights runs/a/epoch-*.pt --average-weights --save runs/a/average.pt
 
 Averaging the predictions of several models is an ensemble, which the challenge forbids to submit. An average of the
 weights of one run is one model, which it allows (arXiv 1803.05407).
@@ -36,13 +36,15 @@ def average_weights(paths):
 
 def main():
     parser = ArgumentParser(description="Write masks from averaged predictions or weights.")
-    add_arguments(parser)
+    add_arguments(parser, required=False)
     parser.add_argument("--weights", nargs="+", required=True, help="checkpoints, or names or folders of runs")
     parser.switch("--average-weights", help="average the weights into one model")
     parser.add_argument("--save", help="with --average-weights: write the averaged checkpoint to this file")
     args = parser.parse_args()
     if args.save and not args.average_weights:
         raise UserError("--save requires --average-weights")
+    if bool(args.input) != bool(args.output) or not (args.input or args.save):
+        raise UserError("give --input IMAGES with --output FOLDER, or --average-weights with --save FILE, or all four")
     paths = [checkpoint.find_weights(weights) for weights in args.weights]
     if args.average_weights:
         if len({path.resolve().parent for path in paths}) > 1:
@@ -50,6 +52,9 @@ def main():
         content = average_weights(paths)
         if args.save:
             checkpoint.save(args.save, content)
+            print(f"{args.save}: the average of {len(paths)} checkpoints; next: make evaluate WEIGHTS={args.save}")
+        if not args.input:
+            return 0
         face_parser = FaceParser(paths[0], **parser_settings(args))
         face_parser.models = [fold_batch_norm(checkpoint.restore(content, paths[0], face_parser.device))]
         face_parser.size = args.size or content["size"]

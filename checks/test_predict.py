@@ -146,9 +146,15 @@ def test_code_in_a_checkpoint_does_not_run(weights, tmp_path):
     assert not (tmp_path / "created").exists()
 
 
-def test_average_is_the_mean_of_the_weights_for_the_largest_size(weights):
-    paths = [weights / f"{name}.pt" for name in ("a", "late")]
-    average = ensemble_tta.average_weights(paths)
+def test_average_is_the_mean_of_the_weights_for_the_largest_size(weights, tmp_path, monkeypatch):
+    paths, saved = [weights / f"{name}.pt" for name in ("a", "late")], tmp_path / "average.pt"
+    command = ["ensemble_tta.py", "--weights", *map(str, paths), "--average-weights"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(UserError, match="--save FILE"):
+        ensemble_tta.main()
+    monkeypatch.setattr(sys, "argv", [*command, "--save", str(saved)])
+    assert ensemble_tta.main() == 0
+    average = checkpoint.load(saved)
     first, second = (checkpoint.load(path)["state_dict"]["classifier.weight"] for path in paths)
     assert torch.allclose(average["state_dict"]["classifier.weight"], (first + second) / 2)
     assert average["size"] == 96 and not average["validated"]
