@@ -17,7 +17,7 @@ from common import UserError, atomic, did_you_mean, read_json
 
 import torch
 
-from model import MODELS, build, fold_batch_norm
+from model import build, fold_batch_norm
 
 REQUIRED = {"state_dict": dict, "model": str, "model_args": dict, "size": int}
 RELEASE = Path(__file__).with_name("runs") / "release"
@@ -28,6 +28,8 @@ def select_device(name="auto", threads=0):
 
     `threads`: CPU threads, 0 for torch's default. UserError if the device is not available.
     """
+    if threads < 0:
+        raise UserError(f"--threads {threads} is below 0, which stands for torch's default")
     if threads:
         torch.set_num_threads(threads)
     if name == "auto":
@@ -97,8 +99,6 @@ def is_finite(model):
 
 def restore(content, source, device="cpu"):
     """Build the network of a loaded checkpoint, float32, in evaluation mode. UserError if it does not fit."""
-    if content["model"] not in MODELS:
-        raise UserError(f"{source}: unknown network {content['model']!r}; known: {', '.join(MODELS)}")
     try:
         model = build(content["model"], **content["model_args"])
     except Exception as error:  # noqa: BLE001 - arguments from a foreign file make a constructor raise anything

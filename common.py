@@ -19,9 +19,9 @@ from pathlib import Path
 
 for _package in ("torch", "numpy", "PIL"):
     if importlib.util.find_spec(_package) is None:
-        print(
-            f"error: {_package} is not installed: {sys.executable} -m pip install -r requirements.txt", file=sys.stderr
-        )
+        _other = " (or use .venv/bin/python)" if os.path.exists(".venv/bin/python") else ""
+        _install = f"{sys.executable} -m pip install -r requirements.txt{_other}"
+        print(f"error: {_package} is not installed: {_install}", file=sys.stderr)
         sys.exit(2)
 # OpenMP threads that spin for long while they wait are several times slower when another process uses a core.
 if "OMP_WAIT_POLICY" not in os.environ:

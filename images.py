@@ -48,7 +48,10 @@ def decode_image(source, name):
         with Image.open(source) as image:
             return rgb_pixels(image)
     except UnidentifiedImageError:
-        raise UserError(f"cannot read {name}: unknown format; convert it to JPEG") from None
+        raise UserError(f"cannot read {name}: not an image, or of an unknown format; convert it to JPEG") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        limit = Image.MAX_IMAGE_PIXELS / 1e6
+        raise UserError(f"cannot read {name}: more than {limit:.0f} megapixels; reduce it") from None
     except DECODE_ERRORS as error:
         raise UserError(f"cannot read {name}: {error}") from None
 

@@ -1,7 +1,7 @@
 """The networks: MicroSegFormer (the reference) and MicroUNet, each from an image to 19 logits per pixel.
 
-python model.py --model microsegformer     # parameters by module; fails at the challenge's limit
-python model.py --model microsegformer --no-lmsa
+python model.py --model microsegformer --no-lmsa     # parameters by module; fails at the challenge's limit
+python model.py --recipe release                     # takes the flags of train.py; --name: the network of this run
 
 Both take float images (B, 3, H, W) with values 0..1, sides multiples of 32, and return logits (B, 19, H, W).
 """
@@ -9,9 +9,8 @@ Both take float images (B, 3, H, W) with values 0..1, sides multiples of 32, and
 import json
 import sys
 import warnings
-from pathlib import Path
 
-from common import ArgumentParser, UserError, read_json, run_main
+from common import UserError, read_json, run_main
 
 import torch
 import torch.nn.functional as F
@@ -343,7 +342,9 @@ MODELS = {"microsegformer": MicroSegFormer, "microunet": MicroUNet}
 
 
 def build(name, **arguments):
-    """Construct the network `name`, a key of MODELS. UserError if it does not accept these constructor arguments."""
+    """Construct the network `name`. UserError if MODELS has none or it does not accept these constructor arguments."""
+    if name not in MODELS:
+        raise UserError(f"unknown network {name!r}; known: {', '.join(MODELS)}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about empty layers, which are refused below
@@ -384,18 +385,14 @@ def parameter_table(model):
 
 
 def main():
-    parser = ArgumentParser(description="Count a network's parameters by module; fail at the challenge's limit.")
-    parser.add_argument("--model", choices=sorted(MODELS), default="microsegformer")
-    parser.switch("--lmsa", None, help="LMSA in MicroSegFormer; on by default")
-    parser.add_argument("--model-args", default="{}", help="further constructor arguments as JSON")
-    parser.add_argument("--name", help="use the network of this run, instead")
-    args = parser.parse_args()
-    settings = read_json(Path("runs", args.name, "args.json"))["args"] if args.name else vars(args)
-    name, lmsa = settings["model"], settings["lmsa"]
-    if args.name and name != "microsegformer":  # a run records the flag's default
-        lmsa = None
-    model = build(name, **model_arguments(name, lmsa, settings["model_args"]))
-    print(f"{name}\n{parameter_table(model)}")
+    from checkpoint import find_run  # these import this module
+    from options import network_arguments, parse
+
+    args, _ = parse(sys.argv[1:])
+    if args.name:
+        vars(args).update(read_json(find_run(args.name, args.runs) / "args.json")["args"])
+    model = build(args.model, **network_arguments(args))
+    print(f"{args.model}\n{parameter_table(model)}")
     if count_parameters(model) >= PARAM_LIMIT:
         print(f"FAIL: a submission must have fewer than {PARAM_LIMIT:,}", file=sys.stderr)
         return 1

@@ -112,8 +112,10 @@ def recipe_flags(name):
     recipes = load_recipes()
     if name not in recipes:
         raise UserError(f"no recipe {name!r}; {did_you_mean(recipes, name, count=1)} `make recipes` lists them")
-    flags = recipe_flags(recipes[name]["like"]) if "like" in recipes[name] else []
-    for key, value in recipes[name].get("set", {}).items():
+    flags, own = recipe_flags(recipes[name]["like"]) if "like" in recipes[name] else [], recipes[name].get("set", {})
+    if "model" in own:  # the other recipe's are of another network
+        flags = [flag for flag in flags if not flag.startswith("--model-args=")]
+    for key, value in own.items():
         flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
     return flags
 
@@ -124,9 +126,10 @@ def parse(argv):
     first, _ = parser.parse_known_args(argv)
     own = recipe_flags(first.recipe) if first.recipe else []
     flags = own + list(argv)
-    if first.model_args != "{}":  # added to those of the recipe
-        of_recipe = model_arguments(first.model, text=parser.parse_args(own).model_args)
-        flags.append(f"--model-args={json.dumps(model_arguments(first.model, None, first.model_args, **of_recipe))}")
+    if own:  # the network's arguments are added to those of the recipe, if these are of the same network
+        base, model = parser.parse_args(own), parser.parse_args(flags).model
+        inherited = model_arguments(model, text=base.model_args) if model == base.model else {}
+        flags.append(f"--model-args={json.dumps(model_arguments(model, None, first.model_args, **inherited))}")
     args = parser.parse_args(flags)
     if any(flag.partition("=")[0] == "--epochs" for flag in argv) and ":" in args.sizes:
         raise UserError(f"--epochs has no effect with --sizes {args.sizes}, which gives the epochs; change --sizes")

@@ -93,7 +93,7 @@ def open_run(args):
     while name is None:
         candidate = f"{args.recipe or 'run'}-{number}"
         name, number = (None if Path(args.runs, candidate).exists() else candidate), number + 1
-    if not name or name in (".", "..") or "/" in name:
+    if not name or name.startswith(".") or "/" in name:
         raise UserError(f"--name {name!r}: use a plain folder name")
     folder = Path(args.runs, name)
     try:
@@ -187,6 +187,8 @@ def set_up(args):
     torch.manual_seed(args.seed)
     model = build(args.model, **network_arguments(args)).to(device, memory_format=torch.channels_last)
     if args.start_from and not args.resume:
+        if args.start_from.startswith("runs/NAME/"):
+            raise UserError(f"recipe {args.recipe} continues another run: add FROM={args.start_from} with its name")
         source = find_weights(args.start_from, args.runs)
         content = checkpoint.load(source)
         if (other := content["model"]) != args.model:
@@ -341,8 +343,10 @@ def make_optimiser(model, args, device):
 def precision(amp, device):
     """(autocast dtype or None, gradient scaler, which does nothing unless fp16).
 
-    "auto": bf16 if the device multiplies it natively, else fp16 on CUDA, else none.
+    "auto": bf16 if the device multiplies it natively, else fp16 on CUDA, else none. UserError for fp16 on a CPU.
     """
+    if amp == "fp16" and device.type == "cpu":
+        raise UserError("--amp fp16 is very slow on a CPU; use auto, bf16 or off")
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif amp == "auto":
@@ -560,7 +564,7 @@ def epoch_line(line, epochs, better):
     text = f"epoch {line['epoch']}/{epochs} {line['size']}px loss {line['loss']:.4f} lr {line['lr']:.2e}"
     if "official" in line:
         text += f" official {line['official']:.4f}{'*' * better} batch32 {line['batch32']:.4f}"
-    return text + f" {line['images_per_s']} images/s {line['minutes']:.1f} min"
+    return text + f" {line['images_per_s'] or '-'} images/s {line['minutes']:.1f} min"
 
 
 def summary(run, stopped):
@@ -585,11 +589,13 @@ def main():
         threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
         devices = f"{run.device}{threads}" + (f", {run.processes} processes" if run.processes > 1 else "")
         print(
-            f"{run.folder}: {run.args.model} {count:,} parameters{' (TOO MANY)' * (count >= PARAM_LIMIT)}, "
+            f"{run.folder}: {run.args.model} {count:,} parameters, "
             f"{len(run.batches.indices)} training and {len(run.val_indices)} validation pairs, {run.epochs} epochs x "
             f"{run.steps} steps of {run.batch} images, {devices}; the first step is slow",
             flush=True,
         )
+        if count >= PARAM_LIMIT:
+            print_message(f"{count:,} parameters: a submission must have fewer than {PARAM_LIMIT:,}")
         if args.resume and not is_finished(run):
             print(f"resuming at epoch {run.progress['epoch'] + 1}, step {run.progress['step'] + 1}")
     if is_finished(run):

@@ -29,9 +29,9 @@ ONE_VIEW = Views()
 
 
 def parse_views(text):
-    """Views of "", "flip", "scales", "flip,scales", or numbers as in "flip,1,1.5". UserError for anything else."""
+    """Views of "" or "none", "flip", "scales", "flip,scales", or numbers as in "flip,1,1.5"; else UserError."""
     flip, scales = False, []
-    for part in filter(None, (part.strip() for part in text.split(","))):
+    for part in filter(None, (part.strip() for part in ("" if text == "none" else text).split(","))):
         if part == "flip":
             flip = True
         elif part == "scales":

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import zlib
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from model import (
     build,
     count_parameters,
     fold_batch_norm,
+    main,
     model_arguments,
 )
 
@@ -98,6 +100,14 @@ def test_network_equals_its_literal_evaluation(kind, settings, training):
         results.append((logits.detach(), torch.cat([g.flatten() for g in gradients])))
     for ours, expected in zip(*results, strict=True):
         assert (ours - expected).norm() < 1e-9 * expected.norm()
+
+
+def test_parameters_of_a_training_are_shown(monkeypatch, capsys):
+    for flags, count in [("--no-lmsa", "1,721,939"), ("--recipe=search", "1,558,355"), ("--name=release", "1,758,835")]:
+        monkeypatch.setattr(sys, "argv", ["model.py", flags])
+        assert main() == 0 and count in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["model.py", "--model=microunet", '--model-args={"widths": [99, 99, 99, 99, 99]}'])
+    assert main() == 1 and "FAIL" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("kind", "settings"), NETWORKS)

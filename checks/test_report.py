@@ -23,7 +23,7 @@ from labels import NUM_CLASSES
 from model import build
 from options import parse
 from tools import course_report, report
-from tools.leaderboard import leaderboard, make_line, recipe_table, summary, survey, unfinished
+from tools.leaderboard import leaderboard, make_line, recipe_table, remark, summary, survey
 from tools.synth import make_dataset
 from train import lock, rounded
 
@@ -87,11 +87,13 @@ def test_unfinished_runs_are_listed_with_the_command_that_resumes_them(tmp_path)
         folder = write_run(tmp_path, name, [0.5, 0.6, 0.3], *flags, "--sizes", "64:9")
         (folder / "last.pt").touch() if name != "gone" else None
     write_run(tmp_path, "done", [0.5])
+    (write_run(tmp_path, "whole", [0.5]) / "metrics.jsonl").write_text('{"epoch": 2}')
     lock(tmp_path / "busy")
-    assert survey(tmp_path, unfinished)[0] == [
+    assert survey(tmp_path, remark)[0] == [
         "unfinished: busy, 4 of 9 epochs, running",
         f"unfinished: cut, 4 of 9 epochs, make resume NAME={tmp_path}/cut",
         "unfinished: gone, 4 of 9 epochs, no last.pt to resume from",
+        "without score: whole, 2 epochs on all pairs",
     ]
 
 

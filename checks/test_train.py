@@ -1,5 +1,6 @@
 """Training: schedules by hand, a resumed run equals an uninterrupted one, processes equal one, refusals."""
 
+import json
 import resource
 import signal
 import subprocess
@@ -79,6 +80,18 @@ def test_recipe_parses_and_flags_override_it(name):
     assert args.lr == 0.5 and {"lr", "recipe"} <= given
 
 
+def test_arguments_of_a_recipes_network_are_kept_for_that_network_only():
+    narrow = json.loads(parse(["--recipe=search"])[0].model_args)
+    assert narrow["widths"][0] == 16
+    for flags, expected in [
+        (["--model-args={}"], narrow),
+        (["--model=microunet", '--model-args={"attention": 0}'], narrow | {"attention": 0}),
+        (["--model=microsegformer"], {}),
+        (["--model=microsegformer", '--model-args={"lmsa": false}'], {"lmsa": False}),
+    ]:
+        assert json.loads(parse(["--recipe=search", *flags])[0].model_args) == expected
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(place, number):
     folder = place / "runs" / number.name
@@ -144,6 +157,10 @@ def test_bf16_loss_is_close_to_float32(place):
     [
         ("--name=whole", "exists"),
         ("--name=../x", "plain folder name"),
+        ("--name=.x", "plain folder name"),
+        ("--name=x --amp=fp16", "fp16"),
+        ("--name=x --threads=-1", "--threads -1"),
+        ("--name=x --recipe=finish --sizes=32:1", "add FROM="),
         ("--resume=nobody", "no run nobody"),
         ("--resume=whole --dropout=0.5", "--dropout 0.5 differs"),
         ("--name=x --recipe=nothing", "no recipe"),

@@ -15,7 +15,7 @@ from html import escape
 from pathlib import Path
 from statistics import pstdev
 
-from common import ArgumentParser, UserError, atomic, read_json, run_main, write_text
+from common import ArgumentParser, UserError, atomic, duration, read_json, run_main, write_text
 
 from checkpoint import find_run, make_name
 from labels import HEX_COLOURS, NAMES
@@ -23,7 +23,7 @@ from model import PARAM_LIMIT, build, count_parameters, parameter_table
 from options import network_arguments, strength
 from tools.leaderboard import settings_of
 from tools.report import TEMPLATE, fill_template, image_score, read_pictures, read_runs, write_page
-from tools.report_zip import count_pages, matriculation
+from tools.report_zip import count_pages, matriculation, require_pypdf
 
 EXPERIMENTS = 14  # rows that fit on five pages
 SETTINGS = "sizes batch optimiser lr schedule warmup weight_decay clip ema dropout ce dice dice_over augment seed"
@@ -45,11 +45,11 @@ def settings(run, args):
     """The training as HTML; `args` are its arguments, with today's defaults for those it lacks."""
     keys = dict.fromkeys([*SETTINGS.split(), *run["changed"]])
     changes = ", ".join(f"{k} {v:g}" for k, v in vars(strength(args)).items() if v and not k.endswith("alpha"))
-    row = run["row"]
+    row, yes = run["row"], ("no", "yes")
     return f"""<p>{escape(", ".join(f"{key} {getattr(args, key)}" for key in keys))}.</p>
-<p>Augmentation: {changes or "none"}. Mirrored masks exchange left and right: {args.exchange_sides}; training masks with
-left and right reversed are repaired: {args.fix_sides}. {row["epochs"]} epochs took {row["minutes"]:.0f} minutes. The
-weights of epoch {row["epoch"]}, the best on the validation images, are kept: this favours the score slightly.
+<p>Augmentation: {changes or "none"}. Mirrored masks exchange left and right: {yes[args.exchange_sides]}; training masks
+with left and right reversed are repaired: {yes[args.fix_sides]}. {row["epochs"]} epochs in
+{duration(60 * row["minutes"])}. The weights of epoch {row["epoch"]}, the best on the validation images, are kept: this favours the score slightly.
 {escape(run["origin"])}</p>"""
 
 
@@ -79,7 +79,8 @@ def examples(folder):
     if not content:
         return "<p>No images: weights (best.pt) or data are missing.</p>"
     body = ""
-    for group, title in {"lowest": "Lowest", "highest": "Highest", "reversed": "Reversed masks"}.items():
+    titles = {"lowest": "Lowest but for reversed masks", "highest": "Highest", "reversed": "Reversed masks"}
+    for group, title in titles.items():
         chosen = [picture for picture in content["pictures"] if picture["group"] == group][:4]
         images = "".join(f'<img src="{escape(uri)}" alt="">' for picture in chosen for uri in picture["panels"])
         scores = ", ".join(f"{picture['score']:.3f}" for picture in chosen) or "none"
@@ -94,7 +95,7 @@ def draft(folder, author, matric):
     runs = read_runs(folder.parent)[0]
     run = next((run for run in runs if run["name"] == folder.name and run["row"] and run["best"]), None)
     if not run:
-        raise UserError(f"{folder} has no scores (metrics.jsonl, best.json), or they are damaged")
+        raise UserError(f"{folder} has no scores (trained on all pairs?), or its metrics.jsonl or best.json is damaged")
     record, row = read_json(folder / "args.json"), run["row"]
     args = Namespace(**settings_of() | record["args"])
     model = build(args.model, **network_arguments(args))
@@ -171,6 +172,7 @@ def main():
         return
     if not source.is_file():
         raise UserError(f"no {source}; `make report NAME={name} AUTHOR= MATRIC=` creates it")
+    require_pypdf()
     with atomic(target) as temporary:
         browse("--no-pdf-header-footer", f"--print-to-pdf={temporary.resolve()}", source.resolve().as_uri())
     print(f"{target}: {count_pages(target)} pages; next: make report-zip NAME={name} MATRIC=")

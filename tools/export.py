@@ -135,9 +135,11 @@ def write_onnx(weights, out, logits, images):
     )
 
 
-def write_release(weights, folder):
+def write_release(weights, folder, overwrite=False):
     """Create runs/release: the records of the run in `folder`, and the weights in half precision."""
     release = checkpoint.RELEASE
+    if (release / "best.pt").is_file() and not overwrite:
+        raise UserError(f"{release} exists, the weights that every command uses by default: OVERWRITE=1 replaces them")
     if folder.resolve() == release.resolve():
         raise UserError(f"{folder} is already the release; give another run")
     content = checkpoint.load(weights)
@@ -164,12 +166,13 @@ def main():
     parser.add_argument("--images", default=ASTRONAUT, help="folder of portraits for the comparison; default one photo")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of the comparison; 0: torch's default")
     parser.switch("--release", help="create runs/release instead; needs --name")
+    parser.switch("--overwrite", help="with --release: replace it")
     args = parser.parse_args()
     if bool(args.out) == args.release or (args.release and not args.name):
         raise UserError("give the file to write, OUT=parser.onnx; `make release NAME=a` creates runs/release")
     weights = checkpoint.find_weights(args.weights or args.name, args.runs)
     if args.release:
-        write_release(weights, checkpoint.find_run(args.name, args.runs))
+        write_release(weights, checkpoint.find_run(args.name, args.runs), args.overwrite)
     else:
         checkpoint.select_device("cpu", args.threads)
         write_onnx(weights, args.out, args.logits, args.images)

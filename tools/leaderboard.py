@@ -77,14 +77,14 @@ def survey(runs, read=summary):
     return [result for result in found if result is not None], unreadable
 
 
-def unfinished(folder):
-    """A line about a run that is not finished, with the command that resumes it, else None."""
+def remark(folder):
+    """A line about a run that is not finished, with the command that resumes it, or has no score; else None."""
     args, lines = read_json(folder / "args.json")["args"], read_metrics(folder)
     total = sum(length for _, length in options.parse_sizes(args["sizes"], args["epochs"]))
     done = lines[-1]["epoch"] if lines else 0
     score, epoch = max(((line["official"], line["epoch"]) for line in lines if "official" in line), default=(0, done))
     if done >= total or 0 < args.get("target", 0) <= score or 0 < args["patience"] <= done - epoch:
-        return None
+        return None if score else f"without score: {folder.name}, {done} epochs on all pairs"
     remedy = f"make resume NAME={make_name(folder)}" if (folder / "last.pt").is_file() else "no last.pt to resume from"
     return f"unfinished: {folder.name}, {done} of {total} epochs, {'running' if is_running(folder) else remedy}"
 
@@ -120,7 +120,7 @@ def main():
     rows, unreadable = survey(args.runs)
     for name, reason in unreadable:
         print_message(f"skipped {name}: {reason}")
-    lines = [recipe_table(rows)] if args.recipes else [leaderboard(rows), *survey(args.runs, unfinished)[0]]
+    lines = [recipe_table(rows)] if args.recipes else [leaderboard(rows), *survey(args.runs, remark)[0]]
     print("\n".join(lines))
 
 

@@ -87,19 +87,18 @@ def make_submission(weights, images, phase, target, views=None, run=5):
 
 def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--name", help="run to submit; default the release, else the best run")
-    parser.add_argument("--weights", help="checkpoint, instead of the run's best.pt")
+    parser.add_argument("--weights", "--name", help="run or checkpoint; default the release, else the best run")
     parser.add_argument("--data", help="folder with test/ and dev/; default that of the training, else ./data")
     parser.add_argument("--phase", choices=("test", "dev"), default="test", help="dev: only masks")
     parser.add_argument("--zip", help="zip to write; default submission-PHASE.zip in the run's folder, else in build")
     parser.add_argument("--views", help="views to average, such as flip,scales; default those in the checkpoint")
     parser.add_argument("--run", type=int, default=5, help="images on which run.py is checked")
     args = parser.parse_args()
-    weights = checkpoint.find_weights(args.weights or args.name)
+    weights = checkpoint.find_weights(args.weights)
     path = os.path.relpath(weights) if weights.is_relative_to(Path.cwd()) else weights
     default = "the release, " if weights.parent == checkpoint.RELEASE else "the best run, "
-    print(f"weights: {'' if args.weights or args.name else default}{path}", flush=True)
-    folder = checkpoint.find_run(args.name) if args.name else Path(path).parent
+    print(f"weights: {'' if args.weights else default}{path}", flush=True)
+    folder = Path(path).parent
     folder = folder if (folder / "args.json").is_file() else Path("build")
     target = args.zip or folder / f"submission-{args.phase}.zip"
     images = find_data_of(weights, args.data) / args.phase / "images"

@@ -32,12 +32,18 @@ def matriculation(text):
     return text.upper()
 
 
-def count_pages(path):
-    """Number of pages of a PDF. UserError if it is unreadable, has more than MAX_PAGES, or one that is not A4."""
+def require_pypdf():
+    """The module pypdf. UserError if it is not installed."""
     try:
         import pypdf
     except ImportError:
         raise UserError(f"pypdf is missing: {sys.executable} -m pip install -r tools/requirements.txt") from None
+    return pypdf
+
+
+def count_pages(path):
+    """Number of pages of a PDF. UserError if it is unreadable, has more than MAX_PAGES, or one that is not A4."""
+    pypdf = require_pypdf()
     try:
         sizes = [sorted((page.mediabox.width, page.mediabox.height)) for page in pypdf.PdfReader(path).pages]
     except Exception as error:  # a damaged file makes the reader raise anything
