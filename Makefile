@@ -22,7 +22,8 @@ quoted = '$(subst ','\'',$(value $(1)))'
 given = $(sort $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $(v))),$(if $(value $(v)),$(v)))))
 SETTINGS := $(filter-out PYTHON VENV ARGS MAKE% -*-command-variables-*-,$(given))
 FIXED := $(firstword $(filter help install demo test clean,$(MAKECMDGOALS)))
-$(if $(and $(FIXED),$(SETTINGS)),$(error $(firstword $(SETTINGS)) has no effect on `make $(FIXED)`))
+UNUSED := $(firstword $(SETTINGS) $(if $(filter test,$(FIXED)),,$(if $(ARGS),ARGS)))
+$(if $(and $(FIXED),$(UNUSED)),$(error $(UNUSED) has no effect on `make $(FIXED)`))
 # $(call flags,A B) are the flags of all settings but A and B, and then ARGS as it is.
 flags = $(foreach v,$(filter-out $(1),$(SETTINGS)),--$(shell echo $(v) | tr A-Z_ a-z-)=$(call quoted,$(v))) $(ARGS)
 needs = $(foreach v,$(1),$(if $(value $(v))$(ARGS),,$(error `make $@` needs $(v)=, as in: $(2))))

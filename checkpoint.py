@@ -119,6 +119,15 @@ def is_validated(content):
     return content.get("validated", content.get("official") is not None)
 
 
+def training_split(content, path):
+    """(val_split, split_seed, digest of the pairs) of the training of a loaded checkpoint; None for what is unknown."""
+    if "split" in content:
+        return tuple(content["split"])
+    record = run_record(path)  # of a checkpoint made before these were part of it
+    args = record.get("args", {})
+    return args.get("val_split"), args.get("split_seed"), (record.get("pairs") or {}).get("content")
+
+
 def find_run(name, runs="runs"):
     """The folder of a run, by name or path. UserError with the most similar names if there is none."""
     for folder in (Path(runs, name), Path(name)):

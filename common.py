@@ -74,7 +74,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return (home[1] or "") + os.path.expanduser(home[2]) if home else text
 
     def error(self, message):
-        if unknown := re.match(r"unrecognized arguments: (--[a-z-]+)", message):
+        if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
             similar = did_you_mean(self._option_string_actions, unknown[1], count=1)
             message += f"; {similar}" if similar else ""
         raise UserError(f"{message} ({self.prog} --help lists the flags)")

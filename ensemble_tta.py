@@ -7,6 +7,8 @@ Averaging the predictions of several models is an ensemble, which the challenge 
 weights of one run is one model, which it allows (arXiv 1803.05407).
 """
 
+from pathlib import Path
+
 from common import ArgumentParser, UserError, print_message, run_main
 
 import torch
@@ -29,9 +31,11 @@ def average_weights(paths):
         if kept.is_floating_point():
             mean = torch.stack([content["state_dict"][name].float() for content in contents]).mean(0)
             first["state_dict"][name] = mean
-    # A training at growing image sizes aims at the last one.
-    size, validated = max(c["size"] for c in contents), all(checkpoint.is_validated(c) for c in contents)
-    return {key: first[key] for key in ("model", "model_args", "state_dict")} | {"size": size, "validated": validated}
+    splits = [checkpoint.training_split(content, path) for path, content in zip(paths, contents, strict=True)]
+    average = {key: first[key] for key in ("model", "model_args", "state_dict")}
+    average["size"] = max(content["size"] for content in contents)  # the last of a training at growing sizes
+    average["validated"] = len(set(splits)) == 1 and all(map(checkpoint.is_validated, contents))
+    return average | {"split": list(splits[0])}
 
 
 def main():
@@ -43,6 +47,8 @@ def main():
     args = parser.parse_args()
     if args.save and not args.average_weights:
         raise UserError("--save requires --average-weights")
+    if args.save and Path(args.save).exists():
+        raise UserError(f"{args.save} exists; remove it or choose another file")
     if bool(args.input) != bool(args.output) or not (args.input or args.save):
         raise UserError("give --input IMAGES with --output FOLDER, or --average-weights with --save FILE, or all four")
     paths = [checkpoint.find_weights(weights) for weights in args.weights]

@@ -108,10 +108,10 @@ def evaluate(model, pairs, indices, size, device, *, views=ONE_VIEW, batch=4, ra
     return confusions, losses
 
 
-def held_out(path, count):
-    """Indices of the pairs, of `count`, that a checkpoint's training held out (args.json), else the reference's."""
-    args = checkpoint.run_record(path).get("args", {})
-    return split(count, args.get("val_split") or 0.1, args.get("split_seed", 42))[1]
+def held_out(content, path, count):
+    """Indices of the pairs, of `count`, that the training of a loaded checkpoint held out, else the reference's."""
+    val_split, seed, _ = checkpoint.training_split(content, path)
+    return split(count, val_split or 0.1, 42 if seed is None else seed)[1]
 
 
 def compare_folders(predicted, truth):
@@ -155,7 +155,7 @@ def main():
     print(f"weights {name}, views: {args.views or 'none'}, data: {data}{synthetic}", file=sys.stderr)
     model, info = checkpoint.load_model(path, device)
     pairs = load_pairs(data, args.cache)
-    indices = held_out(path, len(pairs.names))
+    indices = held_out(info, path, len(pairs.names))
     if not checkpoint.is_validated(info):
         print_message(f"{path} was trained on all pairs of its data: on these, this is not a score of unseen images")
     print(score_table(evaluate(model, pairs, indices, args.size or info["size"], device, views=views)[0]))

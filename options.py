@@ -100,11 +100,15 @@ def build_parser():
 
 
 def load_recipes():
-    """The recipes as {name: table}. UserError if the file is not TOML."""
+    """The recipes as {name: table}. UserError if the file is not TOML or a setting stands outside `set`."""
     try:
-        return tomllib.loads(RECIPES.read_text(encoding="utf-8"))
+        recipes = tomllib.loads(RECIPES.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"cannot read recipes.toml: {error}") from None
+    for name, table in recipes.items():
+        if others := set(table) - {"about", "like", "reference", "set"}:
+            raise UserError(f"recipes.toml: {', '.join(sorted(others))} of {name} must stand under `set`")
+    return recipes
 
 
 def recipe_flags(name):

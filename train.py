@@ -193,6 +193,7 @@ def set_up(args):
         content = checkpoint.load(source)
         if (other := content["model"]) != args.model:
             raise UserError(f"{source} is a {other}; use MODEL={other} (--model {other})")
+        require_unseen(args, pairs, content, source)
         checkpoint.load_state(model, content["state_dict"], source)
         if not rank:
             after = content.get("epoch") or (content.get("progress") or {}).get("epoch", "?")
@@ -245,6 +246,17 @@ def set_up(args):
         # args.json is written last and marks the run as valid: any valid run can be resumed.
         write_text(folder / "args.json", json.dumps(record, indent=1) + "\n")
     return run
+
+
+def require_unseen(args, pairs, content, source):
+    """UserError if a loaded checkpoint was trained on pairs that this run holds out: its scores would be too high."""
+    val_split, seed, digest = checkpoint.training_split(content, source)
+    same_split = (val_split, seed) in ((None, None), (args.val_split, args.split_seed))
+    if args.val_split and digest in (None, pairs.digest) and not (same_split and content.get("validated", True)):
+        raise UserError(
+            f"{source} was trained on pairs that this run would hold out, so that scores would be too high; "
+            "VAL_SPLIT=0 trains on all pairs, without scores"
+        )
 
 
 def restore(run, used):
@@ -470,8 +482,9 @@ def finish_epoch(run, epoch, line):
 
 def describe_network(run, model, size):
     """The entries of a checkpoint that rebuild the network; `size` is the side of its images."""
-    arguments = network_arguments(run.args)
-    return {"model": run.args.model, "model_args": arguments, "size": size, "state_dict": model.state_dict()}
+    content = {"model": run.args.model, "model_args": network_arguments(run.args), "size": size}
+    content["split"] = [run.args.val_split, run.args.split_seed, run.pairs.digest]
+    return content | {"state_dict": model.state_dict()}
 
 
 def write_best(run, line, confusions):

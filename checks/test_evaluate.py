@@ -57,12 +57,14 @@ def test_perfect_network_scores_1(scale):
     assert official_score(confusions) > 0.98 and losses.max() < 0.2
 
 
-@pytest.mark.parametrize(("name", "seed"), [("run", 7), ("no-run", 42)])
-def test_weights_are_scored_on_the_pairs_their_run_held_out(tmp_path, name, seed):
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [("run", {}, (0.2, 7)), ("no-run", {}, (0.1, 42)), ("no-run", {"split": [0.3, 5, "d"]}, (0.3, 5))],
+)
+def test_weights_are_scored_on_the_pairs_their_run_held_out(tmp_path, name, content, expected):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/args.json").write_text(json.dumps({"args": {"val_split": 0.2, "split_seed": 7}}))
-    expected = split(100, 0.2 if name == "run" else 0.1, seed)[1]
-    assert held_out(tmp_path / name / "best.pt", 100).tolist() == expected.tolist()
+    assert held_out(content, tmp_path / name / "best.pt", 100).tolist() == split(100, *expected)[1].tolist()
 
 
 def write_masks(root, **masks):

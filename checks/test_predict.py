@@ -158,6 +158,8 @@ def test_average_is_the_mean_of_the_weights_for_the_largest_size(weights, tmp_pa
     first, second = (checkpoint.load(path)["state_dict"]["classifier.weight"] for path in paths)
     assert torch.allclose(average["state_dict"]["classifier.weight"], (first + second) / 2)
     assert average["size"] == 96 and not average["validated"]
+    with pytest.raises(UserError, match="exists"):
+        ensemble_tta.main()
 
 
 def test_ensemble_warns_that_it_may_not_be_submitted(run, tmp_path):

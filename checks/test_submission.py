@@ -19,9 +19,12 @@ import torch
 from PIL import Image
 
 import checkpoint
+from data import Pairs, split
+from evaluate import confusion, official_score
 from images import mask_image
 from labels import PALETTE
 from model import PARAM_LIMIT, build
+from predict import FaceParser
 from tools import check_submission, package, report_zip, sweep
 from tools.check_submission import judge, read_zip
 from tools.package import make_submission, write_zip
@@ -242,7 +245,7 @@ def test_course_zip_contains_everything_and_its_readme_reproduces_the_masks(plac
         archive.extractall(tmp_path)
     assert (tmp_path / "checkpoint/ckpt.pth").read_bytes() == sound[CKPT]
     text = (tmp_path / "Readme.txt").read_text()
-    assert all(fact in text for fact in ("0.7124, the official", "masks average: flip", "1,747,923", "numpy 2.4.6"))
+    assert all(fact in text for fact in ("run in run/ has 0.7124", "masks average: flip", "1,747,923", "numpy 2.4.6"))
     for path in re.findall(r"^  ([\w/.]+\w)[:,]", text, re.M):
         assert (tmp_path / path).exists(), path
     command = shlex.split(re.search(r"^  python (-m tools.run .*)", text, re.M)[1].replace("DATA", str(place / "data")))
@@ -250,6 +253,22 @@ def test_course_zip_contains_everything_and_its_readme_reproduces_the_masks(plac
     for name in ("a.png", "b.png", "c.png"):
         again = (tmp_path / "masks-again" / name).read_bytes()
         assert again == (tmp_path / "masks" / name).read_bytes() == sound[f"masks/{name}"]
+
+
+def test_readme_gives_the_score_of_the_weights_and_views_handed_in(place, monkeypatch):
+    rng = np.random.default_rng(0)
+    images, masks = (
+        rng.integers(0, top, shape, np.uint8) for top, shape in ((256, (10, 3, 64, 64)), (19, (10, 64, 64)))
+    )
+    pairs = Pairs(images, masks, np.zeros(10, bool), list("abcdefghij"))
+    monkeypatch.setattr(report_zip, "load_pairs", lambda data: pairs)
+    weights = place / WEIGHTS
+    content = checkpoint.load(weights) | {"validated": True, "split": [0.2, 1, ""]}
+    parser = FaceParser(weights, views="flip", device="cpu")
+    chosen = split(10, 0.2, 1)[1]
+    own = [confusion(parser(images[i].transpose(1, 2, 0), whole=True).mask, masks[i]) for i in chosen]
+    text = report_zip.describe_score(weights, content, "data", "flip")
+    assert text.startswith(f"{official_score(np.stack(own)):.4f}, the official score on the 2 pairs")
 
 
 @pytest.mark.parametrize("script", [package, report_zip])
@@ -276,8 +295,8 @@ def test_course_zip_refuses_other_weights_and_a_wrong_number(place, sound, tmp_p
     own = checkpoint.load(place / WEIGHTS)["state_dict"]
     other = {"state_dict": own | {"classifier.bias": own["classifier.bias"] + 1}, "model": "other"}
     write_zip(tmp_path / "other.zip", sound | {CKPT: saved(other)})
-    with pytest.raises(UserError, match="has other weights than the run"):
-        report_zip.read_submission(tmp_path / "other.zip", place / IMAGES, own)
+    with pytest.raises(UserError, match="has other weights; make it again"):
+        report_zip.read_submission(tmp_path / "other.zip", place / IMAGES, own, "make it again")
     with pytest.raises(UserError, match="a letter, eight digits and a letter"):
         report_zip.matriculation("12345678B")
 

@@ -152,6 +152,18 @@ def test_bf16_loss_is_close_to_float32(place):
     assert torch.allclose(values(place, "bf16", "loss")[0], values(place, "whole", "loss")[0], rtol=0.05)
 
 
+def test_weights_that_have_seen_the_held_out_pairs_are_refused(tmp_path):
+    args, pairs = SimpleNamespace(val_split=0.1, split_seed=42), SimpleNamespace(digest="d")
+    for content in ({"split": [0.1, 42, "d"]}, {"split": [0.2, 7, "other"]}, {}):
+        train.require_unseen(args, pairs, content, tmp_path / "best.pt")
+    for content in ({"split": [0.1, 7, "d"]}, {"split": [0, 42, None]}, {"validated": False}):
+        with pytest.raises(UserError, match="VAL_SPLIT=0"):
+            train.require_unseen(args, pairs, content, tmp_path / "best.pt")
+    (tmp_path / "args.json").write_text('{"args": {"val_split": 0.2, "split_seed": 42}}')
+    with pytest.raises(UserError, match="would hold out"):
+        train.require_unseen(args, pairs, {}, tmp_path / "best.pt")
+
+
 @pytest.mark.parametrize(
     ("flags", "error"),
     [
@@ -169,6 +181,7 @@ def test_bf16_loss_is_close_to_float32(place):
         ("--name=x --sizes=100", "--sizes 100"),
         ("--name=x --sizes=32:1 --epochs=3", "--epochs"),
         ("--name=x --from=nobody", "no run nobody"),
+        ("--name=x --from=whole --split-seed=1", "would hold out"),
         ("--name=x --model=microunet --from=whole", "MODEL=microsegformer"),
         ("--name=x --model=microunet --no-lmsa", "--lmsa"),
         ("--name=x --data=nowhere", "nowhere"),

@@ -49,7 +49,8 @@ def settings(run, args):
     return f"""<p>{escape(", ".join(f"{key} {getattr(args, key)}" for key in keys))}.</p>
 <p>Augmentation: {changes or "none"}. Mirrored masks exchange left and right: {yes[args.exchange_sides]}; training masks
 with left and right reversed are repaired: {yes[args.fix_sides]}. {row["epochs"]} epochs in
-{duration(60 * row["minutes"])}. The weights of epoch {row["epoch"]}, the best on the validation images, are kept: this favours the score slightly.
+{duration(60 * row["minutes"])}. The weights of epoch {row["epoch"]}, the best on the validation images, are kept: this
+favours the score slightly.
 {escape(run["origin"])}</p>"""
 
 
@@ -110,9 +111,10 @@ def draft(folder, author, matric):
 <p class="screen">A draft from the run's files: check and complete it. Do not publish it: it shows the dataset.</p>
 <h1>Face parsing with {count:,} parameters</h1>
 <p>{escape(author or "Author: ________")} · {escape(matric or "matriculation number: ________")}</p>
-<p><b>Validation F-measure (official score): {row["official"]:.4f}</b>, from one view per image (not mirrored, not
-rescaled), on {len(scores)} images; standard error {pstdev(scores) / len(scores) ** 0.5:.4f}. Pooled over batches of 32
-images: {row["batch32"]:.4f}. {seen if row["weights"] == "all pairs" else ""}</p>
+<p><b>Validation F-measure (official score): {row["official"]:.4f}</b>, of the weights of epoch {row["epoch"]}, from one
+view per image (not mirrored, not rescaled), on {len(scores)} images; standard error
+{pstdev(scores) / len(scores) ** 0.5:.4f}. Pooled over batches of 32 images: {row["batch32"]:.4f}.
+{seen if row["weights"] == "all pairs" else ""}</p>
 <p><b>Parameters: {count:,}</b> (fewer than {PARAM_LIMIT:,} are allowed).</p>
 <h2>1. Task</h2><p>Every pixel of a 512 x 512 image gets one of {len(NAMES)} labels; left and right are the person's.
 Data: {faces}; {args.val_split:.0%} of the pairs are held out for validation (seed {args.split_seed}). No other data, no

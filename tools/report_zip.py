@@ -16,10 +16,12 @@ from common import ArgumentParser, UserError, atomic, make_folder, read_json, ru
 import torch
 
 import checkpoint
-from data import find_data_of
+from data import find_data_of, load_pairs
+from evaluate import evaluate, held_out, official_score
 from model import PARAM_LIMIT, count_parameters
 from tools.check_submission import judge, read_zip, show
 from tools.package import ROOT, make_submission, write_zip
+from views import parse_views
 
 MAX_PAGES = 5
 CODE = ("*.py", "*.toml", "*.md", "Makefile", "LICENSE", "requirements.txt", "tools/*", "checks/*", "docs/*")
@@ -56,28 +58,36 @@ def count_pages(path):
     return len(sizes)
 
 
-def read_submission(path, images, own):
+def read_submission(path, images, own, remedy):
     """({name: bytes}, views) of a Codabench zip. UserError if a check fails or its weights are not `own`."""
-    remedy = f"`make submit NAME={checkpoint.make_name(path.parent)}` creates a new one"
     if not show(judge(path, images, "test")):
         raise UserError(f"{path} has the faults above; {remedy}")
     files, _ = read_zip(path)
     content = torch.load(io.BytesIO(files["solution/ckpt.pth"]), map_location="cpu", weights_only=True)
     sent = content["state_dict"]
     if sent.keys() != own.keys() or not all(sent[k].dtype == v.dtype and sent[k].equal(v) for k, v in own.items()):
-        raise UserError(f"{path} has other weights than the run; {remedy}")
+        raise UserError(f"{path} has other weights; {remedy}")
     return files, content.get("views", "")
 
 
-def write_readme(matric, folder, content, views, report, count):
-    """The text of Readme.txt; `content` is the run's checkpoint, `count` the number of masks."""
-    best, versions = checkpoint.best_score(folder), read_json(folder / "args.json")["versions"]
-    score = f"{best:.4f}, the official score on the pairs that the run in run/ held out, from one view per image"
-    validated = checkpoint.is_validated(content)
+def describe_score(weights, content, data, views):
+    """What is known of the official score of a loaded checkpoint, averaged over the views, as text."""
+    if not checkpoint.is_validated(content):
+        best = checkpoint.best_score(weights.parent)
+        known = f"the run in run/ has {best:.4f}, from one view per image" if best >= 0 else "not measured"
+        return f"unknown, since the weights were trained on all pairs; {known}"
+    pairs, model = load_pairs(data), checkpoint.restore(content, weights)
+    indices = held_out(content, weights, len(pairs.names))
+    found = evaluate(model, pairs, indices, content["size"], torch.device("cpu"), views=parse_views(views))[0]
+    return f"{official_score(found):.4f}, the official score on the {len(indices)} pairs held out, from these views"
+
+
+def write_readme(matric, folder, content, score, views, report, count):
+    """The text of Readme.txt; `content` is the checkpoint, `count` the number of masks."""
+    versions = read_json(folder / "args.json")["versions"]
     return f"""Face parsing on CelebAMask-HQ, 19 labels: {matric}
 
-Validation F-measure: {score if best >= 0 else "not measured"}
-Weights: {"of that run" if validated else "of a training on all pairs, which leaves none to score them"}
+Validation F-measure: {score}
 Views that the masks average: {views or "one per image"}
 Parameters: {count_parameters(checkpoint.restore(content, folder)):,} (fewer than {PARAM_LIMIT:,} are allowed)
 
@@ -103,10 +113,11 @@ def main():
     parser.add_argument("--matric", required=True, type=matriculation, help="matriculation number, such as A12345678B")
     parser.add_argument("--report", type=Path, help=f"PDF, at most {MAX_PAGES} A4 pages; default the run's report.pdf")
     parser.add_argument("--name", help="run to hand in; default the release, else the best run")
+    parser.add_argument("--weights", help="checkpoint in the run's folder, instead of its best.pt")
     parser.add_argument("--data", help="folder with test/images; default that of the training, else ./data")
     parser.add_argument("--out", default="build", type=Path, help="folder for the zip")
     args = parser.parse_args()
-    weights = checkpoint.find_weights(args.name)
+    weights = checkpoint.find_weights(args.weights or args.name)
     folder, name = weights.parent, checkpoint.make_name(weights.parent)
     report, draft = args.report or folder / "report.pdf", folder / "report.html"
     if not report.is_file():
@@ -118,14 +129,17 @@ def main():
             remedy = f"edit and print it, or `make report OVERWRITE=1 AUTHOR= MATRIC= NAME={name}`"
             raise UserError(f"{draft} has blanks: {remedy}")
     pages = count_pages(report)
-    images = find_data_of(weights, args.data) / "test" / "images"
+    data = find_data_of(weights, args.data)
+    images = data / "test" / "images"
     submission = folder / "submission-test.zip"
     if not submission.is_file() and make_submission(weights, images, "test", submission):
         return 1
     content = checkpoint.load(weights)
-    sent, views = read_submission(submission, images, content["state_dict"])
+    remedy = f"`make submit {f'WEIGHTS={weights}' if args.weights else f'NAME={name}'}` creates a new one"
+    sent, views = read_submission(submission, images, content["state_dict"], remedy)
     masks = {name: data for name, data in sent.items() if name.startswith("masks/")}
-    readme = write_readme(args.matric, folder, content, views, report.name, len(masks))
+    score = describe_score(weights, content, data, views)
+    readme = write_readme(args.matric, folder, content, score, views, report.name, len(masks))
     files = {report.name: report, "run/args.json": folder / "args.json", "run/metrics.jsonl": folder / "metrics.jsonl"}
     code = (path for pattern in CODE for path in ROOT.glob(pattern) if path.is_file())
     files |= {f"code/{path.relative_to(ROOT)}": path for path in code}
