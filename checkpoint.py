@@ -1,7 +1,8 @@
 """Checkpoints and run folders: save and load safely, find a run and its weights, choose the device.
 
 A checkpoint is a dict. `best.pt` contains what inference needs (`state_dict`, `model`, `model_args`, `size`);
-`last.pt` adds the optimiser state that resuming needs.
+`last.pt` adds the optimiser state that resuming needs. Both name the pairs that the weights were `trained_on` and those
+that the training `held_out`.
 """
 
 import ctypes
@@ -119,13 +120,11 @@ def is_validated(content):
     return content.get("validated", content.get("official") is not None)
 
 
-def training_split(content, path):
-    """(val_split, split_seed, digest of the pairs) of the training of a loaded checkpoint; None for what is unknown."""
-    if "split" in content:
-        return tuple(content["split"])
-    record = run_record(path)  # of a checkpoint made before these were part of it
-    args = record.get("args", {})
-    return args.get("val_split"), args.get("split_seed"), (record.get("pairs") or {}).get("content")
+def has_seen(content, names):
+    """True if the weights of a loaded checkpoint were trained on any of these pairs; if it names none, on all pairs."""
+    if "trained_on" in content:
+        return not set(names).isdisjoint(content["trained_on"])
+    return not content.get("validated", True)
 
 
 def find_run(name, runs="runs"):

@@ -31,11 +31,11 @@ def average_weights(paths):
         if kept.is_floating_point():
             mean = torch.stack([content["state_dict"][name].float() for content in contents]).mean(0)
             first["state_dict"][name] = mean
-    splits = [checkpoint.training_split(content, path) for path, content in zip(paths, contents, strict=True)]
     average = {key: first[key] for key in ("model", "model_args", "state_dict")}
     average["size"] = max(content["size"] for content in contents)  # the last of a training at growing sizes
-    average["validated"] = len(set(splits)) == 1 and all(map(checkpoint.is_validated, contents))
-    return average | {"split": list(splits[0])}
+    used = set().union(*(content.get("trained_on", ()) for content in contents))
+    average |= {"trained_on": sorted(used), "held_out": [n for n in first.get("held_out", ()) if n not in used]}
+    return average | {"validated": all(map(checkpoint.is_validated, contents))}
 
 
 def main():

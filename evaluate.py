@@ -108,10 +108,17 @@ def evaluate(model, pairs, indices, size, device, *, views=ONE_VIEW, batch=4, ra
     return confusions, losses
 
 
-def held_out(content, path, count):
-    """Indices of the pairs, of `count`, that the training of a loaded checkpoint held out, else the reference's."""
-    val_split, seed, _ = checkpoint.training_split(content, path)
-    return split(count, val_split or 0.1, 42 if seed is None else seed)[1]
+def held_out(content, path, names):
+    """Indices of the pairs, by name, that the training of a loaded checkpoint held out, or else did not use.
+
+    If there are none, or the checkpoint does not name them: those that its run (args.json) or the reference held out.
+    """
+    index, used = {name: i for i, name in enumerate(names)}, set(content.get("trained_on", ()))
+    held = [index[name] for name in content.get("held_out", ()) if name in index]
+    unused = [index[name] for name in names if used and name not in used]
+    args = checkpoint.run_record(path).get("args", {})
+    usual = split(len(names), args.get("val_split") or 0.1, args.get("split_seed", 42))[1]
+    return np.array(held or unused or usual)
 
 
 def compare_folders(predicted, truth):
@@ -155,9 +162,9 @@ def main():
     print(f"weights {name}, views: {args.views or 'none'}, data: {data}{synthetic}", file=sys.stderr)
     model, info = checkpoint.load_model(path, device)
     pairs = load_pairs(data, args.cache)
-    indices = held_out(info, path, len(pairs.names))
-    if not checkpoint.is_validated(info):
-        print_message(f"{path} was trained on all pairs of its data: on these, this is not a score of unseen images")
+    indices = held_out(info, path, pairs.names)
+    if checkpoint.has_seen(info, [pairs.names[i] for i in indices]):
+        print_message(f"{path} was trained on these pairs: this is not a score of unseen images")
     print(score_table(evaluate(model, pairs, indices, args.size or info["size"], device, views=views)[0]))
 
 

@@ -174,6 +174,7 @@ def set_up(args):
     if processes > 1 and not rank:
         dist.barrier()
     train_indices, val_indices = split(len(pairs.names), args.val_split, args.split_seed)
+    trained_on, held = ([pairs.names[i] for i in indices] for indices in (train_indices, val_indices))
     augmentation = strength(args)
     # MixUp and CutMix blend neighbours, so each process needs an even number of images.
     unit = 1 if processes == 1 else processes * (2 if augmentation.mixup or augmentation.cutmix else 1)
@@ -193,7 +194,12 @@ def set_up(args):
         content = checkpoint.load(source)
         if (other := content["model"]) != args.model:
             raise UserError(f"{source} is a {other}; use MODEL={other} (--model {other})")
-        require_unseen(args, pairs, content, source)
+        if held and checkpoint.has_seen(content, held):
+            raise UserError(
+                f"{source} was trained on pairs that this run would hold out: its scores would be too high; "
+                "VAL_SPLIT=0 trains on all pairs, without scores"
+            )
+        trained_on = sorted({*trained_on, *content.get("trained_on", ())})
         checkpoint.load_state(model, content["state_dict"], source)
         if not rank:
             after = content.get("epoch") or (content.get("progress") or {}).get("epoch", "?")
@@ -216,6 +222,7 @@ def set_up(args):
         pairs=pairs,
         batches=Batches(pairs, train_indices, device, args.fix_sides),
         val_indices=val_indices,
+        names={"trained_on": trained_on, "held_out": held},  # trained_on: by this run, or the weights it started from
         phases=phases,  # [(size, epochs), ...]
         epochs=sum(length for _, length in phases),
         strength=augmentation,
@@ -248,23 +255,12 @@ def set_up(args):
     return run
 
 
-def require_unseen(args, pairs, content, source):
-    """UserError if a loaded checkpoint was trained on pairs that this run holds out: its scores would be too high."""
-    val_split, seed, digest = checkpoint.training_split(content, source)
-    same_split = (val_split, seed) in ((None, None), (args.val_split, args.split_seed))
-    if args.val_split and digest in (None, pairs.digest) and not (same_split and content.get("validated", True)):
-        raise UserError(
-            f"{source} was trained on pairs that this run would hold out, so that scores would be too high; "
-            "VAL_SPLIT=0 trains on all pairs, without scores"
-        )
-
-
 def restore(run, used):
     """Load the state of last.pt into the run. UserError if it was trained on other pairs or does not fit."""
     folder = find_run(run.args.resume, run.args.runs)
     recorded = read_json(folder / "args.json").get("pairs") or {}
     if any(recorded.get(key, value) != value for key, value in used.items()):
-        raise UserError(f"{folder} was trained on other pairs; start a new run with FROM={make_name(folder)}")
+        raise UserError(f"{folder} was trained on other pairs than {run.args.data or 'data'} has now; start a new run")
     source = folder / "last.pt"
     state = checkpoint.load(source)
     try:
@@ -274,6 +270,7 @@ def restore(run, used):
         run.optimiser.load_state_dict(state["optimiser"])
         run.scaler.load_state_dict(state["scaler"])
         run.progress |= dict(state["progress"])
+        run.names = {key: state.get(key, names) for key, names in run.names.items()}
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{source} is of another run or version ({error}); start a new run") from None
     if run.rank == 0:
@@ -483,8 +480,7 @@ def finish_epoch(run, epoch, line):
 def describe_network(run, model, size):
     """The entries of a checkpoint that rebuild the network; `size` is the side of its images."""
     content = {"model": run.args.model, "model_args": network_arguments(run.args), "size": size}
-    content["split"] = [run.args.val_split, run.args.split_seed, run.pairs.digest]
-    return content | {"state_dict": model.state_dict()}
+    return content | run.names | {"state_dict": model.state_dict()}
 
 
 def write_best(run, line, confusions):

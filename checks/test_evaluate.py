@@ -57,14 +57,16 @@ def test_perfect_network_scores_1(scale):
     assert official_score(confusions) > 0.98 and losses.max() < 0.2
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "expected"),
-    [("run", {}, (0.2, 7)), ("no-run", {}, (0.1, 42)), ("no-run", {"split": [0.3, 5, "d"]}, (0.3, 5))],
-)
-def test_weights_are_scored_on_the_pairs_their_run_held_out(tmp_path, name, content, expected):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/args.json").write_text(json.dumps({"args": {"val_split": 0.2, "split_seed": 7}}))
-    assert held_out(content, tmp_path / name / "best.pt", 100).tolist() == split(100, *expected)[1].tolist()
+def test_weights_are_scored_on_the_pairs_their_training_held_out(tmp_path):
+    (tmp_path / "args.json").write_text(json.dumps({"args": {"val_split": 0.2, "split_seed": 7}}))
+    names = [f"{i:02}" for i in range(40)]
+    for content, path, expected in [
+        ({"held_out": ["07", "gone", "03"], "trained_on": ["01"]}, tmp_path, [7, 3]),
+        ({"held_out": [], "trained_on": names[2:]}, tmp_path, [0, 1]),
+        ({"held_out": [], "trained_on": names}, tmp_path, split(40, 0.2, 7)[1].tolist()),
+        ({}, tmp_path / "elsewhere", split(40, 0.1, 42)[1].tolist()),
+    ]:
+        assert held_out(content, path / "best.pt", names).tolist() == expected
 
 
 def write_masks(root, **masks):

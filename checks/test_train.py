@@ -17,6 +17,7 @@ import checkpoint
 import evaluate
 import train
 from checks.references import difference, metrics
+from data import load_pairs
 from losses import training_loss
 from options import learning_rate, load_recipes, parse
 from tools.synth import make_dataset
@@ -152,16 +153,21 @@ def test_bf16_loss_is_close_to_float32(place):
     assert torch.allclose(values(place, "bf16", "loss")[0], values(place, "whole", "loss")[0], rtol=0.05)
 
 
-def test_weights_that_have_seen_the_held_out_pairs_are_refused(tmp_path):
-    args, pairs = SimpleNamespace(val_split=0.1, split_seed=42), SimpleNamespace(digest="d")
-    for content in ({"split": [0.1, 42, "d"]}, {"split": [0.2, 7, "other"]}, {}):
-        train.require_unseen(args, pairs, content, tmp_path / "best.pt")
-    for content in ({"split": [0.1, 7, "d"]}, {"split": [0, 42, None]}, {"validated": False}):
-        with pytest.raises(UserError, match="VAL_SPLIT=0"):
-            train.require_unseen(args, pairs, content, tmp_path / "best.pt")
-    (tmp_path / "args.json").write_text('{"args": {"val_split": 0.2, "split_seed": 42}}')
-    with pytest.raises(UserError, match="would hold out"):
-        train.require_unseen(args, pairs, {}, tmp_path / "best.pt")
+def test_weights_that_have_seen_the_held_out_pairs_are_refused(place):
+    content, names = checkpoint.load(place / "runs/whole/best.pt"), load_pairs(place / "data", place / "cache").names
+    assert sorted(content["trained_on"] + content["held_out"]) == names
+    old = {key: value for key, value in content.items() if key != "trained_on"} | {"validated": False}
+    for name, changed in (
+        ("old", old),
+        ("other", content | {"trained_on": ["x"]}),
+        ("all", content | {"trained_on": names}),
+    ):
+        checkpoint.save(place / f"{name}.pt", changed)
+        if name != "other":
+            with pytest.raises(UserError, match="would be too high"):
+                set_up(place, f"--name=x --from={place / name}.pt {FLAGS}")
+    run = set_up(place, f"--name=after-other --from={place / 'other'}.pt {FLAGS}")
+    assert "x" in checkpoint.load(run.folder / "last.pt")["trained_on"]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +187,7 @@ def test_weights_that_have_seen_the_held_out_pairs_are_refused(tmp_path):
         ("--name=x --sizes=100", "--sizes 100"),
         ("--name=x --sizes=32:1 --epochs=3", "--epochs"),
         ("--name=x --from=nobody", "no run nobody"),
-        ("--name=x --from=whole --split-seed=1", "would hold out"),
+        ("--name=x --from=whole --split-seed=1", "would be too high"),
         ("--name=x --model=microunet --from=whole", "MODEL=microsegformer"),
         ("--name=x --model=microunet --no-lmsa", "--lmsa"),
         ("--name=x --data=nowhere", "nowhere"),

@@ -77,7 +77,7 @@ def describe_score(weights, content, data, views):
         known = f"the run in run/ has {best:.4f}, from one view per image" if best >= 0 else "not measured"
         return f"unknown, since the weights were trained on all pairs; {known}"
     pairs, model = load_pairs(data), checkpoint.restore(content, weights)
-    indices = held_out(content, weights, len(pairs.names))
+    indices = held_out(content, weights, pairs.names)
     found = evaluate(model, pairs, indices, content["size"], torch.device("cpu"), views=parse_views(views))[0]
     return f"{official_score(found):.4f}, the official score on the {len(indices)} pairs held out, from these views"
 
