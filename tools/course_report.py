@@ -21,12 +21,14 @@ from checkpoint import find_run, make_name
 from labels import HEX_COLOURS, NAMES
 from model import PARAM_LIMIT, build, count_parameters, parameter_table
 from options import network_arguments, strength
-from tools.leaderboard import settings_of
+from tools.leaderboard import PLACES, settings_of
 from tools.report import TEMPLATE, fill_template, image_score, read_pictures, read_runs, write_page
 from tools.report_zip import count_pages, matriculation, require_pypdf
 
 EXPERIMENTS = 14  # rows that fit on five pages
-SETTINGS = "sizes batch optimiser lr schedule warmup weight_decay clip ema dropout ce dice dice_over augment seed"
+SETTINGS = (
+    "recipe sizes batch optimiser lr schedule warmup weight_decay clip ema dropout ce dice dice_over augment seed"
+)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 STYLE = """@page { size: A4; margin: 17mm 20mm; }
 body { font: 10pt/1.3 Arial, "Liberation Sans", sans-serif; color: #111; margin: 0 auto; max-width: 170mm; }
@@ -43,7 +45,9 @@ th { border-bottom: 0.8pt solid #444; }
 
 def settings(run, args):
     """The training as HTML; `args` are its arguments, with today's defaults for those it lacks."""
-    keys = dict.fromkeys([*SETTINGS.split(), *run["changed"]])
+    usual = settings_of()
+    others = (key for key, value in vars(args).items() if key not in PLACES and value != usual.get(key))
+    keys = dict.fromkeys([*SETTINGS.split(), *others, *run["changed"]])
     changes = ", ".join(f"{k} {v:g}" for k, v in vars(strength(args)).items() if v and not k.endswith("alpha"))
     row, yes = run["row"], ("no", "yes")
     return f"""<p>{escape(", ".join(f"{key} {getattr(args, key)}" for key in keys))}.</p>
@@ -96,7 +100,10 @@ def draft(folder, author, matric):
     runs = read_runs(folder.parent)[0]
     run = next((run for run in runs if run["name"] == folder.name and run["row"] and run["best"]), None)
     if not run:
-        raise UserError(f"{folder} has no scores (trained on all pairs?), or its metrics.jsonl or best.json is damaged")
+        raise UserError(
+            f"{folder} has no scores, or its files are damaged; if it was trained on all pairs, report on the run "
+            "that scores it, and give report-zip REPORT=FILE"
+        )
     record, row = read_json(folder / "args.json"), run["row"]
     args = Namespace(**settings_of() | record["args"])
     model = build(args.model, **network_arguments(args))

@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from common import ArgumentParser, UserError, atomic, make_folder, read_json, run_main
+from common import ArgumentParser, UserError, atomic, make_folder, print_message, read_json, run_main
 
 import torch
 
@@ -135,10 +135,12 @@ def main():
     if not submission.is_file() and make_submission(weights, images, "test", submission):
         return 1
     content = checkpoint.load(weights)
-    remedy = f"`make submit {f'WEIGHTS={weights}' if args.weights else f'NAME={name}'}` creates a new one"
+    remedy = f"`make submit {f'WEIGHTS={weights}' if args.weights else f'NAME={name}'}` (and VIEWS=) creates a new one"
     sent, views = read_submission(submission, images, content["state_dict"], remedy)
     masks = {name: data for name, data in sent.items() if name.startswith("masks/")}
     score = describe_score(weights, content, data, views)
+    if args.weights:
+        print_message(f"{report} must describe {weights}, not best.pt as the draft does; its score: {score}")
     readme = write_readme(args.matric, folder, content, score, views, report.name, len(masks))
     files = {report.name: report, "run/args.json": folder / "args.json", "run/metrics.jsonl": folder / "metrics.jsonl"}
     code = (path for pattern in CODE for path in ROOT.glob(pattern) if path.is_file())
