@@ -122,8 +122,8 @@ def is_validated(content):
 
 def has_seen(content, names):
     """True if the weights of a loaded checkpoint were trained on any of these pairs; if it names none, on all pairs."""
-    if "trained_on" in content:
-        return not set(names).isdisjoint(content["trained_on"])
+    if used := content.get("trained_on"):
+        return not set(names).isdisjoint(used)
     return not content.get("validated", True)
 
 

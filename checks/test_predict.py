@@ -158,6 +158,7 @@ def test_average_is_the_mean_of_the_weights_for_the_largest_size(weights, tmp_pa
     first, second = (checkpoint.load(path)["state_dict"]["classifier.weight"] for path in paths)
     assert torch.allclose(average["state_dict"]["classifier.weight"], (first + second) / 2)
     assert average["size"] == 96 and not average["validated"]
+    assert checkpoint.has_seen(average, ["any"])  # neither file names its pairs, and one was trained on all
     with pytest.raises(UserError, match="exists"):
         ensemble_tta.main()
 
