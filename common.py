@@ -32,6 +32,12 @@ class UserError(Exception):
     """A mistake the user can fix. The message is one line that names the cause and the remedy."""
 
 
+def require_packages(*names):
+    """UserError with the pip command unless these packages of tools/requirements.txt are installed."""
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        raise UserError(f"no {', '.join(missing)} here: {sys.executable} -m pip install -r tools/requirements.txt")
+
+
 def did_you_mean(known, *words, count=3):
     """ "did you mean a or b?" of the `count` most similar names in `known` for each word; "" if none is similar."""
     similar = [match for word in words for match in difflib.get_close_matches(word, known, count)]

@@ -165,10 +165,8 @@ def predict_all(parser, args):
         write_results(args, path, pixels, parsed)
         if parsed.missed:
             show_line("", sys.stderr)
-            done_so = (
-                "parsed as one portrait, perhaps wrongly" if parsed.mask.any() else "WHOLE=1 parses it all the same"
-            )
-            print_message(f"no face found in {path}: {done_so}; BOX=x,y,w,h (--box) names the portrait")
+            how = "parsed as one portrait, perhaps wrongly" if parsed.mask.any() else "WHOLE=1 parses it all the same"
+            print_message(f"no face found in {path}: {how}; BOX=x,y,w,h (--box) names the portrait")
         show_progress("predicting", done, len(files), time.monotonic() - begin)
     seconds = time.monotonic() - begin
     print(

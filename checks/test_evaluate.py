@@ -91,9 +91,8 @@ def test_folders_that_do_not_match_are_refused(tmp_path, truth, error):
 
 
 def test_views_are_parsed():
-    assert parse_views("") == parse_views("none") == Views(False, (1.0,)) and parse_views("flip, 1.5") == Views(
-        True, (1.5,)
-    )
+    assert parse_views("") == parse_views("none") == Views(False, (1.0,))
+    assert parse_views("flip, 1.5") == Views(True, (1.5,))
     assert parse_views("flip,scales") == Views(True, (0.75, 1.0, 1.25))
     for text in ("flop", "0", "nan", "99"):
         with pytest.raises(UserError, match="--views"):

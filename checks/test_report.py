@@ -224,9 +224,8 @@ def test_the_page_fits_a_phone(runs):
 def test_the_draft_states_the_figures_of_the_run(scored):
     save_weights(scored, validated=False)
     page = course_report.write_draft(scored, "A & B", "A12345678B").read_text()
-    assert (
-        "(official score): 0.5000</b>, of the weights of epoch 1, from one" in page and "Parameters: 1,758,835" in page
-    )
+    assert "(official score): 0.5000</b>, of the weights of epoch 1, from one" in page
+    assert "Parameters: 1,758,835" in page
     assert "A &amp; B · A12345678B" in page and "Differences below 0.004 say nothing" in page and "dice 1.5" in page
     *modules, total = [int(n.replace(",", "")) for n in re.search("<pre>(.*?)<", page, re.DOTALL)[1].split()[1::2]]
     assert sum(modules) == total == 1_758_835

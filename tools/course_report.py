@@ -15,7 +15,7 @@ from html import escape
 from pathlib import Path
 from statistics import pstdev
 
-from common import ArgumentParser, UserError, atomic, duration, read_json, run_main, write_text
+from common import ArgumentParser, UserError, atomic, duration, read_json, require_packages, run_main, write_text
 
 from checkpoint import find_run, make_name
 from labels import HEX_COLOURS, NAMES
@@ -23,7 +23,7 @@ from model import PARAM_LIMIT, build, count_parameters, parameter_table
 from options import network_arguments, strength
 from tools.leaderboard import PLACES, settings_of
 from tools.report import TEMPLATE, fill_template, image_score, read_pictures, read_runs, write_page
-from tools.report_zip import count_pages, matriculation, require_pypdf
+from tools.report_zip import count_pages, matriculation
 
 EXPERIMENTS = 14  # rows that fit on five pages
 SETTINGS = (
@@ -181,7 +181,7 @@ def main():
         return
     if not source.is_file():
         raise UserError(f"no {source}; `make report NAME={name} AUTHOR= MATRIC=` creates it")
-    require_pypdf()
+    require_packages("pypdf")
     with atomic(target) as temporary:
         browse("--no-pdf-header-footer", f"--print-to-pdf={temporary.resolve()}", source.resolve().as_uri())
     print(f"{target}: {count_pages(target)} pages; next: make report-zip NAME={name} MATRIC=")

@@ -8,17 +8,15 @@ The ONNX file maps `image`, uint8 RGB (N, 3, H, W) with sides in multiples of 32
 convention. It replaces an older file only after onnxruntime gave the same labels as torch.
 """
 
-import importlib.util
 import json
 import logging
 import shutil
-import sys
 import time
 import warnings
 from pathlib import Path
 from statistics import median
 
-from common import ArgumentParser, UserError, atomic, make_folder, run_main, write_text
+from common import ArgumentParser, UserError, atomic, make_folder, require_packages, run_main, write_text
 
 import torch
 from torch import nn
@@ -117,9 +115,7 @@ def compare(path, model, images, logits):
 
 def write_onnx(weights, out, logits, images):
     """Write the ONNX file. UserError if a package is missing or onnxruntime gives other labels than torch."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"no {', '.join(missing)} here: {sys.executable} -m pip install -r tools/requirements.txt")
+    require_packages(*PACKAGES)
     model, info = checkpoint.load_model(weights)
     size = info["size"]
     with atomic(out) as temporary:

@@ -8,10 +8,9 @@ Masks and checkpoint are those in the run's Codabench zip (tools/package.py), wh
 
 import io
 import re
-import sys
 from pathlib import Path
 
-from common import ArgumentParser, UserError, atomic, make_folder, print_message, read_json, run_main
+from common import ArgumentParser, UserError, atomic, make_folder, print_message, read_json, require_packages, run_main
 
 import torch
 
@@ -34,18 +33,11 @@ def matriculation(text):
     return text.upper()
 
 
-def require_pypdf():
-    """The module pypdf. UserError if it is not installed."""
-    try:
-        import pypdf
-    except ImportError:
-        raise UserError(f"pypdf is missing: {sys.executable} -m pip install -r tools/requirements.txt") from None
-    return pypdf
-
-
 def count_pages(path):
     """Number of pages of a PDF. UserError if it is unreadable, has more than MAX_PAGES, or one that is not A4."""
-    pypdf = require_pypdf()
+    require_packages("pypdf")
+    import pypdf
+
     try:
         sizes = [sorted((page.mediabox.width, page.mediabox.height)) for page in pypdf.PdfReader(path).pages]
     except Exception as error:  # a damaged file makes the reader raise anything
