@@ -111,37 +111,40 @@ def load_recipes():
     return recipes
 
 
-def recipe_flags(name):
-    """A recipe's settings as a list of flags, so that argparse checks them; those of the recipe it is `like` first."""
+def recipe_layers(name):
+    """A recipe's settings as lists of flags, so that argparse checks them: those of the recipe it is `like` first."""
     recipes = load_recipes()
     if name not in recipes:
         raise UserError(f"no recipe {name!r}; {did_you_mean(recipes, name, count=1)} `make recipes` lists them")
-    flags, own = recipe_flags(recipes[name]["like"]) if "like" in recipes[name] else [], recipes[name].get("set", {})
-    if "model" in own:  # the other recipe's are of another network
-        flags = [flag for flag in flags if not flag.startswith("--model-args=")]
-    for key, value in own.items():
-        flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
-    return flags
+    own = recipes[name].get("set", {}).items()
+    flags = [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}" for key, value in own]
+    return [*(recipe_layers(recipes[name]["like"]) if "like" in recipes[name] else []), flags]
 
 
 def parse(argv):
     """(arguments of a training, names of those given by flag or recipe). UserError for any invalid value."""
     parser = build_parser()
-    first, _ = parser.parse_known_args(argv)
-    own = recipe_flags(first.recipe) if first.recipe else []
-    flags = own + list(argv)
-    if own:  # the network's arguments are added to those of the recipe, if these are of the same network
-        base, model = parser.parse_args(own), parser.parse_args(flags).model
-        inherited = model_arguments(model, text=base.model_args) if model == base.model else {}
-        flags.append(f"--model-args={json.dumps(model_arguments(model, None, first.model_args, **inherited))}")
-    args = parser.parse_args(flags)
-    if any(flag.partition("=")[0] == "--epochs" for flag in argv) and ":" in args.sizes:
+    unset = dict.fromkeys(vars(parser.parse_args([])))
+
+    def given(flags):  # argparse sets no defaults over existing attributes
+        found, _ = parser.parse_known_args(flags, argparse.Namespace(**unset))
+        return {name: value for name, value in vars(found).items() if value is not None}
+
+    own = given(argv)
+    flags, names, model, model_args = [], set(), None, {}
+    for layer in [*(recipe_layers(own["recipe"]) if "recipe" in own else []), list(argv)]:
+        settings = given(layer)
+        if settings.get("model", model) != model:
+            model, model_args = settings["model"], {}  # arguments add up while the network stays the same
+        model_args |= model_arguments(model, text=settings.get("model_args", "{}"))
+        flags, names = flags + layer, names | settings.keys()
+    args = parser.parse_args([*flags, f"--model-args={json.dumps(model_args)}"])
+    if "epochs" in own and ":" in args.sizes:
         raise UserError(f"--epochs has no effect with --sizes {args.sizes}, which gives the epochs; change --sizes")
-    if any(flag.partition("=")[0] in ("--lmsa", "--no-lmsa") for flag in argv):
+    if "lmsa" in own:
         model_arguments(args.model, args.lmsa)
     check(args)
-    unset = argparse.Namespace(**dict.fromkeys(vars(args)))  # argparse sets no defaults over existing attributes
-    return args, {name for name, value in vars(parser.parse_args(flags, unset)).items() if value is not None}
+    return args, names
 
 
 def check(args):

@@ -77,5 +77,7 @@ def test_release_is_the_run_in_half_precision(untrained, tmp_path, monkeypatch):
     assert {value.dtype for value in half.values()} == {torch.float16, torch.int64}
     assert all(torch.allclose(half[key].float(), value.float(), 1e-3, 1e-7) for key, value in state.items())
     assert exit_status(monkeypatch, "--release", "--name", made) == 2
-    for flags, status in (([], 2), (["--overwrite"], 0)):
+    (tmp_path / "all.pt").write_bytes((untrained / "best.pt").read_bytes())
+    for flags, status in (([], 2), (["--overwrite", "--weights", tmp_path / "all.pt"], 0)):
         assert exit_status(monkeypatch, "--release", "--name", "a", "--runs", untrained.parent, *flags) == status
+    assert (made / "validated.pt").read_bytes() == (made / "best.pt").read_bytes()

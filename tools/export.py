@@ -132,24 +132,38 @@ def write_onnx(weights, out, logits, images):
 
 
 def write_release(weights, folder, overwrite=False):
-    """Create runs/release: the records of the run in `folder`, and the weights in half precision."""
-    release = checkpoint.RELEASE
+    """Create runs/release: the records of the run in `folder`, and the weights in half precision, as best.pt.
+
+    If other weights than the run's are given, the run's best.pt becomes validated.pt: with it anyone can check the score.
+    """
+    release, own = checkpoint.RELEASE, folder / "best.pt"
     if (release / "best.pt").is_file() and not overwrite:
         raise UserError(f"{release} exists, the weights that every command uses by default: OVERWRITE=1 replaces them")
     if folder.resolve() == release.resolve():
         raise UserError(f"{folder} is already the release; give another run")
-    content = checkpoint.load(weights)
-    state = {key: v.half() if v.is_floating_point() else v for key, v in content["state_dict"].items()}
-    if not all(bool(value.isfinite().all()) for value in state.values()):
-        raise UserError(f"some weights of {weights} exceed half precision; release another run")
+    sources = {"best.pt": weights}
+    if own.is_file() and own.resolve() != weights.resolve():
+        sources["validated.pt"] = own
+    contents = {name: halve(path) for name, path in sources.items()}
     make_folder(release)
-    for name in ("args.json", "metrics.jsonl", "best.json"):
+    for name in ("args.json", "metrics.jsonl", "best.json", "validated.pt"):
         (release / name).unlink(missing_ok=True)  # of the previous release
         if (folder / name).is_file():
             shutil.copyfile(folder / name, release / name)
-    checkpoint.save(release / "best.pt", {**content, "state_dict": state})
+    for name, content in contents.items():
+        checkpoint.save(release / name, content)
     write_text(release / "LICENCE.txt", LICENCE)
-    print(f"{release}: {(release / 'best.pt').stat().st_size / 1e6:.1f} MB from {weights}")
+    sizes = [f"{name} {(release / name).stat().st_size / 1e6:.1f} MB from {path}" for name, path in sources.items()]
+    print(f"{release}: {', '.join(sizes)}")
+
+
+def halve(path):
+    """A checkpoint with its weights in half precision. UserError if they exceed its range."""
+    content = checkpoint.load(path)
+    state = {key: v.half() if v.is_floating_point() else v for key, v in content["state_dict"].items()}
+    if not all(bool(value.isfinite().all()) for value in state.values()):
+        raise UserError(f"some weights of {path} exceed half precision; release another run")
+    return {**content, "state_dict": state}
 
 
 def main():
