@@ -151,13 +151,19 @@ def test_images_are_ranked_and_reversed_masks_listed_apart(scored):
     order = sorted(scores.keys() - {flawed}, key=scores.get)
     groups = [[p["name"] for p in data["pictures"] if p["group"] == key] for key in ("lowest", "highest", "reversed")]
     assert groups == [order[:3], order[:2:-1], [flawed]]
-    assert (data["reversed"], data["images"]) == (1, 6)
+    assert (data["reversed"], data["images"], data["seen"]) == (1, 6, False)
     assert data["score_without_reversed"] == pytest.approx(np.mean([scores[name] for name in order]))
 
 
 def test_images_are_predicted_again_only_if_the_weights_change(scored, monkeypatch):
     save_weights(scored, validated=True, epoch=2)
     assert report.read_pictures(scored) is None
+    assert not report.draw_pictures(scored, "cpu")["seen"]
+    (scored / "best.pt").rename(scored / "validated.pt")  # as in the release
+    save_weights(scored, validated=False)
+    assert not report.draw_pictures(scored, "cpu")["seen"]
+    (scored / "validated.pt").unlink()
+    assert report.draw_pictures(scored, "cpu")["seen"]
     command = [sys.executable, "-m", "tools.report", "--runs", str(scored.parent), "--name", "a", "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith(f"{scored.parent}/index.html: ")

@@ -134,7 +134,7 @@ def write_onnx(weights, out, logits, images):
 def write_release(weights, folder, overwrite=False):
     """Create runs/release: the records of the run in `folder`, and the weights in half precision, as best.pt.
 
-    If other weights than the run's are given, the run's best.pt becomes validated.pt: with it anyone can check the score.
+    If other weights than the run's are given, its own become validated.pt, with which anyone can check the score.
     """
     release, own = checkpoint.RELEASE, folder / "best.pt"
     if (release / "best.pt").is_file() and not overwrite:

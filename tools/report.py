@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from checkpoint import find_run, load_model, read_metrics, select_device
+from checkpoint import find_run, has_seen, load_model, read_metrics, select_device
 from data import SYNTHETIC, find_pairs, reversed_sides
 from images import mask_image, read_image, read_mask
 from labels import HEX_COLOURS, NAMES, NUM_CLASSES
@@ -31,7 +31,7 @@ TEMPLATE = Path(__file__).with_name("page.html")
 PICTURED = 6  # number of runs whose images are on the page: each takes about 300 kB
 EACH = 6  # images per group
 SIDE = 192  # of an image on the page
-FORMAT = 3  # of pictures.json
+FORMAT = 4  # of pictures.json
 ERROR_COLOUR = (213, 94, 0)  # vermillion: distinguishable from grey for colour-blind readers
 
 
@@ -117,7 +117,7 @@ def panels(pixels, true, predicted):
 
 
 def read_pictures(folder):
-    """pictures.json of a run; None if it is missing, damaged or of other weights than best.pt."""
+    """pictures.json of a run; None if it is missing, damaged or of other weights."""
     try:
         content = read_json(folder / "pictures.json")
         return content if content["version"] == weights_version(folder) else None
@@ -125,14 +125,19 @@ def read_pictures(folder):
         return None
 
 
+def scored_weights(folder):
+    """The weights that have the run's scores: the release also has others, trained on all pairs, as best.pt."""
+    return folder / ("validated.pt" if (folder / "validated.pt").is_file() else "best.pt")
+
+
 def weights_version(folder):
-    """A list that changes with best.pt and with the format of pictures.json; None if there is no best.pt."""
-    path = folder / "best.pt"
+    """A list that changes with the weights and with the format of pictures.json; None if there are no weights."""
+    path = scored_weights(folder)
     return [FORMAT, path.stat().st_mtime_ns, path.stat().st_size] if path.is_file() else None
 
 
 def draw_pictures(folder, device):
-    """Predict a scored run's images with its best.pt; returns the content of pictures.json. UserError without data.
+    """Predict a scored run's images with its weights; returns the content of pictures.json. UserError without data.
 
     Images whose mask has left and right reversed form their own group: their scores are errors of the mask.
     """
@@ -144,8 +149,8 @@ def draw_pictures(folder, device):
     sound = [name for name in order if name not in flawed]
     each = min(EACH, (len(sound) + 1) // 2)
     groups = {"lowest": sound[:each], "highest": sound[each:][::-1][:EACH], "reversed": flawed[:EACH]}
-    model, info = load_model(folder / "best.pt", device)
-    pictures = []
+    model, info = load_model(scored_weights(folder), device)
+    pictures, seen = [], has_seen(info, order)
     for group, name in ((group, name) for group, names in groups.items() for name in names):
         pixels, true = (read(path) for read, path in zip((read_image, read_mask), pairs[name], strict=True))
         images = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(device)
@@ -154,7 +159,7 @@ def draw_pictures(folder, device):
         lowest = sorted((f, NAMES[i]) for i, f in enumerate(rows[name]) if f is not None)[:3]
         picture = {"group": group, "name": name, "score": scores[name], "lowest": [[label, f] for f, label in lowest]}
         pictures.append(picture | {"panels": panels(pixels, true, predicted)})
-    content = {"version": version, "images": len(order), "reversed": len(flawed), "pictures": pictures}
+    content = {"version": version, "images": len(order), "reversed": len(flawed), "pictures": pictures, "seen": seen}
     content["score_without_reversed"] = float(np.mean([scores[name] for name in sound])) if sound else 0.0
     write_text(folder / "pictures.json", json.dumps(content))
     return content
