@@ -150,7 +150,8 @@ def find_weights(text=None, runs="runs"):
         return Path(text)
     path = find_run(text, runs) / "best.pt"
     if not path.is_file():
-        raise UserError(f"{path.parent} has no best.pt: its weights were not kept, or no epoch has finished")
+        latest = f"; the latest are in {path.parent}/last.pt" if path.with_name("last.pt").is_file() else ""
+        raise UserError(f"{path.parent} has no best.pt: its weights were not kept, or no epoch has finished{latest}")
     return path
 
 

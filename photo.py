@@ -36,7 +36,8 @@ PARTS = tuple(NAMES.index(name) for name in LAYOUT)
 PLACE_TOLERANCE = 0.06  # of a part's centre, as a fraction of the side
 SIZE_TOLERANCE = 0.7  # of the logarithm of a part's size
 FACE_SCORE = 0.5  # minimum score of a face
-CANDIDATE_SCORE = 0.1  # minimum score of a window that gets a second look
+CANDIDATE_SCORE = 0.02  # minimum score of a window that gets a second look
+HINT_SCORE = 0.1  # minimum score of a photo without a face that is parsed as a portrait all the same
 WINDOW_STEP = 0.6  # between neighbouring windows, as a fraction of the side
 MIN_SIDE = 48  # pixels of the smallest portrait searched for
 LEVELS = 3  # window sizes, each half of the one before; the first is the photo's shorter side
@@ -217,7 +218,7 @@ def _parse_photo(pixels, log_p, models, size, views, device, whole):
     # The search may confirm a portrait in which the face is hard to see.
     portrait = clear or (fills and faces and overlap(faces[0][1], everything) >= PORTRAIT_OVERLAP)
     if portrait or not faces:
-        background = not whole and scores.item() < CANDIDATE_SCORE
+        background = not whole and scores.item() < HINT_SCORE
         return Parsed(
             mask=np.zeros((height, width), np.uint8) if background else labels_at(log_p, height, width),
             owner=np.zeros((height, width), np.int8),

@@ -78,8 +78,8 @@ def test_leaderboard_has_real_faces_by_best_score_then_synthetic_ones(runs):
         file.write('{"epoch": 4, "offi')  # a crash while writing
     rows = [row.split() for row in leaderboard(survey(runs)[0]).replace(NASTY, "nasty").splitlines()[1:]]
     assert [row[0] for row in rows] == ["high", "nasty", "low", "synthetic"]
-    assert " ".join(rows[0][1:8]) == "0.9000 0.4500 2/3 1,747,923 3.0 2026-01-31 all"
-    assert "lr=0.001" in rows[0] and (rows[1][7], rows[2][7], rows[3][8:10]) == ("-", "yes", ["synthetic", "faces;"])
+    assert " ".join(rows[0][1:9]) == "0.9000 0.4500 - 2/3 1,747,923 3.0 2026-01-31 all"
+    assert "lr=0.001" in rows[0] and (rows[1][8], rows[2][8], rows[3][9:11]) == ("-", "yes", ["synthetic", "faces;"])
 
 
 def test_unfinished_runs_are_listed_with_the_command_that_resumes_them(tmp_path):

@@ -41,7 +41,8 @@ def summary(folder):
         "recipe": args["recipe"],
         "date": str(record.get("started", "-"))[:10],
     }
-    row["synthetic"] = bool((record.get("pairs") or {}).get("drawn"))
+    pairs = record.get("pairs") or {}
+    row |= {"synthetic": bool(pairs.get("drawn")), "images": pairs.get("validation", "-")}
     row["lmsa"] = ("no", "yes")[args["lmsa"]] if args["model"] == "microsegformer" else "-"
     row["weights"] = ("yes" if is_validated(load(path)) else "all pairs") if path.is_file() else "-"
     return row | {"changed": changed_settings(args), "line": make_line(args)}
@@ -91,12 +92,12 @@ def remark(folder):
 
 def leaderboard(rows):
     """The table of `make runs` as text: summaries with real faces first, then by score."""
-    table = f"{'run':<24}official  batch32    epoch  parameters  minutes  date        weights    recipe, changes"
+    table = f"{'run':<24}official  batch32  images    epoch  parameters  minutes  date        weights    settings"
     for row in sorted(rows, key=lambda row: (row["synthetic"], -row["official"])):
-        table += f"\n{row['name']:<24}{row['official']:>8.4f}{row['batch32']:>9.4f}{row['epoch']:>5}/{row['epochs']:<3}"
-        table += f"{row['parameters']:>12,}{row['minutes']:>9.1f}  {row['date']:<12}{row['weights']:<11}"
-        changes = " ".join(f"{key}={value}" for key, value in row["changed"].items())
-        table += f"{'synthetic faces; ' * row['synthetic']}{row['recipe'] or 'none'} {changes}".rstrip()
+        table += f"\n{row['name']:<24}{row['official']:>8.4f}{row['batch32']:>9.4f}{row['images']:>8}"
+        table += f"{row['epoch']:>5}/{row['epochs']:<3}{row['parameters']:>12,}{row['minutes']:>9.1f}"
+        settings = " ".join([row["recipe"] or "none", *(f"{key}={value}" for key, value in row["changed"].items())])
+        table += f"  {row['date']:<12}{row['weights']:<11}{'synthetic faces; ' * row['synthetic']}{settings}"
     return table
 
 
