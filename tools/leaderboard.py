@@ -42,7 +42,7 @@ def summary(folder):
         "date": str(record.get("started", "-"))[:10],
     }
     pairs = record.get("pairs") or {}
-    row |= {"synthetic": bool(pairs.get("drawn")), "images": pairs.get("validation", "-")}
+    row |= {"synthetic": bool(pairs.get("drawn")), "images": pairs.get("validation")}
     row["lmsa"] = ("no", "yes")[args["lmsa"]] if args["model"] == "microsegformer" else "-"
     row["weights"] = ("yes" if is_validated(load(path)) else "all pairs") if path.is_file() else "-"
     return row | {"changed": changed_settings(args), "line": make_line(args)}
@@ -94,7 +94,7 @@ def leaderboard(rows):
     """The table of `make runs` as text: summaries with real faces first, then by score."""
     table = f"{'run':<24}official  batch32  images    epoch  parameters  minutes  date        weights    settings"
     for row in sorted(rows, key=lambda row: (row["synthetic"], -row["official"])):
-        table += f"\n{row['name']:<24}{row['official']:>8.4f}{row['batch32']:>9.4f}{row['images']:>8}"
+        table += f"\n{row['name']:<24}{row['official']:>8.4f}{row['batch32']:>9.4f}{row['images'] or '-':>8}"
         table += f"{row['epoch']:>5}/{row['epochs']:<3}{row['parameters']:>12,}{row['minutes']:>9.1f}"
         settings = " ".join([row["recipe"] or "none", *(f"{key}={value}" for key, value in row["changed"].items())])
         table += f"  {row['date']:<12}{row['weights']:<11}{'synthetic faces; ' * row['synthetic']}{settings}"
