@@ -118,7 +118,8 @@ def run_main(main):
 
 
 def print_message(message, kind="warning"):
-    """Print an error or a warning as one line on stderr."""
+    """Print an error or a warning as one line on stderr, in place of a progress line."""
+    show_line("", sys.stderr)
     print(f"{kind}: {printable(str(message))}", file=sys.stderr)
 
 
@@ -213,12 +214,11 @@ def show_line(text, stream):
 
 
 def show_progress(label, done, total, seconds):
-    """Show the progress, rate and remaining time of `total` > 1 items on stderr; cleared after the last one."""
-    if total > 1:
-        rate = done / max(seconds, 1e-9)
-        pace = f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
-        left = duration((total - done) / rate)
-        show_line(f"{label} {done}/{total}, {pace}, {left} left" if done < total else "", sys.stderr)
+    """Show the progress, rate and remaining time of `total` items on stderr; cleared after the last one."""
+    rate = done / max(seconds, 1e-9)
+    pace = f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
+    left = duration((total - done) / rate)
+    show_line(f"{label} {done}/{total}, {pace}, {left} left" if done < total else "", sys.stderr)
 
 
 def duration(seconds):

@@ -159,12 +159,10 @@ def predict_all(parser, args):
             parsed = parser(pixels, whole=args.whole, box=args.box)
         except UserError as error:
             failed += 1
-            show_line("", sys.stderr)
             print_message(error if str(path) in str(error) else f"{path}: {error}", "error")
             continue
         write_results(args, path, pixels, parsed)
         if parsed.missed:
-            show_line("", sys.stderr)
             how = "parsed as one portrait, perhaps wrongly" if parsed.mask.any() else "WHOLE=1 parses it all the same"
             print_message(f"no face found in {path}: {how}; BOX=x,y,w,h (--box) names the portrait")
         show_progress("predicting", done, len(files), time.monotonic() - begin)

@@ -541,7 +541,6 @@ def train(run):
                 speed = (step + 1 - first) * run.batch / (now - begin)
                 show_line(step_line(run, epoch, step, speed, spent / total, left), sys.stdout)
                 if session == 4 and left > LONG_HOURS * 3600:
-                    show_line("", sys.stdout)
                     print_message(f"this run takes about {duration(left)}; RECIPE=cpu takes half an hour on one core")
             if signalled:
                 save_last(run)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import UserError, duration, show_line
+from common import UserError, duration, show_line, show_progress
 
 import numpy as np
 import pytest
@@ -279,6 +279,7 @@ def test_progress_lines_are_for_terminals_only(monkeypatch):
     monkeypatch.setattr(screen, "isatty", lambda: True)
     for stream in (screen, pipe):
         show_line("x" * 50, stream)
-        show_line("", stream)
+        monkeypatch.setattr("sys.stderr", stream)
+        show_progress("predicting", 1, 1, 1)  # the last item clears the line
     assert (screen.getvalue(), pipe.getvalue()) == (f"\r{'x' * 19}\r{' ' * 19}\r", "")
     assert [duration(seconds) for seconds in (89, 90, 11100)] == ["89 s", "2 min", "3 h 05 min"]

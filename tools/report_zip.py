@@ -64,14 +64,16 @@ def read_submission(path, images, own, remedy):
 
 def describe_score(weights, content, data, views):
     """What is known of the official score of a loaded checkpoint, averaged over the views, as text."""
-    if not checkpoint.is_validated(content):
-        best = checkpoint.best_score(weights.parent)
-        known = f"the run in run/ has {best:.4f}, from one view per image" if best >= 0 else "not measured"
-        return f"unknown, since the weights were trained on all pairs; {known}"
-    pairs, model = load_pairs(data), checkpoint.restore(content, weights)
-    indices = held_out(content, weights, pairs.names)
-    found = evaluate(model, pairs, indices, content["size"], torch.device("cpu"), views=parse_views(views))[0]
-    return f"{official_score(found):.4f}, the official score on the {len(indices)} pairs held out, from these views"
+    if checkpoint.is_validated(content):
+        pairs, model = load_pairs(data), checkpoint.restore(content, weights)
+        indices = held_out(content, weights, pairs.names)
+        if not checkpoint.has_seen(content, [pairs.names[i] for i in indices]):
+            device, views = torch.device("cpu"), parse_views(views)
+            score = official_score(evaluate(model, pairs, indices, content["size"], device, views=views)[0])
+            return f"{score:.4f}, the official score on the {len(indices)} pairs held out, from these views"
+    best = checkpoint.best_score(weights.parent)
+    known = f"the run in run/ has {best:.4f}, from one view per image" if best >= 0 else "not measured"
+    return f"unknown, since the weights were trained on all pairs; {known}"
 
 
 def write_readme(matric, folder, content, score, views, report, count):
