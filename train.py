@@ -533,7 +533,7 @@ def train(run):
             clock = now
             run.progress |= {"loss": run.progress["loss"] + loss, "step": step + 1}
             session, spent = session + 1, compute(run.phases, epoch + (step + 1) / run.steps)
-            if session == 1:  # not representative: the first step fills caches
+            if session <= 2:  # not representative: the first steps fill caches
                 warm_time, warm_spent, left = now, spent, None
             else:
                 left = (total - spent) * (now - warm_time) / (spent - warm_spent)
