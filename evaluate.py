@@ -115,10 +115,10 @@ def held_out(content, path, names):
     """
     index, used = {name: i for i, name in enumerate(names)}, set(content.get("trained_on", ()))
     held = [index[name] for name in content.get("held_out", ()) if name in index]
-    unused = [index[name] for name in names if used and name not in used]
+    if held := held or [index[name] for name in names if used and name not in used]:
+        return np.array(held)
     args = checkpoint.run_record(path).get("args", {})
-    usual = split(len(names), args.get("val_split") or 0.1, args.get("split_seed", 42))[1]
-    return np.array(held or unused or usual)
+    return split(len(names), args.get("val_split") or 0.1, args.get("split_seed", 42))[1]
 
 
 def compare_folders(predicted, truth):

@@ -65,11 +65,12 @@ def read_submission(path, images, own, remedy):
 def describe_score(weights, content, data, views):
     """What is known of the official score of a loaded checkpoint, averaged over the views, as text."""
     if checkpoint.is_validated(content):
-        pairs, model = load_pairs(data), checkpoint.restore(content, weights)
+        pairs = load_pairs(data)
         indices = held_out(content, weights, pairs.names)
         if not checkpoint.has_seen(content, [pairs.names[i] for i in indices]):
-            device, views = torch.device("cpu"), parse_views(views)
-            score = official_score(evaluate(model, pairs, indices, content["size"], device, views=views)[0])
+            model, device = checkpoint.restore(content, weights), torch.device("cpu")
+            confusions, _ = evaluate(model, pairs, indices, content["size"], device, views=parse_views(views))
+            score = official_score(confusions)
             return f"{score:.4f}, the official score on the {len(indices)} pairs held out, from these views"
     best = checkpoint.best_score(weights.parent)
     known = f"the run in run/ has {best:.4f}, from one view per image" if best >= 0 else "not measured"
