@@ -86,7 +86,6 @@ def build_parser():
 
     score = parser.add_argument_group("validation")
     score.add_argument("--val-every", type=int, default=1, help="epochs between validations")
-    score.add_argument("--keep-every", type=int, default=0, help="keep epoch-NNN.pt every N epochs; 0: none")
     score.add_argument("--train-score", type=int, default=30, help="training pairs scored too, for the curves")
 
     machine = parser.add_argument_group("machine")
@@ -151,7 +150,7 @@ def check(args):
     """UserError if a value is out of range, naming its flag."""
     ranges = {
         (0, 1): ("smoothing", "target"),
-        (0, 1e6): ("ce", "dice", "warmup", "clip", "patience", "keep_every", "save_minutes", "train_score"),
+        (0, 1e6): ("ce", "dice", "warmup", "clip", "patience", "save_minutes", "train_score"),
         (1, 1e6): ("epochs", "batch", "val_every"),
         (0, 100): ("focal", "weight_decay"),
         (1, 100): ("restart_growth",),

@@ -88,10 +88,10 @@ def _pixels(image):
     return pixels
 
 
-def add_arguments(parser, required=True):
-    """Add the flags that predict.py and ensemble_tta.py share; `required`: input and output are."""
-    parser.add_argument("--input", "--in", required=required, help="an image file or a folder of images")
-    parser.add_argument("--output", "--out", required=required, type=Path, help="folder for NAME.png masks")
+def add_arguments(parser):
+    """Add the flags that predict.py and ensemble_tta.py share."""
+    parser.add_argument("--input", "--in", required=True, help="an image file or a folder of images")
+    parser.add_argument("--output", "--out", required=True, type=Path, help="folder for NAME.png masks")
     parser.add_argument("--views", default="", help="views to average: flip, scales, or numbers such as flip,1,1.5")
     parser.add_argument("--size", type=int, default=0, help="side of the network's input; 0: the checkpoint's own")
     place = parser.add_mutually_exclusive_group()

@@ -66,7 +66,8 @@ def resumed_args(args, given):
         raise UserError(f"{folder}/args.json contains no arguments; start a new run with FROM=") from None
     removed = {key for key in settings.keys() - vars(args).keys() if settings[key]}
     if removed:
-        raise UserError(f"{folder} uses {', '.join(sorted(removed))}, which this version no longer has")
+        what = f"{folder} uses {', '.join(sorted(removed))}, which this version no longer has"
+        raise UserError(f"{what}; start a new run with FROM={make_name(folder)}")
     for key in sorted(given - PLACES - {"name"}):
         if vars(args)[key] != settings.get(key):
             raise UserError(
@@ -463,14 +464,12 @@ def finish_epoch(run, epoch, line):
     if run.rank == 0:
         require_finite(run)
         write_metrics(run.folder, [*read_metrics(run.folder), line])
-        content = describe_network(run, run.average or run.model, size)
-        content |= {"epoch": epoch + 1, "official": line.get("official"), "validated": bool(len(run.val_indices))}
         if better:
+            content = describe_network(run, run.average or run.model, size)
+            content |= {"epoch": epoch + 1, "official": line.get("official"), "validated": bool(len(run.val_indices))}
             checkpoint.save(run.folder / "best.pt", content)
             if confusions is not None:
                 write_best(run, line, confusions)
-        if run.args.keep_every and (epoch + 1) % run.args.keep_every == 0:
-            checkpoint.save(run.folder / f"epoch-{epoch + 1:03d}.pt", content)
         show_line("", sys.stdout)
         print(epoch_line(line, run.epochs, better), flush=True)
     save_last(run)

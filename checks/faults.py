@@ -50,7 +50,7 @@ TINY = {"widths": [4, 4, 8, 8, 8], "depths": [0, 1, 1, 1, 1], "decoder": [4, 4, 
 FLAGS = (
     *("--model=microunet", f"--model-args={json.dumps(TINY)}", "--sizes=32:2,64:2", "--batch=4", "--optimiser=muon"),
     *("--ema=0.9", "--augment=advanced", "--lr=1e-3", "--warmup=1", "--val-split=0.3", "--val-every=2"),
-    *("--keep-every=3", "--save-minutes=0", "--device=cpu"),
+    *("--save-minutes=0", "--device=cpu"),
 )
 
 
@@ -254,7 +254,7 @@ def load_checkpoints(place):
         [*place.evaluate, place.cache, "--weights", path],
         [*place.package, place.root / "bad.zip", "--weights", path],
         ["tools.run", "--weights", path, "--input", image, "--output", place.root / "bad.png"],
-        ["ensemble_tta", "--weights", path, path, "--average-weights", "--input", image, "--output", place.root],
+        ["ensemble_tta", "--weights", path, path, "--input", image, "--output", place.root],
         place.train("from-bad", "--from", path),
     ]
     for (number, content), command in place.some(list(itertools.product(enumerate(contents), commands)), 12):

@@ -13,10 +13,11 @@ from PIL import Image
 import checkpoint
 import ensemble_tta
 import predict
-from images import read_image
+from images import read_image, read_mask
 from labels import NAMES, PALETTE
 from model import build
 from photo import parse_labels
+from views import ONE_VIEW, label_map, log_probabilities
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def weights(tmp_path_factory):
     """A folder of checkpoints of untrained networks: a.pt and b.pt for 64 pixels, late.pt for 96."""
     folder = tmp_path_factory.mktemp("weights")
     for name, size in (("a", 64), ("b", 64), ("late", 96)):
-        content = {"model": "microunet", "model_args": {}, "size": size, "validated": name == "late"}
+        content = {"model": "microunet", "model_args": {}, "size": size}
         checkpoint.save(folder / f"{name}.pt", content | {"state_dict": build("microunet").state_dict()})
     return folder
 
@@ -146,26 +147,15 @@ def test_code_in_a_checkpoint_does_not_run(weights, tmp_path):
     assert not (tmp_path / "created").exists()
 
 
-def test_average_is_the_mean_of_the_weights_for_the_largest_size(weights, tmp_path, monkeypatch):
-    paths, saved = [weights / f"{name}.pt" for name in ("a", "late")], tmp_path / "average.pt"
-    command = ["ensemble_tta.py", "--weights", *map(str, paths), "--average-weights"]
-    monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(UserError, match="--save FILE"):
-        ensemble_tta.main()
-    monkeypatch.setattr(sys, "argv", [*command, "--save", str(saved)])
-    assert ensemble_tta.main() == 0
-    average = checkpoint.load(saved)
-    first, second = (checkpoint.load(path)["state_dict"]["classifier.weight"] for path in paths)
-    assert torch.allclose(average["state_dict"]["classifier.weight"], (first + second) / 2)
-    assert average["size"] == 96 and not average["validated"]
-    assert checkpoint.has_seen(average, ["any"])  # neither file names its pairs, and one was trained on all
-    with pytest.raises(UserError, match="exists"):
-        ensemble_tta.main()
-
-
-def test_ensemble_warns_that_it_may_not_be_submitted(run, tmp_path):
-    status, warning = run("--input=a.png --whole --views=flip", ensemble_tta, "ab")
-    assert status == 0 and "forbids" in warning and (tmp_path / "out/a.png").is_file()
+def test_ensemble_averages_predictions_and_warns_that_it_may_not_be_submitted(run, weights, tmp_path):
+    status, warning = run("--input=a.png --whole", ensemble_tta, "ab")
+    assert status == 0 and "forbids" in warning
+    networks = [checkpoint.load_model(weights / f"{name}.pt")[0] for name in "ab"]
+    pixels = torch.from_numpy(read_image("a.png")).permute(2, 0, 1)[None]
+    expected = label_map(log_probabilities(networks, pixels, 64, ONE_VIEW), 30, 40)[0]
+    assert np.array_equal(read_mask(tmp_path / "out/a.png"), expected.numpy())
+    status, error = run("--input=a.png --whole", ensemble_tta, ("a", "late"))
+    assert status == 2 and "sizes [64, 96]: choose one with --size" in error
 
 
 def test_face_parser_takes_paths_images_and_arrays(run, weights):

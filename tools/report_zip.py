@@ -10,7 +10,7 @@ import io
 import re
 from pathlib import Path
 
-from common import ArgumentParser, UserError, atomic, make_folder, print_message, read_json, require_packages, run_main
+from common import ArgumentParser, UserError, atomic, make_folder, read_json, require_packages, run_main
 
 import torch
 
@@ -65,13 +65,10 @@ def read_submission(path, images, own, remedy):
 def describe_score(weights, content, data, views):
     """What is known of the official score of a loaded checkpoint, averaged over the views, as text."""
     if checkpoint.is_validated(content):
-        pairs = load_pairs(data)
+        pairs, model, device = load_pairs(data), checkpoint.restore(content, weights), torch.device("cpu")
         indices = held_out(content, weights, pairs.names)
-        if not checkpoint.has_seen(content, [pairs.names[i] for i in indices]):
-            model, device = checkpoint.restore(content, weights), torch.device("cpu")
-            confusions, _ = evaluate(model, pairs, indices, content["size"], device, views=parse_views(views))
-            score = official_score(confusions)
-            return f"{score:.4f}, the official score on the {len(indices)} pairs held out, from these views"
+        score = official_score(evaluate(model, pairs, indices, content["size"], device, views=parse_views(views))[0])
+        return f"{score:.4f}, the official score on the {len(indices)} pairs held out, from these views"
     best = checkpoint.best_score(weights.parent)
     known = f"the run in run/ has {best:.4f}, from one view per image" if best >= 0 else "not measured"
     return f"unknown, since the weights were trained on all pairs; {known}"
@@ -108,11 +105,10 @@ def main():
     parser.add_argument("--matric", required=True, type=matriculation, help="matriculation number, such as A12345678B")
     parser.add_argument("--report", type=Path, help=f"PDF, at most {MAX_PAGES} A4 pages; default the run's report.pdf")
     parser.add_argument("--name", help="run to hand in; default the release, else the best run")
-    parser.add_argument("--weights", help="checkpoint in the run's folder, instead of its best.pt")
     parser.add_argument("--data", help="folder with test/images; default that of the training, else ./data")
     parser.add_argument("--out", default="build", type=Path, help="folder for the zip")
     args = parser.parse_args()
-    weights = checkpoint.find_weights(args.weights or args.name)
+    weights = checkpoint.find_weights(args.name)
     folder, name = weights.parent, checkpoint.make_name(weights.parent)
     report, draft = args.report or folder / "report.pdf", folder / "report.html"
     if not report.is_file():
@@ -130,12 +126,10 @@ def main():
     if not submission.is_file() and make_submission(weights, images, "test", submission):
         return 1
     content = checkpoint.load(weights)
-    remedy = f"`make submit {f'WEIGHTS={weights}' if args.weights else f'NAME={name}'}` (and VIEWS=) creates a new one"
+    remedy = f"`make submit NAME={name}` (and VIEWS=) creates a new one"
     sent, views = read_submission(submission, images, content["state_dict"], remedy)
     masks = {name: data for name, data in sent.items() if name.startswith("masks/")}
     score = describe_score(weights, content, data, views)
-    if args.weights:
-        print_message(f"{report} must describe {weights}, not best.pt as the draft does; its score: {score}")
     readme = write_readme(args.matric, folder, content, score, views, report.name, len(masks))
     files = {report.name: report, "run/args.json": folder / "args.json", "run/metrics.jsonl": folder / "metrics.jsonl"}
     code = (path for pattern in CODE for path in ROOT.glob(pattern) if path.is_file())
