@@ -1,12 +1,13 @@
 # Face parsing with fewer than 1,821,085 parameters. `make` lists the targets.
 #
 # Settings are variables and become flags of the script behind the target: `make train NAME=a LR=8e-4 DICE=1.5` runs
-# `train.py --name=a --lr=8e-4 --dice=1.5`. Any flag works, switches as LMSA=0 or OVERWRITE=1; an unknown one is an error
-# of the script. An empty variable passes no flag. Only the command line counts, not the environment.
+# `train.py --name=a --lr=8e-4 --dice=1.5`. Any flag works, switches as LMSA=0 or OVERWRITE=1; an unknown one is an
+# error. An empty variable passes no flag. Only the command line counts, not the environment.
 
-VENV ?= .venv
+VENV = .venv
 # PYTHON creates the environment; with VENV= (empty) it is the environment.
-PYTHON ?= python3
+PYTHON = python3
+ARGS =
 PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 READY := $(if $(VENV),$(VENV)/.ready)
 
@@ -26,7 +27,7 @@ UNUSED := $(firstword $(SETTINGS) $(if $(filter test,$(FIXED)),,$(if $(ARGS),ARG
 $(if $(and $(FIXED),$(UNUSED)),$(error $(UNUSED) has no effect on `make $(FIXED)`))
 # $(call flags,A B) are the flags of all settings but A and B, and then ARGS as it is.
 flags = $(foreach v,$(filter-out $(1),$(SETTINGS)),--$(shell echo $(v) | tr A-Z_ a-z-)=$(call quoted,$(v))) $(ARGS)
-needs = $(foreach v,$(1),$(if $(value $(v))$(ARGS),,$(error `make $@` needs $(v)=, as in: $(2))))
+needs = $(foreach v,$(1),$(if $(filter $(v),$(SETTINGS))$(ARGS),,$(error `make $@` needs $(v)=, as in: $(2))))
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{printf "%-20s%s\n", $$1, $$2}'
@@ -87,7 +88,7 @@ check-submission: $(READY) ## check any Codabench zip
 	$(call needs,ZIP,make check-submission ZIP=theirs.zip)$(PY) -m tools.check_submission $(flags)
 
 report: $(READY) ## runs/index.html, one page of all runs; with NAME, a draft of the course report
-	$(PY) -m tools.$(if $(NAME),course_report,report) $(flags)
+	$(PY) -m tools.$(if $(filter NAME,$(SETTINGS)),course_report,report) $(flags)
 
 report-pdf: $(READY) ## print the draft of run NAME with Chromium, at most five pages
 	$(PY) -m tools.course_report --pdf $(flags)
@@ -96,7 +97,7 @@ report-pdf: $(READY) ## print the draft of run NAME with Chromium, at most five 
 report-zip: $(READY) ## course zip of run NAME: report, masks, code, checkpoint
 	$(call needs,MATRIC,make report-zip NAME=a MATRIC=A12345678B)$(PY) -m tools.report_zip $(flags)
 
-release: $(READY) ## make runs/release from run NAME
+release: $(READY) ## copy run NAME to runs/release, the default weights, in half precision
 	$(call needs,NAME,make release NAME=a)$(PY) -m tools.export --release $(flags)
 
 export: $(READY) ## one ONNX file of run NAME, compared with torch; needs tools/requirements.txt
@@ -126,5 +127,5 @@ bench: $(READY) ## throughput, memory and scaling against the baseline
 	$(PY) -m checks.bench $(flags)
 
 clean: ## remove the environment and caches; never runs/ or data
-	rm -rf $(patsubst %/.ready,%,$(wildcard $(VENV)/.ready)) build/cache build/speedrun build/synthetic-faces build/demo-masks \
-		.pytest_cache .ruff_cache __pycache__ */__pycache__
+	rm -rf $(patsubst %/.ready,%,$(wildcard $(VENV)/.ready)) build/cache build/speedrun build/synthetic-faces \
+		build/demo-masks build/bench-* .hypothesis .pytest_cache .ruff_cache __pycache__ */__pycache__

@@ -97,9 +97,9 @@ def warp(images, masks, params, size, exchange_sides=True):
     """Flip, rotate, scale and shift in one resampling.
 
     uint8 images (B, 3, S, S), uint8 masks (B, M, M), S and M >= size -> float images (B, 3, size, size), values
-    0..1, and uint8 masks (B, size, size). Images are bilinear from a source of at most twice the size; for the
-    identity this equals the area average of prediction if S is size or 2 * size. Masks are nearest from full
-    resolution, left and right exchanged if mirrored. Outside the image it is reflected.
+    0..1, and uint8 masks (B, size, size). Images are reduced to at most twice the size, then sampled bilinearly; for
+    the identity this equals the area average of prediction if S is size or 2 * size. Masks are sampled at full
+    resolution, to the nearest pixel, with left and right exchanged if mirrored. Pixels outside the image are reflected.
     """
     device, count = images.device, len(images)
     across, down, shift = params["theta"].to(device)[..., None, None].unbind(2)  # (B, 2, 1, 1): x and y

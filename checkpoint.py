@@ -1,8 +1,8 @@
 """Checkpoints and run folders: save and load safely, find a run and its weights, choose the device.
 
 A checkpoint is a dict. `best.pt` contains what inference needs (`state_dict`, `model`, `model_args`, `size`);
-`last.pt` adds the optimiser state that resuming needs. Both name the pairs that the weights were `trained_on` and those
-that the training `held_out`.
+`last.pt` adds the optimiser state that resuming needs. With --ema, best.pt has the averaged weights, last.pt the plain
+ones. Both name the pairs that the weights were `trained_on` and those that the training `held_out`.
 """
 
 import ctypes
@@ -121,7 +121,10 @@ def is_validated(content):
 
 
 def has_seen(content, names):
-    """True if the weights of a loaded checkpoint were trained on any of these pairs; if it names none, on all pairs."""
+    """True if the weights of a loaded checkpoint were trained on any of these pairs.
+
+    A checkpoint that names no pairs counts as trained on all, unless its run held some out.
+    """
     if used := content.get("trained_on"):
         return not set(names).isdisjoint(used)
     return not content.get("validated", True)
@@ -159,6 +162,16 @@ def run_record(path):
     """The args.json next to a file in a run's folder, as a dict; {} if there is none."""
     record = Path(path).with_name("args.json")
     return read_json(record) if record.is_file() else {}
+
+
+def run_arguments(folder):
+    """The arguments in a run's args.json as a dict. UserError if the file is damaged."""
+    try:
+        arguments = dict(read_json(folder / "args.json")["args"])
+        arguments["model"], arguments["sizes"]
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{folder}/args.json contains no arguments: restore it, or start a new run") from None
+    return arguments
 
 
 def make_name(folder):

@@ -1,4 +1,4 @@
-"""What every script shares: one-line errors, command lines, atomic files, worker processes, progress on a terminal."""
+"""Shared helpers: one-line errors, command lines, atomic files, worker processes, progress on a terminal."""
 
 import argparse
 import contextlib
@@ -35,7 +35,8 @@ class UserError(Exception):
 def require_packages(*names):
     """UserError with the pip command unless these packages of tools/requirements.txt are installed."""
     if missing := [name for name in names if importlib.util.find_spec(name) is None]:
-        raise UserError(f"no {', '.join(missing)} here: {sys.executable} -m pip install -r tools/requirements.txt")
+        remedy = f"{sys.executable} -m pip install -r tools/requirements.txt"
+        raise UserError(f"{', '.join(missing)} not installed: {remedy}")
 
 
 def did_you_mean(known, *words, count=3):
@@ -45,7 +46,7 @@ def did_you_mean(known, *words, count=3):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults, but not those that say nothing."""
+    """Shows defaults, except None, False, 0 and \"\"."""
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, "", False) else super()._get_help_string(action)
@@ -83,7 +84,7 @@ class ArgumentParser(argparse.ArgumentParser):
         if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
             similar = did_you_mean(self._option_string_actions, unknown[1], count=1)
             message += f"; {similar}" if similar else ""
-        raise UserError(f"{message} ({self.prog} --help lists the flags)")
+        raise UserError(f"{message}; --help lists the flags")
 
 
 def positive(text):
@@ -94,7 +95,7 @@ def positive(text):
 
 
 def run_main(main):
-    """Call `main()` and exit with its return value; a UserError or OSError is one line and status 2.
+    """Call `main()` and exit with its return value; a UserError, OSError or lack of memory is one line and status 2.
 
     Ctrl-C exits with status 130, SIGTERM with 143. Any other exception is a bug and keeps its traceback.
     """
@@ -103,7 +104,7 @@ def run_main(main):
     try:
         sys.exit(main())
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # every process of a distributed run meets the same mistake
+        if os.environ.get("RANK", "0") == "0":  # all processes raise the same error
             print_message(error, "error")
         sys.exit(2)
     except KeyboardInterrupt:
@@ -114,6 +115,11 @@ def run_main(main):
         sys.exit(0)
     except OSError as error:
         print_message(f"{error.filename}: {error.strerror}" if error.filename else error, "error")
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:  # torch raises the latter
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        print_message("out of memory: try a smaller BATCH, SIZES, SIZE or VIEWS", "error")
         sys.exit(2)
 
 

@@ -73,7 +73,7 @@ class Batches:
     def __init__(self, pairs, indices, device, fix_sides):
         self.pairs, self.indices, self.device, self.fix_sides = pairs, indices, device, fix_sides
         self.resident = None
-        # The map is memory already for a CPU; on a GPU the pairs may take 40 % of what is free.
+        # A CPU reads the memory map directly; on a GPU the pairs may take 40 % of the free memory.
         needed = len(indices) * (IMAGE_BYTES + MASK_BYTES)
         if device.type == "cuda" and needed < 0.4 * torch.cuda.mem_get_info(device)[0]:
             chunks = [self.read(chunk) for chunk in np.array_split(np.arange(len(indices)), len(indices) // 64 + 1)]
@@ -114,11 +114,14 @@ def is_synthetic(data):
 def find_data_of(weights, folder=None):
     """The data folder for a file in a run's folder: `folder`, else that of the run, else ./data.
 
-    UserError if there is none: synthetic faces replace it only for a run that was trained on them.
+    For a run on synthetic faces these replace ./data. UserError if there is no data folder.
     """
     record = run_record(weights)
     folder = folder or record.get("args", {}).get("data")
-    if folder is None and not Path("data").is_dir() and not (record.get("pairs") or {}).get("drawn"):
+    synthetic = (record.get("pairs") or {}).get("drawn")
+    if folder is None and synthetic and SYNTHETIC.is_dir():
+        return SYNTHETIC
+    if folder is None and not synthetic and not Path("data").is_dir():
         raise UserError("no data/ folder: `make data RAW=/path/to/download` creates it; DATA=FOLDER names another")
     return find_data(folder)
 
@@ -147,7 +150,8 @@ def split(count, val_split=0.1, seed=42):
         raise UserError(f"--split-seed {seed} is out of range: 0 to {2**32 - 1}")
     held = round(count * val_split) if 0 <= val_split < 1 else 0
     if not 0 <= val_split < 1 or held >= count or (val_split and not held):
-        raise UserError(f"--val-split {val_split} of {count} pairs: {held} for validation, {count - held} for training")
+        sides = f"{held} for validation, {count - held} for training"
+        raise UserError(f"--val-split {val_split} of {count} pairs: {sides}; change it, or 0 trains on all")
     order = np.random.RandomState(seed).permutation(count)
     return order[: count - held], order[count - held :]
 
@@ -155,7 +159,7 @@ def split(count, val_split=0.1, seed=42):
 def load_pairs(data, cache="build/cache", workers=None):
     """All pairs of DATA/train, from the cache if it was made of exactly these files, else decoded into it first.
 
-    The cache is one file: N images, N masks, N bytes that say whether left and right are reversed.
+    The cache is one file: N images, N masks, N flags (1: left and right reversed).
     """
     files = find_pairs(data)
     count = len(files)
@@ -183,7 +187,7 @@ def _build_cache(path, files, total, workers):
     """Decode all pairs into the cache file `path` of `total` bytes, atomically."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for unfinished in path.parent.glob("*.tmp"):  # of a killed process: a live one holds the lock of its file
+        for unfinished in path.parent.glob("*.tmp"):  # left by a killed process: a live one holds its lock
             with contextlib.suppress(OSError), open(unfinished) as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 unfinished.unlink()
@@ -211,7 +215,8 @@ def _decode(task):
     image, mask = read_image(image_path).transpose(2, 0, 1), read_mask(mask_path)
     for path, array in ((image_path, image), (mask_path, mask)):
         if array.shape[-2:] != (SIZE, SIZE):
-            raise UserError(f"{path} is {array.shape[-1]} x {array.shape[-2]}, not 512 x 512; `make data` resizes")
+            size = f"{array.shape[-1]} x {array.shape[-2]}"
+            raise UserError(f"{path} is {size}, not 512 x 512; `make data RAW=FOLDER DATA=NEW` resizes a data folder")
     with open(cache, "r+b") as file:
         for offset, array in (
             (index * IMAGE_BYTES, image),

@@ -4,7 +4,7 @@ python evaluate.py --weights runs/a/best.pt
 python evaluate.py --weights a --views flip,scales --data data
 python evaluate.py --masks masks --truth data/train/masks
 
-The held-out pairs are those of the run beside the checkpoint (its args.json), else the reference's last tenth.
+The held-out pairs are those that the checkpoint names, else those of its run's split, else of the reference's.
 """
 
 import sys

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from labels import COLOURS, NUM_CLASSES, PALETTE
 
-# Pillow alone cannot read the last two: they are reported instead of skipped.
+# Pillow cannot read the last two; listed, so that such files are an error instead of being skipped.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".heif")
 # A small file can claim huge dimensions (a decompression bomb): an error, not a warning.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -86,11 +86,8 @@ def read_mask(path):
             if image.format == "JPEG":
                 raise UserError(f"{path} is a JPEG, which destroys labels; a mask must be a PNG")
             if image.mode in ("RGB", "RGBA") and labels_from_colours(image) is not None:
-                folder = Path(path).parent.parent.parent  # above train/masks
-                raise UserError(
-                    f"{path} contains the labels' colours, not labels; `make data RAW={folder} DATA={folder}-labels` "
-                    "converts it"
-                )
+                remedy = "`make data RAW=FOLDER DATA=NEW` converts a data folder"
+                raise UserError(f"{path} contains the labels' colours, not labels; {remedy}")
             if image.mode not in ("P", "L"):
                 raise UserError(f"{path} has mode {image.mode}; a mask has one channel (mode P or L)")
             mask = np.array(image)

@@ -1,12 +1,11 @@
 """The 19 labels of CelebAMask-HQ (Lee et al., arXiv 1907.11922): names, colours, left and right.
 
-python labels.py                          # print the table
-python labels.py --legend docs/labels.png
+python labels.py     # print the table
 
 Left and right are the person's own, so label 4 (l_eye) lies at the image's right.
 """
 
-from common import ArgumentParser, atomic, run_main
+from common import ArgumentParser, run_main
 
 NAMES = (
     *("background", "skin", "nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear"),
@@ -31,28 +30,9 @@ for _left, _right in SIDES:
     FLIP[_left], FLIP[_right] = _right, _left
 
 
-def legend(columns=5, width=150, height=30):
-    """A PIL image of every label's colour, id and name."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    image = Image.new("RGB", (columns * width, -(-NUM_CLASSES // columns) * height), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(16)
-    for label, (name, colour) in enumerate(zip(NAMES, COLOURS, strict=True)):
-        x, y = label % columns * width, label // columns * height
-        draw.rectangle((x + 4, y + 4, x + 26, y + height - 5), fill=colour)
-        draw.text((x + 34, y + height // 2), f"{label} {name}", "black", font, anchor="lm")
-    return image
-
-
 def main():
-    parser = ArgumentParser(description="Print the labels, or write a legend.")
-    parser.add_argument("--legend", help="write a PNG of all labels and colours to this file")
-    args = parser.parse_args()
-    if args.legend:
-        with atomic(args.legend) as temporary:
-            legend().save(temporary, format="PNG")
-    else:
-        print("\n".join(f"{label:>2} {NAMES[label]:<12}{HEX_COLOURS[label]}" for label in range(NUM_CLASSES)))
+    ArgumentParser(description="Print the labels with their colours.").parse_args()
+    print("\n".join(f"{label:>2} {NAMES[label]:<12}{HEX_COLOURS[label]}" for label in range(NUM_CLASSES)))
 
 
 if __name__ == "__main__":

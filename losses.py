@@ -26,7 +26,7 @@ def segmentation_loss(
     - `smoothing` gives that fraction of each pixel's target to all labels equally (arXiv 1512.00567), in the
       cross-entropy only.
     - `dice_over`: "present" averages 1 - Dice over the labels in each image's target, as the official score does;
-      "all" averages over all 19, with one pixel added to both sides of the fraction for those that are absent.
+      "all" averages over all 19, with 1 added to numerator and denominator, which gives absent labels a value.
     """
     log_p = F.log_softmax(logits, 1)
     p = log_p.exp()

@@ -6,11 +6,10 @@ python model.py --recipe release                     # takes the flags of train.
 Both take float images (B, 3, H, W) with values 0..1, sides multiples of 32, and return logits (B, 19, H, W).
 """
 
-import json
 import sys
 import warnings
 
-from common import UserError, read_json, run_main
+from common import UserError, run_main
 
 import torch
 import torch.nn.functional as F
@@ -180,7 +179,7 @@ class MicroSegFormer(nn.Module):
 
         The weights of a bilinear sample add up to 1, so Linear maps and bilinear resizing commute: each stage's Linear
         and its slice of the fusion act as one map at the stage's own resolution, and the classifier acts before
-        the last upsampling. `checks/references.py` has the literal evaluation that this equals.
+        the last upsampling. `checks/references.py` has the baseline that this equals.
         """
         fused = None
         for x, linear, weight in zip(self.features(image), self.decode, self.fuse.weight.chunk(4, dim=1), strict=True):
@@ -324,7 +323,7 @@ def coordinates(image):
 
 @torch.no_grad()
 def fold_batch_norm(model):
-    """Make each batch norm of a network, in place, part of the convolution before it; FOLDS of the classes name both.
+    """Fold each batch norm into the convolution before it, in place; a class's FOLDS is {norm's name: convolution's}.
 
     The logits in evaluation mode stay the same up to rounding; the network cannot be trained any more.
     """
@@ -356,22 +355,6 @@ def build(name, **arguments):
         raise UserError(f"{name} does not accept the arguments {arguments}: {error}") from None
 
 
-def model_arguments(name, lmsa=None, text="{}", **arguments):
-    """Constructor arguments as a dict: `arguments`, `lmsa` if the network has that switch, and a JSON object `text`.
-
-    UserError if `text` is not a JSON object, or if `lmsa` is set (not None) for a network without the switch.
-    """
-    try:
-        extra = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--model-args {text}: not JSON ({error})") from None
-    if not isinstance(extra, dict):
-        raise UserError(f'--model-args {text}: use a JSON object such as {{"attention": 0}}')
-    if lmsa is not None and name != "microsegformer":
-        raise UserError(f"--lmsa is for microsegformer; {name} has no LMSA")
-    return {**({} if lmsa is None else {"lmsa": lmsa}), **arguments, **extra}
-
-
 def count_parameters(model):
     """Number of parameters as the challenge counts: frozen ones included, buffers not."""
     return sum(p.numel() for p in model.parameters())
@@ -385,12 +368,12 @@ def parameter_table(model):
 
 
 def main():
-    from checkpoint import find_run  # these import this module
+    from checkpoint import find_run, run_arguments  # these import this module
     from options import network_arguments, parse
 
     args, _ = parse(sys.argv[1:])
     if args.name:
-        vars(args).update(read_json(find_run(args.name, args.runs) / "args.json")["args"])
+        vars(args).update(run_arguments(find_run(args.name, args.runs)))
     model = build(args.model, **network_arguments(args))
     print(f"{args.model}\n{parameter_table(model)}")
     if count_parameters(model) >= PARAM_LIMIT:

@@ -13,11 +13,11 @@ from pathlib import Path
 from common import ArgumentParser, UserError, did_you_mean
 
 from augment import PRESETS, Strength
-from model import MODELS, model_arguments
+from model import MODELS
 
 RECIPES = Path(__file__).with_name("recipes.toml")
-# Flags that say where a run computes, not what: a resumed run may change them.
-PLACES = {"device", "threads", "data", "cache", "runs", "resume", "nproc"}
+# Arguments that do not change the result; a resumed run may change them.
+NEUTRAL = {"device", "threads", "data", "cache", "runs", "resume", "nproc", "save_minutes"}
 
 
 def build_parser():
@@ -37,8 +37,8 @@ def build_parser():
     data.add_argument("--data", help="folder with train/images and train/masks; default ./data, else synthetic faces")
     data.add_argument("--cache", default="build/cache", help="folder of the decoded copies")
     data.add_argument("--val-split", type=float, default=0.1, help="fraction held out for validation; 0: train on all")
-    data.add_argument("--seed", type=int, default=42, help="of weights, order and augmentation")
-    data.add_argument("--split-seed", type=int, default=42, help="of the split")
+    data.add_argument("--seed", type=int, default=42, help="random seed of weights, order and augmentation")
+    data.add_argument("--split-seed", type=int, default=42, help="random seed of the split")
     data.add_argument("--fix-sides", **switch, default=True, help="repair training masks with left and right reversed")
 
     net = parser.add_argument_group("network")
@@ -53,14 +53,16 @@ def build_parser():
     length.add_argument("--batch", type=int, default=32, help="images per step, over all processes")
     length.add_argument("--lr", type=float, default=8e-4, help="highest learning rate")
     length.add_argument("--warmup", type=float, default=5, help="epochs of linear warm-up; at most half of the run")
-    length.add_argument("--schedule", choices=("cosine", "restarts", "constant"), default="cosine", help="shape")
+    length.add_argument(
+        "--schedule", choices=("cosine", "restarts", "constant"), default="cosine", help="after warm-up"
+    )
     length.add_argument("--restart-period", type=float, default=30, help="epochs until the first warm restart")
     length.add_argument("--restart-growth", type=float, default=2, help="length of each period relative to the last")
     length.add_argument("--patience", type=int, default=30, help="stop after this many epochs without gain; 0: never")
     length.add_argument("--target", type=float, default=0.0, help="stop at this official score; 0: never")
 
     optim = parser.add_argument_group("optimiser")
-    optim.add_argument("--optimiser", choices=("adamw", "muon"), default="adamw", help="Muon: for matrices")
+    optim.add_argument("--optimiser", choices=("adamw", "muon"), default="adamw", help="muon: AdamW for vectors")
     optim.add_argument("--weight-decay", type=float, default=1e-4, help="decoupled, as in AdamW")
     optim.add_argument("--decay-all", **switch, default=True, help="decay biases and norms too, not only matrices")
     optim.add_argument("--clip", type=float, default=1.0, help="maximum gradient norm; 0 disables clipping")
@@ -72,21 +74,22 @@ def build_parser():
     loss.add_argument("--focal", type=float, default=0.0, help="focal exponent in the cross-entropy; 0 disables it")
     loss.add_argument("--class-weights", choices=("", "balanced"), default="", help="balanced: 1/sqrt(frequency)")
     loss.add_argument("--smoothing", type=float, default=0.0, help="label smoothing in the cross-entropy")
-    loss.add_argument("--dice-over", choices=("present", "all"), default="present", help="labels that Dice averages")
+    loss.add_argument("--dice-over", choices=("present", "all"), default="present", help="labels that are averaged")
     loss.add_argument("--loss-grid", choices=("image", "logits"), default="image", help="resolution of the loss")
 
     change = parser.add_argument_group("augmentation", "Units are in augment.py; the defaults are the preset's.")
     change.add_argument("--augment", choices=sorted(PRESETS), default="basic", help="preset of the strengths below")
-    for name, kind in Strength.__annotations__.items():
-        if kind is float:
-            change.add_argument(f"--{name.replace('_', '-')}", type=float)
+    for name in Strength.__annotations__:
+        change.add_argument(f"--{name.replace('_', '-')}", type=float)
     change.add_argument(
         "--exchange-sides", **switch, default=True, help="exchange left and right labels in mirrored masks"
     )
 
     score = parser.add_argument_group("validation")
     score.add_argument("--val-every", type=int, default=1, help="epochs between validations")
-    score.add_argument("--train-score", type=int, default=30, help="training pairs scored too, for the curves")
+    score.add_argument(
+        "--train-score", type=int, default=30, help="training pairs scored too; at most as many as held out"
+    )
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -105,6 +108,8 @@ def load_recipes():
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"cannot read recipes.toml: {error}") from None
     for name, table in recipes.items():
+        if not isinstance(table, dict):
+            raise UserError(f"recipes.toml: {name} stands outside a recipe; move it under `set` of one")
         if others := set(table) - {"about", "like", "reference", "set"}:
             raise UserError(f"recipes.toml: {', '.join(sorted(others))} of {name} must stand under `set`")
     return recipes
@@ -135,13 +140,13 @@ def parse(argv):
         settings = given(layer)
         if settings.get("model", model) != model:
             model, model_args = settings["model"], {}  # arguments add up while the network stays the same
-        model_args |= model_arguments(model, text=settings.get("model_args", "{}"))
+        model_args |= json_object(settings.get("model_args", "{}"))
         flags, names = flags + layer, names | settings.keys()
     args = parser.parse_args([*flags, f"--model-args={json.dumps(model_args)}"])
     if "epochs" in own and ":" in args.sizes:
         raise UserError(f"--epochs has no effect with --sizes {args.sizes}, which gives the epochs; change --sizes")
-    if "lmsa" in own:
-        model_arguments(args.model, args.lmsa)
+    if "lmsa" in own and args.model != "microsegformer":
+        raise UserError(f"--lmsa is for microsegformer; {args.model} has no LMSA")
     check(args)
     return args, names
 
@@ -196,8 +201,19 @@ def strength(args):
 
 def network_arguments(args):
     """Constructor arguments of the network, as they are saved in each checkpoint."""
-    lmsa = args.lmsa if args.model == "microsegformer" else None
-    return model_arguments(args.model, lmsa, args.model_args, dropout=args.dropout)
+    lmsa = {"lmsa": args.lmsa} if args.model == "microsegformer" else {}
+    return {**lmsa, "dropout": args.dropout, **json_object(args.model_args)}
+
+
+def json_object(text):
+    """The dict of --model-args. UserError if it is not a JSON object."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--model-args {text}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f'--model-args {text}: use a JSON object such as {{"attention": 0}}')
+    return content
 
 
 def parse_sizes(text, epochs):

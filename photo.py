@@ -44,7 +44,7 @@ LEVELS = 3  # window sizes, each half of the one before; the first is the photo'
 MAX_FACES = 64
 SEARCH_SIDE = 384  # network input for the search: larger inputs find as many faces in twice the time
 BATCH = 4
-PORTRAIT_OVERLAP = 0.5  # a photo that overlaps this much with the portrait found in it is that portrait
+PORTRAIT_OVERLAP = 0.5  # minimum IoU of a photo and the portrait found in it to parse the photo as that portrait
 MAX_PIXELS = 1 << 22  # parsed at once: larger windows are reduced, which bounds memory
 FEATHER = 0.1  # width of the transition from a portrait's parse to its surroundings, as a fraction of its side
 
@@ -185,10 +185,10 @@ class Parsed:
 def parse_photos(models, photos, size, views, device, whole=False, box=None):
     """Parse photos of one size, a list of uint8 pixels (H, W, 3), in one batch: [Parsed, ...].
 
-    A photo that is one portrait, like those of the training, is parsed as a whole; so is any photo if `whole`. In all
-    others each face found is parsed; if there is none, a hint of a face is parsed as one portrait, anything else is
-    background. `box` (left, top, width, height) is parsed as the only portrait instead; UserError if it lies outside
-    the photos. `size` is the side the models were trained on.
+    A photo that is one portrait, like those of the training, or any photo with `whole`, is parsed as one portrait;
+    otherwise each face found is parsed. Without a face, a photo with a hint of one is parsed as one portrait, any other
+    becomes background. `box` (left, top, width, height) is parsed as the only portrait instead; UserError if it lies
+    outside the photos. `size` is the side the models were trained on.
     """
     if not photos:
         return []
@@ -208,7 +208,7 @@ def _parse_photo(pixels, log_p, models, size, views, device, whole):
     """Parsed of one photo; `log_p` are its log-probabilities as one portrait."""
     height, width = pixels.shape[:2]
     everything = (0, 0, width, height)
-    # From fractions of the sides to pixels, of which a portrait has as many across as down.
+    # Convert fractions of the sides to pixels; a portrait is square in pixels.
     units = torch.tensor([width, height, math.sqrt(width * height), 1], device=log_p.device)
     scores, (window,) = match_layout(measure(log_p) * units)
     left, top, side = window.tolist()
@@ -267,7 +267,7 @@ def labels_at(log_p, height, width):
 
 
 def enlarge(window):
-    """(window of 1.5 times the side around a square one, that one with its side rounded to a multiple of 4)."""
+    """(outer, inner): the square window with its side rounded to a multiple of 4, and one of 1.5 times that side."""
     left, top, side, _ = window
     side = max(4, round(side / 4) * 4)
     return (left - side // 4, top - side // 4, side * 3 // 2, side * 3 // 2), (left, top, side, side)
@@ -351,7 +351,7 @@ def label_regions(mask, left=0, top=0):
 def describe(parsed):
     """A Parsed as numbers for JSON: the regions of the whole photo, and of each face from left to right.
 
-    `face_found` is null if no face was searched for.
+    `face_found` is null with `box`, or with `whole` unless the photo is clearly a portrait.
     """
     height, width = parsed.mask.shape
     found = [] if parsed.missed else parsed.faces

@@ -10,7 +10,7 @@ From Python:
     mask = parser("photo.jpg").mask          # uint8 (H, W), values 0..18: indices into parser.names
 
 A photo that is one portrait, like those of the challenge, is parsed as a whole. In any other the faces are found
-first, and each is parsed at full resolution (photo.py).
+first, and each is cropped from the full-size photo and parsed (photo.py).
 """
 
 import argparse

@@ -36,45 +36,42 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 from augment import augment, draw, slice_batch
-from checkpoint import find_run, find_weights, make_name, read_metrics, select_device
+from checkpoint import find_run, find_weights, make_name, read_metrics, run_arguments, select_device
 from data import Batches, find_data, is_synthetic, load_pairs, split
 from evaluate import batch_score, evaluate, f_scores, label_scores, official_score
 from labels import NUM_CLASSES
 from losses import training_loss
 from model import PARAM_LIMIT, build, count_parameters
 from muon import Muon
-from options import PLACES, compute, learning_rate, network_arguments, parse, parse_sizes, size_at, strength
+from options import NEUTRAL, compute, learning_rate, network_arguments, parse, parse_sizes, size_at, strength
 
 HERE = Path(__file__).parent
 LONG_HOURS = 2  # a run estimated to take longer prints a warning
-# The files of a run; args.json first: without it there is no run, whatever else is left.
+# The files of a run, deleted in this order: args.json marks a run as valid, so it goes first.
 RUN_FILES = "args.json", "*.json", "metrics.jsonl", "*.pt", "submission-*.zip", "report.*", ".*.tmp"
 
 
 def resumed_args(args, given):
-    """The arguments in force: `args`, or those in the args.json of the run to resume.
+    """Returns `args`; with --resume, the arguments in that run's args.json.
 
     UserError if a flag in `given` differs from the run's.
     """
     if not args.resume:
         return args
     folder = find_run(args.resume, args.runs)
-    try:
-        settings = dict(read_json(folder / "args.json")["args"])
-        settings["model"], settings["sizes"]
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{folder}/args.json contains no arguments; start a new run with FROM=") from None
+    settings = run_arguments(folder)
     removed = {key for key in settings.keys() - vars(args).keys() if settings[key]}
     if removed:
         what = f"{folder} uses {', '.join(sorted(removed))}, which this version no longer has"
         raise UserError(f"{what}; start a new run with FROM={make_name(folder)}")
-    for key in sorted(given - PLACES - {"name"}):
+    for key in sorted(given - NEUTRAL - {"name"}):
         if vars(args)[key] != settings.get(key):
+            flag = "from" if key == "start_from" else key.replace("_", "-")
             raise UserError(
-                f"--{key.replace('_', '-')} {vars(args)[key]} differs from run {folder.name}'s {settings.get(key)}: a "
-                f"resumed run keeps its arguments; start a new one with FROM={make_name(folder)}"
+                f"--{flag} {vars(args)[key]} differs from run {folder.name}'s {settings.get(key)}: a resumed run keeps "
+                f"its arguments; start a new one with FROM={make_name(folder)}"
             )
-    kept = {key: vars(args)[key] for key in PLACES & (given | {"resume", "runs"})}
+    kept = {key: vars(args)[key] for key in NEUTRAL & (given | {"resume", "runs"})}
     return argparse.Namespace(**vars(args) | settings | kept)
 
 
@@ -87,7 +84,7 @@ def open_run(args):
             kept = (folder / "best.pt").is_file()
             raise UserError(f"{folder} has no last.pt to resume{starts if kept else ', only records of a training'}")
         lock(folder)
-        for unfinished in folder.glob(".*.tmp"):  # of a killed process
+        for unfinished in folder.glob(".*.tmp"):  # left by a killed process
             unfinished.unlink()
         return folder
     name, number = args.name, 1
@@ -113,7 +110,7 @@ def open_run(args):
     return folder
 
 
-_locks = []  # open files: the system releases a lock when the process ends, however it ends
+_locks = []  # open files: the system releases their locks when the process ends, even if it is killed
 
 
 def lock(folder):
@@ -167,6 +164,9 @@ def set_up(args):
     """Everything a training needs, new or resumed (progress, networks, optimiser and scaler from last.pt)."""
     device = select_device(args.device, args.threads)
     rank, processes = join_processes(args, device)
+    if (args.start_from or "").startswith("runs/NAME/") and not args.resume:
+        raise UserError(f"recipe {args.recipe} continues another run: add FROM={args.start_from} with its name")
+    source = find_weights(args.start_from, args.runs) if args.start_from and not args.resume else None
     torch.backends.cudnn.benchmark = device.type == "cuda"
     if rank:
         dist.barrier()  # rank 0 creates the cache
@@ -188,10 +188,7 @@ def set_up(args):
 
     torch.manual_seed(args.seed)
     model = build(args.model, **network_arguments(args)).to(device, memory_format=torch.channels_last)
-    if args.start_from and not args.resume:
-        if args.start_from.startswith("runs/NAME/"):
-            raise UserError(f"recipe {args.recipe} continues another run: add FROM={args.start_from} with its name")
-        source = find_weights(args.start_from, args.runs)
+    if source:
         content = checkpoint.load(source)
         if (other := content["model"]) != args.model:
             raise UserError(f"{source} is a {other}; use MODEL={other} (--model {other})")
@@ -261,7 +258,8 @@ def restore(run, used):
     folder = find_run(run.args.resume, run.args.runs)
     recorded = read_json(folder / "args.json").get("pairs") or {}
     if any(recorded.get(key, value) != value for key, value in used.items()):
-        raise UserError(f"{folder} was trained on other pairs than {run.args.data or 'data'} has now; start a new run")
+        remedy = "give its data folder with DATA=, or start a new run"
+        raise UserError(f"{folder} was trained on other pairs than {run.args.data or 'data'} has now; {remedy}")
     source = folder / "last.pt"
     state = checkpoint.load(source)
     try:

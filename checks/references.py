@@ -1,4 +1,4 @@
-"""Literal evaluations of both networks, and the comparison of two run folders."""
+"""Baselines: both networks evaluated layer by layer, and the comparison of two run folders."""
 
 import json
 

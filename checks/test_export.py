@@ -64,7 +64,7 @@ def test_a_file_with_other_labels_is_not_written(untrained, tmp_path, monkeypatc
 def test_missing_packages_and_flags_are_one_line(untrained, tmp_path, monkeypatch, capsys):
     assert exit_status(monkeypatch, "--name", untrained) == 2 and "OUT=parser.onnx" in capsys.readouterr().err
     monkeypatch.setattr(export, "PACKAGES", ("onnx_that_is_missing",))
-    with pytest.raises(UserError, match="no onnx_that_is_missing here: .* -m pip install -r tools/requirements.txt"):
+    with pytest.raises(UserError, match="onnx_that_is_missing not installed: .* -m pip install -r tools/requirements.txt"):
         export.write_onnx(untrained / "best.pt", tmp_path / "a.onnx", False, None)
 
 

@@ -38,7 +38,9 @@ def test_values_reach_the_script_as_typed():
 
 
 def test_environment_sets_nothing():
-    assert typed(NAME="laptop", DEVICE="sda") == []
+    assert typed(NAME="laptop", DEVICE="sda", ARGS="--overwrite", VENV="/usr") == []
+    assert "course_report" not in make("-n", "report", NAME="laptop").stdout
+    assert "needs NAME=" in make("-n", "resume", NAME="laptop").stderr
 
 
 @pytest.mark.parametrize(("args", "error"), [("train DCIE=2", "--dcie"), ("trian", "trian"), ("predict OUT=d", "IN=")])

@@ -1,4 +1,4 @@
-"""The networks: parameter counts, the reference's own output, and equality with the literal evaluations."""
+"""The networks: parameter counts, the reference's own output, and equality with the baselines."""
 
 import json
 import re
@@ -13,16 +13,8 @@ import pytest
 import torch
 
 from checks.references import plain_forward
-from model import (
-    PARAM_LIMIT,
-    MicroSegFormer,
-    MicroUNet,
-    build,
-    count_parameters,
-    fold_batch_norm,
-    main,
-    model_arguments,
-)
+from model import PARAM_LIMIT, MicroSegFormer, MicroUNet, build, count_parameters, fold_batch_norm, main
+from options import json_object
 
 REFERENCE = Path(__file__).with_name("reference")
 # The reference's names of weights, as patterns, and ours; numbered modules count from 1 there.
@@ -89,7 +81,7 @@ def test_parameters_are_counted():
 
 @pytest.mark.parametrize(("kind", "settings"), NETWORKS)
 @pytest.mark.parametrize("training", [True, False])
-def test_network_equals_its_literal_evaluation(kind, settings, training):
+def test_network_equals_its_baseline(kind, settings, training):
     torch.manual_seed(0)
     model = kind(dropout=0.0, **settings).double().train(training)
     for parameter in model.parameters():  # biases and norms start at 0 and 1, which would hide errors
@@ -120,7 +112,7 @@ def test_every_parameter_is_used(kind, settings):
 @pytest.mark.parametrize("text", ['{"decoder": [9]}', '{"depths": [1]}', '{"wings": 2}', "[1]", "{"])
 def test_impossible_arguments_are_refused(text):
     with pytest.raises(UserError, match="arguments|--model-args"):
-        build("microunet", **model_arguments("microunet", text=text))
+        build("microunet", **json_object(text))
 
 
 @pytest.mark.parametrize("name", ["microsegformer", "microunet"])

@@ -200,7 +200,7 @@ def main():
     parser.add_argument("--zip", required=True, help="zip to check")
     parser.add_argument("--data", help="folder with test/images and dev/images; default ./data")
     parser.add_argument("--phase", choices=("test", "dev"), default="test", help="dev: only masks are needed")
-    parser.add_argument("--run", type=int, default=0, help="EXECUTE the zip's run.py on so many images")
+    parser.add_argument("--run", type=int, default=0, help="number of images on which to EXECUTE the zip's run.py")
     args = parser.parse_args()
     valid = show(judge(args.zip, find_data_of(args.zip, args.data) / args.phase / "images", args.phase, args.run))
     print(f"{args.zip}: {'valid' if valid else 'NOT valid'} for the {args.phase} phase")

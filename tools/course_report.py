@@ -21,7 +21,7 @@ from checkpoint import find_run, make_name
 from labels import HEX_COLOURS, NAMES
 from model import PARAM_LIMIT, build, count_parameters, parameter_table
 from options import network_arguments, strength
-from tools.leaderboard import PLACES, settings_of
+from tools.leaderboard import NEUTRAL, settings_of
 from tools.report import TEMPLATE, fill_template, image_score, read_pictures, read_runs, write_page
 from tools.report_zip import count_pages, matriculation
 
@@ -45,9 +45,9 @@ th { border-bottom: 0.8pt solid #444; }
 
 def settings(run, args):
     """The training as HTML; `args` are its arguments, with today's defaults for those it lacks."""
-    usual = settings_of()
-    others = (key for key, value in vars(args).items() if key not in PLACES and value != usual.get(key))
-    keys = dict.fromkeys([*SETTINGS.split(), *others, *run["changed"]])
+    usual, recipe = settings_of(), settings_of(args.recipe)
+    others = (k for k, value in vars(args).items() if k not in NEUTRAL and not usual.get(k) == value == recipe.get(k))
+    keys = dict.fromkeys([*SETTINGS.split(), *others])
     changes = ", ".join(f"{k} {v:g}" for k, v in vars(strength(args)).items() if v and not k.endswith("alpha"))
     row, yes = run["row"], ("no", "yes")
     return f"""<p>{escape(", ".join(f"{key} {getattr(args, key)}" for key in keys))}.</p>
@@ -138,20 +138,11 @@ images; masks are scored as they are.</p>
     return fill_template(template, {"runs": [run], "labels": NAMES, "colours": HEX_COLOURS})
 
 
-def write_draft(folder, author, matric, overwrite=False):
-    """Write runs/NAME/report.html; returns its path. UserError if it exists, for its author may have edited it."""
-    path = folder / "report.html"
-    if path.is_file() and not overwrite:
-        raise UserError(f"{path} exists: rename it to keep it, or replace it with OVERWRITE=1")
-    write_text(path, draft(folder, author, matric))
-    return path
-
-
 def browse(*flags):
     """(stdout, stderr) of Chromium without a window, on a temporary profile. UserError if it is missing or fails."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if not browser:
-        raise UserError("no Chromium or Chrome here: print report.html to report.pdf in any browser, A4, no headers")
+        raise UserError("no Chromium or Chrome found: print report.html to report.pdf in any browser, A4, no headers")
     with tempfile.TemporaryDirectory() as profile:
         # The sandbox does not work as root; the page is our own.
         command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}", *flags]
@@ -175,8 +166,10 @@ def main():
     if args.pdf and (args.author or args.matric):
         raise UserError(f"AUTHOR= and MATRIC= are for the draft, `make report NAME={name}`; this prints it as it is")
     if not args.pdf:
-        print(write_page(folder.parent, folder.name))
-        write_draft(folder, args.author, args.matric, args.overwrite)
+        if source.is_file() and not args.overwrite:
+            raise UserError(f"{source} exists: rename it to keep it, or replace it with OVERWRITE=1")
+        write_page(folder.parent, folder.name)
+        write_text(source, draft(folder, args.author, args.matric))
         print(f"{source}: check and complete it, then: make report-pdf NAME={name}")
         return
     if not source.is_file():

@@ -15,7 +15,7 @@ import options
 from checkpoint import is_validated, load, make_name, read_metrics
 from train import is_running
 
-PLACES = options.PLACES | {"name", "recipe", "overwrite", "save_minutes"}  # do not change what a training computes
+NEUTRAL = options.NEUTRAL | {"name", "recipe", "overwrite"}
 
 
 def number(value):
@@ -55,15 +55,16 @@ def settings_of(recipe=None):
 
 
 def changed_settings(args):
-    """{argument: value} of a run that differ from its recipe as it is now; a removed argument only if it was set."""
+    """{setting: value} of a run that differ from the current recipe; one that no longer exists only if it was set."""
     usual, own = settings_of(args["recipe"]), settings_of() | args  # a run older than a flag used the flag's default
-    return {k: v for k, v in own.items() if k not in PLACES and (v not in (usual[k], None) if k in usual else v)}
+    changed = (k for k, v in own.items() if k not in NEUTRAL and (v not in (usual[k], None) if k in usual else v))
+    return {"from" if key == "start_from" else key: own[key] for key in changed}
 
 
 def make_line(args):
     """The make command that repeats a run with these arguments."""
     settings = {"recipe": args["recipe"]} if args["recipe"] in options.load_recipes() else {}
-    settings |= {"from" if key == "start_from" else key: value for key, value in changed_settings(args).items()}
+    settings |= changed_settings(args)
     return " ".join(["make train", *(f"{key.upper()}={shlex.quote(str(value))}" for key, value in settings.items())])
 
 
@@ -105,7 +106,7 @@ def recipe_table(rows):
     """The table of `make recipes` as text: the reference's score and those of our best run with these settings."""
     lines = [f"{'recipe':<32} reference   batch32  official  about"]
     for name, recipe in options.load_recipes().items():
-        own = [row for row in rows if row["recipe"] == name and row["changed"].keys() <= {"seed", "start_from"}]
+        own = [row for row in rows if row["recipe"] == name and row["changed"].keys() <= {"seed", "from"}]
         best = max((row for row in own if not row["synthetic"]), key=lambda row: row["official"], default={})
         scores = recipe.get("reference"), best.get("batch32"), best.get("official")
         figures = "".join(f"{score:>10.4f}" if score else f"{'-':>10}" for score in scores)

@@ -189,7 +189,7 @@ def main():
     parser = ArgumentParser(description="Make a data folder from a download.")
     parser.add_argument("--raw", required=True, help="downloaded data: a zip or folder")
     parser.add_argument("--data", default="data", help="folder to create or complete")
-    parser.add_argument("--count", type=positive, help="use only the first so many training pairs")
+    parser.add_argument("--count", type=positive, help="use only the first COUNT training pairs")
     args = parser.parse_args()
     jobs, written = prepare(args.raw, args.data, args.count)
     pairs, dev, test = (sum(name.startswith(key) for name in jobs) for key in ("train/masks", "dev/", "test/"))

@@ -1,7 +1,7 @@
 """The page of all runs, runs/index.html: leaderboard, curves, scores by label, worst and best images, comparisons.
 
 python -m tools.report
-python -m tools.report --name a --device cpu      # predict the images of run a only
+python -m tools.report --device cpu
 
 The page and runs/*/pictures.json contain images of the dataset: git ignores them, and they must not be published.
 """
@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from checkpoint import find_run, has_seen, load_model, read_metrics, select_device
-from data import SYNTHETIC, find_pairs, reversed_sides
+from checkpoint import has_seen, load_model, read_metrics, select_device
+from data import find_data_of, find_pairs, reversed_sides
 from images import mask_image, read_image, read_mask
 from labels import HEX_COLOURS, NAMES, NUM_CLASSES
 from options import parse_sizes
-from tools.leaderboard import PLACES, changed_settings, number, summary, survey
+from tools.leaderboard import NEUTRAL, changed_settings, number, summary, survey
 from train import is_running
 from views import Views, label_map, log_probabilities
 
@@ -36,7 +36,7 @@ ERROR_COLOUR = (213, 94, 0)  # vermillion: distinguishable from grey for colour-
 
 
 def read_run(folder):
-    """What the page shows of a run, as a dict for JSON; LookupError, TypeError or ValueError if files are damaged."""
+    """A run's data for the page, as a dict for JSON; LookupError, TypeError or ValueError if files are damaged."""
     record, row, lines = read_json(folder / "args.json"), summary(folder), []
     args = record["args"]
     for line in read_metrics(folder):
@@ -46,7 +46,7 @@ def read_run(folder):
     run = {"name": folder.name, "lines": lines, "phases": phases, "best": read_best(folder), "row": row}
     run |= {"epochs": sum(length for _, length in phases), "running": is_running(folder)}
     run["changed"] = {key: str(value) for key, value in changed_settings(args).items()}
-    run["settings"] = {key: str(value) for key, value in args.items() if key not in PLACES}
+    run["settings"] = {key: str(value) for key, value in args.items() if key not in NEUTRAL}
     versions = ", ".join(f"{name} {value}" for name, value in record["versions"].items() if value)
     commit = record["commit"][:12] + "+" * record["commit"].endswith("+")  # +: files differed from it
     run["origin"] = f"Started {record.get('started', '-')}, commit {commit}, {versions}."
@@ -79,19 +79,6 @@ def read_best(folder):
 def image_score(row):
     """The official score of an image from its F by label, None for absent labels."""
     return float(np.mean([f for f in row if f is not None]))
-
-
-def find_images(args, names):
-    """{name: (image path, mask path)} from the run's data folder, ./data or the synthetic faces, else UserError."""
-    folders = dict.fromkeys(str(folder) for folder in (args.get("data"), "data", SYNTHETIC) if folder)
-    for folder in folders:
-        try:
-            pairs = {image.stem: (image, mask) for image, mask in find_pairs(folder)}
-        except UserError:
-            continue
-        if pairs.keys() >= set(names):
-            return pairs
-    raise UserError(f"none of {', '.join(folders)} contains the images of this run")
 
 
 def data_uri(image, form, **settings):
@@ -143,7 +130,10 @@ def draw_pictures(folder, device):
     """
     version, rows = weights_version(folder), read_best(folder)["image_scores"]
     scores = {name: image_score(row) for name, row in rows.items()}
-    pairs = find_images(read_json(folder / "args.json")["args"], scores)
+    data = find_data_of(scored_weights(folder))
+    pairs = {image.stem: (image, mask) for image, mask in find_pairs(data)}
+    if not pairs.keys() >= scores.keys():
+        raise UserError(f"{data} contains other pairs than the run was scored on")
     order = sorted(scores, key=scores.get)
     flawed = [name for name in order if reversed_sides(read_mask(pairs[name][1]))]
     sound = [name for name in order if name not in flawed]
@@ -196,11 +186,10 @@ def fill_template(template, data):
 def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", default="runs", help="folder of all runs")
-    parser.add_argument("--name", help="predict the images of this run only; default: of the best runs with weights")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     args = parser.parse_args()
-    name = find_run(args.name, args.runs).name if args.name else None
-    print(f"{write_page(args.runs, name, args.device)}: open it in a browser; never publish it (images of the dataset)")
+    path = write_page(args.runs, device=args.device)
+    print(f"{path}: open it in a browser; never publish it (images of the dataset)")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from tools.package import ROOT, make_submission, write_zip
 from views import parse_views
 
 MAX_PAGES = 5
-CODE = ("*.py", "*.toml", "*.md", "Makefile", "LICENSE", "requirements.txt", "tools/*", "checks/*", "docs/*")
+CODE = "*.py *.toml *.md Makefile LICENSE requirements.txt tools/* checks/* checks/reference/* docs/*"
 
 
 def matriculation(text):
@@ -63,7 +63,7 @@ def read_submission(path, images, own, remedy):
 
 
 def describe_score(weights, content, data, views):
-    """What is known of the official score of a loaded checkpoint, averaged over the views, as text."""
+    """The official score of a loaded checkpoint with these views, or why it is unknown, as text."""
     if checkpoint.is_validated(content):
         pairs, model, device = load_pairs(data), checkpoint.restore(content, weights), torch.device("cpu")
         indices = held_out(content, weights, pairs.names)
@@ -105,7 +105,7 @@ def main():
     parser.add_argument("--matric", required=True, type=matriculation, help="matriculation number, such as A12345678B")
     parser.add_argument("--report", type=Path, help=f"PDF, at most {MAX_PAGES} A4 pages; default the run's report.pdf")
     parser.add_argument("--name", help="run to hand in; default the release, else the best run")
-    parser.add_argument("--data", help="folder with test/images; default that of the training, else ./data")
+    parser.add_argument("--data", help="folder with train/ and test/; default that of the training, else ./data")
     parser.add_argument("--out", default="build", type=Path, help="folder for the zip")
     args = parser.parse_args()
     weights = checkpoint.find_weights(args.name)
@@ -132,7 +132,7 @@ def main():
     score = describe_score(weights, content, data, views)
     readme = write_readme(args.matric, folder, content, score, views, report.name, len(masks))
     files = {report.name: report, "run/args.json": folder / "args.json", "run/metrics.jsonl": folder / "metrics.jsonl"}
-    code = (path for pattern in CODE for path in ROOT.glob(pattern) if path.is_file())
+    code = (path for pattern in CODE.split() for path in ROOT.glob(pattern) if path.is_file())
     files |= {f"code/{path.relative_to(ROOT)}": path for path in code}
     entries = masks | {name: path.read_bytes() for name, path in files.items()}
     entries |= {"Readme.txt": readme.encode(), "checkpoint/ckpt.pth": sent["solution/ckpt.pth"]}

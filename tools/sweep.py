@@ -33,6 +33,8 @@ def expand(flags):
 
 
 def main():
+    if "--help" in sys.argv:
+        parse(["--help"])
     runs = list(expand(sys.argv[1:]))
     settings = [parse(flags)[0] for _, flags in runs]  # checks every run before the first one starts
     folders = []

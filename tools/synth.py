@@ -183,7 +183,7 @@ def make_dataset(out, train=200, dev=8, test=8, size=512, workers=None):
         make_folder(out / folder)
     splits = enumerate((("train", train), ("dev", dev), ("test", test)))
     tasks = [(out, split, index, number, size) for index, (split, count) in splits for number in range(count)]
-    return sum(in_parallel(write_face, tasks, workers, "drawing"))
+    return sum(in_parallel(write_face, tasks, workers, "generating"))
 
 
 def main():
