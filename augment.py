@@ -8,6 +8,7 @@ python train.py --augment basic --rotate 25 --cutmix 0.3
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -19,21 +20,21 @@ from labels import FLIP
 
 @dataclass(frozen=True)
 class Strength:
-    """How strong each change is; 0 disables it."""
+    """How strong each change is; 0 disables it. Each field is a flag, with its text as the help."""
 
-    flip: float = 0.0  # probability
-    rotate: float = 0.0  # degrees, uniform in +-
-    scale: float = 0.0  # natural logarithm of the factor, uniform in +-
-    shift: float = 0.0  # fraction of the side, uniform in +-, each axis
-    brightness: float = 0.0  # factor 1 +- this
-    contrast: float = 0.0  # factor 1 +- this, around the image's mean grey
-    saturation: float = 0.0  # factor 1 +- this, around each pixel's grey
-    blur: float = 0.0  # probability of a Gaussian blur, sigma 0.3..1.2 pixels
-    noise: float = 0.0  # probability of Gaussian noise, standard deviation 0..0.05
-    mixup: float = 0.0  # probability (arXiv 1710.09412)
-    cutmix: float = 0.0  # probability (arXiv 1905.04899)
-    mixup_alpha: float = 0.2  # both parameters of MixUp's Beta distribution
-    cutmix_alpha: float = 1.0
+    flip: Annotated[float, "probability"] = 0.0
+    rotate: Annotated[float, "degrees, uniform in +-"] = 0.0
+    scale: Annotated[float, "natural logarithm of the factor, uniform in +-"] = 0.0
+    shift: Annotated[float, "fraction of the side, uniform in +-, each axis"] = 0.0
+    brightness: Annotated[float, "factor 1 +- this"] = 0.0
+    contrast: Annotated[float, "factor 1 +- this, around the image's mean grey"] = 0.0
+    saturation: Annotated[float, "factor 1 +- this, around each pixel's grey"] = 0.0
+    blur: Annotated[float, "probability of a Gaussian blur, sigma 0.3..1.2 pixels"] = 0.0
+    noise: Annotated[float, "probability of Gaussian noise, standard deviation 0..0.05"] = 0.0
+    mixup: Annotated[float, "probability (arXiv 1710.09412)"] = 0.0
+    cutmix: Annotated[float, "probability (arXiv 1905.04899)"] = 0.0
+    mixup_alpha: Annotated[float, "both parameters of MixUp's Beta distribution"] = 0.2
+    cutmix_alpha: Annotated[float, "both parameters of CutMix's Beta distribution"] = 1.0
 
 
 _BASIC = dict(flip=0.5, rotate=15, scale=0.1, shift=0.05, brightness=0.2, contrast=0.2, saturation=0.1)

@@ -102,8 +102,8 @@ def restore(content, source, device="cpu"):
     """Build the network of a loaded checkpoint, float32, in evaluation mode. UserError if it does not fit."""
     try:
         model = build(content["model"], **content["model_args"])
-    except Exception as error:  # noqa: BLE001 - arguments from a foreign file make a constructor raise anything
-        raise UserError(f"{source} does not fit this version of {content['model']}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{source} does not fit this version: {error}") from None
     load_state(model, content["state_dict"], source)
     return model.to(device, memory_format=torch.channels_last).eval()
 

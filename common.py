@@ -46,10 +46,11 @@ def did_you_mean(known, *words, count=3):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, except None, False, 0 and \"\"."""
+    """Shows defaults, except None, False and an empty text."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, "", False) else super()._get_help_string(action)
+        shown = action.default is not False and action.default not in (None, "")
+        return super()._get_help_string(action) if shown else action.help
 
 
 class ArgumentParser(argparse.ArgumentParser):

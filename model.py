@@ -6,6 +6,7 @@ python model.py --recipe release                     # takes the flags of train.
 Both take float images (B, 3, H, W) with values 0..1, sides multiples of 32, and return logits (B, 19, H, W).
 """
 
+import inspect
 import sys
 import warnings
 
@@ -352,7 +353,21 @@ def build(name, **arguments):
             raise ValueError("a layer would be empty")
         return model
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, ArithmeticError) as error:
-        raise UserError(f"{name} does not accept the arguments {arguments}: {error}") from None
+        known = ", ".join(inspect.signature(MODELS[name]).parameters)
+        raise UserError(f"{name} does not accept the arguments {arguments}: {error}; it has {known}") from None
+
+
+@torch.no_grad()
+def check_logits(model):
+    """UserError unless `forward` gives logits of the image's size, with full_size=False at the network's `stride`."""
+    image, training = torch.zeros(1, 3, 64, 64, device=next(model.parameters()).device), model.training
+    model.eval()
+    for full_size, side in ((True, 64), (False, 64 // model.stride)):
+        shape = tuple(model(image, full_size=full_size).shape)
+        if shape != (1, NUM_CLASSES, side, side):
+            expected = f"(1, {NUM_CLASSES}, {side}, {side}), as its stride {model.stride} requires"
+            raise UserError(f"full_size={full_size} gave logits {shape} of a 64 px image, not {expected}")
+    model.train(training)
 
 
 def count_parameters(model):
@@ -375,6 +390,7 @@ def main():
     if args.name:
         vars(args).update(run_arguments(find_run(args.name, args.runs)))
     model = build(args.model, **network_arguments(args))
+    check_logits(model)
     print(f"{args.model}\n{parameter_table(model)}")
     if count_parameters(model) >= PARAM_LIMIT:
         print(f"FAIL: a submission must have fewer than {PARAM_LIMIT:,}", file=sys.stderr)

@@ -62,7 +62,8 @@ def build_parser():
     length.add_argument("--target", type=float, default=0.0, help="stop at this official score; 0: never")
 
     optim = parser.add_argument_group("optimiser")
-    optim.add_argument("--optimiser", choices=("adamw", "muon"), default="adamw", help="muon: AdamW for vectors")
+    text = "muon: orthogonalised steps for matrices, AdamW for all other parameters"
+    optim.add_argument("--optimiser", choices=("adamw", "muon"), default="adamw", help=text)
     optim.add_argument("--weight-decay", type=float, default=1e-4, help="decoupled, as in AdamW")
     optim.add_argument("--decay-all", **switch, default=True, help="decay biases and norms too, not only matrices")
     optim.add_argument("--clip", type=float, default=1.0, help="maximum gradient norm; 0 disables clipping")
@@ -77,10 +78,10 @@ def build_parser():
     loss.add_argument("--dice-over", choices=("present", "all"), default="present", help="labels that are averaged")
     loss.add_argument("--loss-grid", choices=("image", "logits"), default="image", help="resolution of the loss")
 
-    change = parser.add_argument_group("augmentation", "Units are in augment.py; the defaults are the preset's.")
+    change = parser.add_argument_group("augmentation", "The defaults are the preset's.")
     change.add_argument("--augment", choices=sorted(PRESETS), default="basic", help="preset of the strengths below")
-    for name in Strength.__annotations__:
-        change.add_argument(f"--{name.replace('_', '-')}", type=float)
+    for name, kind in Strength.__annotations__.items():
+        change.add_argument(f"--{name.replace('_', '-')}", type=float, help=kind.__metadata__[0])
     change.add_argument(
         "--exchange-sides", **switch, default=True, help="exchange left and right labels in mirrored masks"
     )

@@ -67,8 +67,10 @@ class FaceParser:
         """Parse a path, a PIL image or a uint8 RGB array (H, W, 3); a list of images of one size gives a list.
 
         `whole` treats the image as one portrait; `box` (left, top, width, height) is the only portrait in it. UserError
-        if an image cannot be read.
+        if an image cannot be read, or for both or a wrong box.
         """
+        if box and (whole or len(box) != 4 or min(box[2:]) < 1):
+            raise UserError(f"box {box}: give (left, top, width, height) in pixels, without whole=True")
         several = isinstance(image, (list, tuple))
         photos = list(map(_pixels, image if several else [image]))
         if len({pixels.shape for pixels in photos}) > 1:
@@ -142,7 +144,7 @@ def output_files(args):
         if name in made:
             raise UserError(f"{path} and {made[name]} would both become {name}; rename one")
         if os.path.realpath(path) == os.path.realpath(args.output / name):
-            raise UserError(f"the mask of {path} would replace it; choose another OUT (--output)")
+            raise UserError(f"the mask of {path} would replace it; choose another OUT (--out)")
         made[name] = path
     return files
 
@@ -163,7 +165,7 @@ def predict_all(parser, args):
             continue
         write_results(args, path, pixels, parsed)
         if parsed.missed:
-            how = "parsed as one portrait, perhaps wrongly" if parsed.mask.any() else "WHOLE=1 parses it all the same"
+            how = "parsed as one portrait, perhaps wrongly" if parsed.mask.any() else "WHOLE=1 (--whole) parses it"
             print_message(f"no face found in {path}: {how}; BOX=x,y,w,h (--box) names the portrait")
         show_progress("predicting", done, len(files), time.monotonic() - begin)
     seconds = time.monotonic() - begin

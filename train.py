@@ -41,7 +41,7 @@ from data import Batches, find_data, is_synthetic, load_pairs, split
 from evaluate import batch_score, evaluate, f_scores, label_scores, official_score
 from labels import NUM_CLASSES
 from losses import training_loss
-from model import PARAM_LIMIT, build, count_parameters
+from model import PARAM_LIMIT, build, check_logits, count_parameters
 from muon import Muon
 from options import NEUTRAL, compute, learning_rate, network_arguments, parse, parse_sizes, size_at, strength
 
@@ -188,6 +188,7 @@ def set_up(args):
 
     torch.manual_seed(args.seed)
     model = build(args.model, **network_arguments(args)).to(device, memory_format=torch.channels_last)
+    check_logits(model)
     if source:
         content = checkpoint.load(source)
         if (other := content["model"]) != args.model:

@@ -248,7 +248,7 @@ def test_mistakes_are_one_line_and_status_2(command, tmp_path):
     text, new, faces = write({"text.zip": b"no zip"}, tmp_path) / "text.zip", tmp_path / "new", tmp_path / "faces"
     synth.make_dataset(faces, 1, 1, 1, size=64, workers=1)
     for tool, flags, reason in (
-        (prepare, ("--raw", tmp_path / "missing", "--data", new), "cannot read"),
+        (prepare, ("--raw", tmp_path / "missing", "--data", new), "no such file or folder"),
         (prepare, ("--raw", text, "--data", new), "cannot read"),
         (prepare, ("--raw", raw, "--data", tmp_path), "lies in the output"),
         (prepare, ("--raw", raw, "--data", other), "1 files not from"),

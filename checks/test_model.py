@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from checks.references import plain_forward
-from model import PARAM_LIMIT, MicroSegFormer, MicroUNet, build, count_parameters, fold_batch_norm, main
+from model import PARAM_LIMIT, MicroSegFormer, MicroUNet, build, check_logits, count_parameters, fold_batch_norm, main
 from options import json_object
 
 REFERENCE = Path(__file__).with_name("reference")
@@ -106,6 +106,16 @@ def test_every_parameter_is_used(kind, settings):
     model = kind(**settings)
     model(torch.rand(2, 3, 64, 64)).square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("stride", [1, 4])
+def test_logits_on_another_grid_than_the_stride_are_refused(stride):
+    model = build("microunet").train()
+    check_logits(model)
+    assert model.training
+    model.stride = stride
+    with pytest.raises(UserError, match=rf"\(1, 19, 32, 32\) of a 64 px image, not \(1, 19, {64 // stride}, "):
+        check_logits(model)
 
 
 @pytest.mark.parametrize("text", ['{"decoder": [9]}', '{"depths": [1]}', '{"wings": 2}', "[1]", "{"])

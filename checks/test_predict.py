@@ -165,6 +165,9 @@ def test_face_parser_takes_paths_images_and_arrays(run, weights):
     assert masks[0].shape == (30, 40) and all(np.array_equal(mask, masks[0]) for mask in masks)
     with pytest.raises(UserError, match="uint8"):
         parser(np.zeros((30, 40, 3)))
+    for wrong in ({"box": (1, 2, 3)}, {"box": (1, 2, 3, 0)}, {"box": (1, 2, 3, 4), "whole": True}):
+        with pytest.raises(UserError, match="give .left, top, width, height. in pixels"):
+            parser("a.png", **wrong)
 
 
 def test_a_list_is_parsed_as_one_batch(run, weights):

@@ -93,7 +93,6 @@ def test_unfinished_runs_are_listed_with_the_command_that_resumes_them(tmp_path)
     assert survey(tmp_path, remark)[0] == [
         "unfinished: busy, 4 of 9 epochs, running",
         f"unfinished: cut, 4 of 9 epochs, make resume NAME={tmp_path}/cut",
-        "unfinished: gone, 4 of 9 epochs, no last.pt to resume from",
         "without score: whole, 2 epochs on all pairs",
     ]
 

@@ -80,15 +80,17 @@ def survey(runs, read=summary):
 
 
 def remark(folder):
-    """A line about a run that is not finished, with the command that resumes it, or has no score; else None."""
+    """A line about a run that can be resumed or runs, or has no score; else None."""
     args, lines = read_json(folder / "args.json")["args"], read_metrics(folder)
     total = sum(length for _, length in options.parse_sizes(args["sizes"], args["epochs"]))
     done = lines[-1]["epoch"] if lines else 0
     score, epoch = max(((line["official"], line["epoch"]) for line in lines if "official" in line), default=(0, done))
     if done >= total or 0 < args.get("target", 0) <= score or 0 < args["patience"] <= done - epoch:
         return None if score else f"without score: {folder.name}, {done} epochs on all pairs"
-    remedy = f"make resume NAME={make_name(folder)}" if (folder / "last.pt").is_file() else "no last.pt to resume from"
-    return f"unfinished: {folder.name}, {done} of {total} epochs, {'running' if is_running(folder) else remedy}"
+    if not (folder / "last.pt").is_file():
+        return None
+    state = "running" if is_running(folder) else f"make resume NAME={make_name(folder)}"
+    return f"unfinished: {folder.name}, {done} of {total} epochs, {state}"
 
 
 def leaderboard(rows):
@@ -97,7 +99,7 @@ def leaderboard(rows):
     for row in sorted(rows, key=lambda row: (row["synthetic"], -row["official"])):
         table += f"\n{row['name']:<24}{row['official']:>8.4f}{row['batch32']:>9.4f}{row['images'] or '-':>8}"
         table += f"{row['epoch']:>5}/{row['epochs']:<3}{row['parameters']:>12,}{row['minutes']:>9.1f}"
-        settings = " ".join([row["recipe"] or "none", *(f"{key}={value}" for key, value in row["changed"].items())])
+        settings = " ".join([row["recipe"] or "defaults", *(f"{key}={value}" for key, value in row["changed"].items())])
         table += f"  {row['date']:<12}{row['weights']:<11}{'synthetic faces; ' * row['synthetic']}{settings}"
     return table
 

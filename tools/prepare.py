@@ -33,6 +33,8 @@ def list_files(raw, data):
 
     UserError if RAW is missing or damaged.
     """
+    if not raw.exists():
+        raise UserError(f"no such file or folder: {raw}; give the downloaded zip or folder as RAW")
     if raw.is_dir():
         names = []
         for folder, folders, files in os.walk(raw, followlinks=True):  # data sets are often linked into place

@@ -123,8 +123,10 @@ def main():
     data = find_data_of(weights, args.data)
     images = data / "test" / "images"
     submission = folder / "submission-test.zip"
-    if not submission.is_file() and make_submission(weights, images, "test", submission):
-        return 1
+    if not submission.is_file():
+        print(f"no {submission} yet: making it, with one view per image", flush=True)
+        if make_submission(weights, images, "test", submission):
+            return 1
     content = checkpoint.load(weights)
     remedy = f"`make submit NAME={name}` (and VIEWS=) creates a new one"
     sent, views = read_submission(submission, images, content["state_dict"], remedy)
