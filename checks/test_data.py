@@ -1,6 +1,8 @@
 """Training pairs: found, split as the reference does, decoded once, reversed masks repaired."""
 
+import json
 import os
+from pathlib import Path
 
 from common import UserError
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data import Batches, find_pairs, load_pairs, reversed_sides, split, swap_sides
+from data import SYNTHETIC, Batches, find_data_of, find_pairs, load_pairs, reversed_sides, split, swap_sides
 from images import mask_image, read_image, read_mask
 
 FACE = np.zeros((512, 512), np.uint8)  # eyes and nose
@@ -94,3 +96,12 @@ def test_faulty_pairs_are_refused_and_leave_no_cache(data, error):
     with pytest.raises(UserError, match=error):
         load(data)
     assert not list(data.parent.glob("cache/*"))
+
+
+def test_a_run_on_synthetic_faces_is_evaluated_on_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("data", SYNTHETIC, "runs/a"):
+        Path(folder).mkdir(parents=True)
+    for drawn, expected in ((True, SYNTHETIC), (False, Path("data"))):
+        Path("runs/a/args.json").write_text(json.dumps({"args": {"data": None}, "pairs": {"drawn": drawn}}))
+        assert find_data_of("runs/a/best.pt") == expected

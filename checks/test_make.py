@@ -10,6 +10,7 @@ from pathlib import Path
 from common import ArgumentParser, UserError, atomic, duration, run_main, write_text
 
 import pytest
+import torch
 
 SCRIPTS = {path.stem: path for path in Path().glob("*.py")}
 
@@ -91,3 +92,11 @@ def test_user_error_is_one_line_and_status_2(capsys):
 
 def test_durations():
     assert [duration(s) for s in (0.4, 89, 90, 5400, 11100)] == ["0 s", "89 s", "2 min", "1 h 30 min", "3 h 05 min"]
+
+
+def test_lack_of_memory_is_one_line_and_other_errors_keep_their_traceback(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_main(lambda: torch.empty(1 << 62, dtype=torch.uint8))
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory: try a smaller BATCH")
+    with pytest.raises(RuntimeError, match="size"):
+        run_main(lambda: torch.zeros(2) + torch.zeros(3))
