@@ -17,24 +17,28 @@ import torch.nn.functional as F
 from images import resize, soft_labels
 from labels import FLIP
 
+Probability = Annotated[float, "probability"]
+Factor = Annotated[float, "factor 1 +- this"]
+Alpha = Annotated[float, "both parameters of the Beta distribution"]
+
 
 @dataclass(frozen=True)
 class Strength:
-    """How strong each change is; 0 disables it. Each field is a flag, with its text as the help."""
+    """How strong each change is; 0 disables it. Each field is a flag, with the text of its type as the help."""
 
-    flip: Annotated[float, "probability"] = 0.0
+    flip: Probability = 0.0
     rotate: Annotated[float, "degrees, uniform in +-"] = 0.0
     scale: Annotated[float, "natural logarithm of the factor, uniform in +-"] = 0.0
     shift: Annotated[float, "fraction of the side, uniform in +-, each axis"] = 0.0
-    brightness: Annotated[float, "factor 1 +- this"] = 0.0
-    contrast: Annotated[float, "factor 1 +- this, around the image's mean grey"] = 0.0
-    saturation: Annotated[float, "factor 1 +- this, around each pixel's grey"] = 0.0
+    brightness: Factor = 0.0
+    contrast: Factor = 0.0  # around the image's mean grey
+    saturation: Factor = 0.0  # around each pixel's grey
     blur: Annotated[float, "probability of a Gaussian blur, sigma 0.3..1.2 pixels"] = 0.0
     noise: Annotated[float, "probability of Gaussian noise, standard deviation 0..0.05"] = 0.0
-    mixup: Annotated[float, "probability (arXiv 1710.09412)"] = 0.0
-    cutmix: Annotated[float, "probability (arXiv 1905.04899)"] = 0.0
-    mixup_alpha: Annotated[float, "both parameters of MixUp's Beta distribution"] = 0.2
-    cutmix_alpha: Annotated[float, "both parameters of CutMix's Beta distribution"] = 1.0
+    mixup: Probability = 0.0  # arXiv 1710.09412
+    cutmix: Probability = 0.0  # arXiv 1905.04899
+    mixup_alpha: Alpha = 0.2
+    cutmix_alpha: Alpha = 1.0
 
 
 _BASIC = dict(flip=0.5, rotate=15, scale=0.1, shift=0.05, brightness=0.2, contrast=0.2, saturation=0.1)

@@ -81,7 +81,7 @@ def build_parser():
     change = parser.add_argument_group("augmentation", "The defaults are the preset's.")
     change.add_argument("--augment", choices=sorted(PRESETS), default="basic", help="preset of the strengths below")
     for name, kind in Strength.__annotations__.items():
-        change.add_argument(f"--{name.replace('_', '-')}", type=float, help=kind.__metadata__[0])
+        change.add_argument(f"--{name.replace('_', '-')}", type=float, help=getattr(kind, "__metadata__", [None])[0])
     change.add_argument(
         "--exchange-sides", **switch, default=True, help="exchange left and right labels in mirrored masks"
     )
