@@ -353,13 +353,15 @@ def build(name, **arguments):
             raise ValueError("a layer would be empty")
         return model
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, ArithmeticError) as error:
-        known = ", ".join(inspect.signature(MODELS[name]).parameters)
+        known = ", ".join(inspect.signature(MODELS[name]).parameters) or "none"
         raise UserError(f"{name} does not accept the arguments {arguments}: {error}; it has {known}") from None
 
 
 @torch.no_grad()
 def check_logits(model):
-    """UserError unless `forward` gives logits of the image's size, with full_size=False at the network's `stride`."""
+    """UserError unless the network gives logits of the image's size, with full_size=False at its `stride`."""
+    if not hasattr(model, "stride") or "full_size" not in inspect.signature(model.forward).parameters:
+        raise UserError(f"{type(model).__name__} needs an attribute stride and forward(image, full_size=True)")
     image, training = torch.zeros(1, 3, 64, 64, device=next(model.parameters()).device), model.training
     model.eval()
     for full_size, side in ((True, 64), (False, 64 // model.stride)):

@@ -47,6 +47,7 @@ from options import NEUTRAL, compute, learning_rate, network_arguments, parse, p
 
 HERE = Path(__file__).parent
 LONG_HOURS = 2  # a run estimated to take longer prints a warning
+LOWER = "start again with a lower --lr, and --overwrite or another --name"
 # The files of a run, deleted in this order: args.json marks a run as valid, so it goes first.
 RUN_FILES = "args.json", "*.json", "metrics.jsonl", "*.pt", "submission-*.zip", "report.*", ".*.tmp"
 
@@ -69,7 +70,7 @@ def resumed_args(args, given):
             flag = "from" if key == "start_from" else key.replace("_", "-")
             raise UserError(
                 f"--{flag} {vars(args)[key]} differs from run {folder.name}'s {settings.get(key)}: a resumed run keeps "
-                f"its arguments; start a new one with FROM={make_name(folder)}"
+                f"its arguments; use another NAME, with FROM={make_name(folder)} to start from its weights"
             )
     kept = {key: vars(args)[key] for key in NEUTRAL & (given | {"resume", "runs"})}
     return argparse.Namespace(**vars(args) | settings | kept)
@@ -395,7 +396,7 @@ def train_step(run, epoch, step, positions):
     loss = training_loss(logits.float(), target, **run.loss)
     status = torch.stack([loss.detach(), loss.new_tensor(float(bool(run.signals)))])
     value, signalled = all_sum(status).div_(run.processes).tolist()
-    where = f"in epoch {epoch + 1}, step {step + 1}; last.pt is intact: try a lower --lr"
+    where = f"in epoch {epoch + 1}, step {step + 1}; {LOWER}"
     if not math.isfinite(value):
         raise UserError(f"the loss is {value} {where}")
     run.optimiser.zero_grad(set_to_none=True)
@@ -431,7 +432,7 @@ def validate(run, size):
     if all_sum(torch.tensor(float(bool(run.signals)), device=run.device)) > 0:
         return None
     if not math.isfinite(losses.mean()):
-        raise UserError(f"the validation loss is {losses.mean()}; last.pt is intact: try a lower --lr")
+        raise UserError(f"the validation loss is {losses.mean()}; {LOWER}")
     metrics = {"val_loss": float(losses.mean()), "official": official_score(confusions)}
     metrics |= {"batch32": batch_score(confusions), "labels": rounded(label_scores(confusions)[0])}
     if sample:
@@ -494,7 +495,7 @@ def write_best(run, line, confusions):
 def require_finite(run):
     """UserError if the weights contain infinities or NaN."""
     if not all(checkpoint.is_finite(m) for m in (run.model, run.average) if m is not None):
-        raise UserError("the weights are no longer finite; last.pt is intact: try a lower --lr")
+        raise UserError(f"the weights are no longer finite; {LOWER}")
 
 
 def save_last(run):

@@ -375,7 +375,7 @@ def spoil_numbers(place):
     for (target, nth), factor in place.some(list(itertools.product(cases, (float("nan"), float("inf")))), 1):
         name = f"{target}-{factor}"
         prepare = at_call(target, nth, change=lambda result, factor=factor: result * factor)
-        yield name, run(*place.train(name), prepare=prepare).lost("try a lower --lr") or place.not_equal(name)
+        yield name, run(*place.train(name), prepare=prepare).lost("a lower --lr") or place.not_equal(name)
     data, cache = shutil.copytree(place.data, place.root / "plain"), place.root / "plain-cache"
     for path in (data / "train/images").iterdir():
         Image.new("RGB", (512, 512), "red").save(path)
@@ -383,7 +383,7 @@ def spoil_numbers(place):
     cases = ["--class-weights=balanced --focal=2", "--lr=100", "--lr=100 --optimiser=adamw --clip=0"]
     for flags in place.some(cases, 1):
         attempt = run(*place.train(f"plain{flags}", *flags.split(), data=data, cache=cache))
-        yield flags, attempt.lost("try a lower --lr", status=(0, 2) if "lr" in flags else (0,))
+        yield flags, attempt.lost("a lower --lr", status=(0, 2) if "lr" in flags else (0,))
         if not attempt.status:
             yield "its masks", run(*place.predict, place.root / "x", "--weights", place.runs / f"plain{flags}").lost()
 

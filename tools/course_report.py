@@ -46,7 +46,8 @@ th { border-bottom: 0.8pt solid #444; }
 def settings(run, args):
     """The training as HTML; `args` are its arguments, with today's defaults for those it lacks."""
     usual, recipe = settings_of(), settings_of(args.recipe)
-    others = (k for k, value in vars(args).items() if k not in NEUTRAL and not usual.get(k) == value == recipe.get(k))
+    kept = ((k, value) for k, value in vars(args).items() if k not in NEUTRAL and (k in usual or value))
+    others = (k for k, value in kept if not usual.get(k) == value == recipe.get(k))
     keys = dict.fromkeys([*SETTINGS.split(), *others])
     changes = ", ".join(f"{k} {v:g}" for k, v in vars(strength(args)).items() if v and not k.endswith("alpha"))
     row, yes = run["row"], ("no", "yes")
@@ -113,6 +114,8 @@ def draft(folder, author, matric):
     scores = [image_score(f) for f in run["best"]["image_scores"].values()]
     charts = re.search('<script id="charts">.*?</script>', TEMPLATE.read_text(encoding="utf-8"), re.DOTALL)[0]
     faces = "synthetic faces, which say nothing about real ones" if row["synthetic"] else "CelebAMask-HQ portraits"
+    start = f"starting from the weights of {args.start_from} (describe their training)"
+    origin = start if args.start_from else "no pretrained weights"
     seen = "The weights were trained on all pairs, these images included; the score is of a training without them."
     template = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Report</title><style>{STYLE}</style>
 <p class="screen">A draft from the run's files: check and complete it. Do not publish it: it shows the dataset.</p>
@@ -124,8 +127,8 @@ view per image (not mirrored, not rescaled), on {len(scores)} images; standard e
 {seen if row["weights"] == "all pairs" else ""}</p>
 <p><b>Parameters: {count:,}</b> (fewer than {PARAM_LIMIT:,} are allowed).</p>
 <h2>1. Task</h2><p>Every pixel of a 512 x 512 image gets one of {len(NAMES)} labels; left and right are the person's.
-Data: {faces}; {args.val_split:.0%} of the pairs are held out for validation (seed {args.split_seed}). No other data, no
-pretrained weights, one network. The official score is F averaged over the labels present in an image, then over the
+Data: {faces}; {args.val_split:.0%} of the pairs are held out for validation (seed {args.split_seed}). No other data,
+{escape(origin)}; one network. The official score is F averaged over the labels present in an image, then over the
 images; masks are scored as they are.</p>
 <h2>2. Network: {escape(args.model)}, parameters by module</h2><pre>{escape(parameter_table(model))}</pre>
 <h2>3. Training</h2>{settings(run, args)}

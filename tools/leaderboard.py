@@ -121,6 +121,7 @@ def main():
     parser.add_argument("--runs", default="runs", help="folder of all runs")
     parser.switch("--recipes", help="list the recipes instead")
     args = parser.parse_args()
+    options.load_recipes()  # an error in it is no error of the runs
     rows, unreadable = survey(args.runs)
     for name, reason in unreadable:
         print_message(f"skipped {name}: {reason}")

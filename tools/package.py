@@ -48,6 +48,13 @@ def write_solution(folder, content, views):
     checkpoint.save(folder / "ckpt.pth", {**settings, "views": views, "state_dict": dict(content["state_dict"])})
 
 
+def report_replacement(path):
+    """Print the date and size of a file that is about to be replaced, if there is one."""
+    if path.is_file():
+        date = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+        print(f"replacing {path} of {date}, {path.stat().st_size / 1e6:.1f} MB")
+
+
 def make_submission(weights, images, phase, target, views=None, run=5):
     """Write the zip of a phase (test or dev) to `target` and return 0; 1, without writing, if it fails its checks.
 
@@ -74,9 +81,7 @@ def make_submission(weights, images, phase, target, views=None, run=5):
             print(f"{target} was not written, because a check failed", file=sys.stderr)
             return 1
         make_folder(target.parent)
-        if target.is_file():
-            date = time.strftime("%Y-%m-%d %H:%M", time.localtime(target.stat().st_mtime))
-            print(f"replacing {target} of {date}, {target.stat().st_size / 1e6:.1f} MB")
+        report_replacement(target)
         with atomic(target) as temporary:
             shutil.copyfile(made, temporary)
     size = target.stat().st_size / 1e6

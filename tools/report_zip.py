@@ -19,7 +19,7 @@ from data import find_data_of, load_pairs
 from evaluate import evaluate, held_out, official_score
 from model import PARAM_LIMIT, count_parameters
 from tools.check_submission import judge, read_zip, show
-from tools.package import ROOT, make_submission, write_zip
+from tools.package import ROOT, make_submission, report_replacement, write_zip
 from views import parse_views
 
 MAX_PAGES = 5
@@ -68,7 +68,7 @@ def describe_score(weights, content, data, views):
         pairs, model, device = load_pairs(data), checkpoint.restore(content, weights), torch.device("cpu")
         indices = held_out(content, weights, pairs.names)
         score = official_score(evaluate(model, pairs, indices, content["size"], device, views=parse_views(views))[0])
-        return f"{score:.4f}, the official score on the {len(indices)} pairs held out, from these views"
+        return f"{score:.4f}, the official score on the {len(indices)} pairs held out, from the views below"
     best = checkpoint.best_score(weights.parent)
     known = f"the run in run/ has {best:.4f}, from one view per image" if best >= 0 else "not measured"
     return f"unknown, since the weights were trained on all pairs; {known}"
@@ -94,7 +94,9 @@ Third-party libraries are in code/requirements.txt; the training's versions and 
   {", ".join(f"{name} {version}" for name, version in versions.items())}
 
 How to reproduce the masks, in code/, with the test images in DATA/test/images (an absolute path):
+  python -m pip install -r requirements.txt
   python -m tools.run --input DATA/test/images --output ../masks-again --weights ../checkpoint/ckpt.pth
+Masks of other photos: python predict.py --input PHOTOS --output MASKS --weights ../checkpoint/ckpt.pth
 
 CelebAMask-HQ (Lee et al., CVPR 2020), weights trained on it and these masks are for non-commercial research only.
 """
@@ -139,6 +141,7 @@ def main():
     entries = masks | {name: path.read_bytes() for name, path in files.items()}
     entries |= {"Readme.txt": readme.encode(), "checkpoint/ckpt.pth": sent["solution/ckpt.pth"]}
     make_folder(args.out)
+    report_replacement(args.out / f"{args.matric}.zip")
     with atomic(args.out / f"{args.matric}.zip") as temporary:
         write_zip(temporary, entries)
     print(f"{args.out / args.matric}.zip: report of {pages} pages, {len(masks)} masks, {len(files)} other files")

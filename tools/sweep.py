@@ -49,6 +49,7 @@ def main():
         except BaseException:  # Ctrl-C or SIGTERM: the training saves before it ends
             child.terminate()
             child.wait()
+            print("repeat the same command to continue the sweep", file=sys.stderr)
             raise
         if status:
             return status
