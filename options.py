@@ -31,9 +31,7 @@ def build_parser():
     run.add_argument("--recipe", help="named settings from recipes.toml; further flags override them")
     run.add_argument("--resume", metavar="NAME", help="continue this run exactly where it stopped")
     run.add_argument("--from", dest="start_from", metavar="RUN", help="start from the weights of a run or checkpoint")
-    run.add_argument(
-        "--overwrite", **switch, default=False, help="replace a run of the same name, its report and zip too"
-    )
+    run.add_argument("--overwrite", **switch, default=False, help="replace a run of this name, report and zip too")
 
     data = parser.add_argument_group("data")
     data.add_argument("--data", help="folder with train/images and train/masks; default ./data, else synthetic faces")

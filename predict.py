@@ -165,12 +165,8 @@ def predict_all(parser, args):
             continue
         write_results(args, path, pixels, parsed)
         if parsed.missed:
-            how = (
-                "parsed as one portrait, perhaps wrongly"
-                if parsed.mask.any()
-                else "its mask is all background, WHOLE=1 (--whole) parses it"
-            )
-            print_message(f"no face found in {path}: {how}; BOX=x,y,w,h (--box) names the portrait")
+            how = "parsed as one portrait, perhaps wrongly" if parsed.mask.any() else "all background"
+            print_message(f"no face found in {path}: {how}; WHOLE=1 (--whole) or BOX=x,y,w,h (--box) parses it")
         show_progress("predicting", done, len(files), time.monotonic() - begin)
     seconds = time.monotonic() - begin
     print(
