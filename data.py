@@ -118,10 +118,9 @@ def find_data_of(weights, folder=None):
     """
     record = run_record(weights)
     folder = folder or record.get("args", {}).get("data")
-    synthetic = (record.get("pairs") or {}).get("drawn")
-    if folder is None and synthetic and SYNTHETIC.is_dir():
-        return SYNTHETIC
-    if folder is None and not synthetic and not Path("data").is_dir():
+    if folder is None and (record.get("pairs") or {}).get("drawn"):
+        return SYNTHETIC if SYNTHETIC.is_dir() else find_data()
+    if folder is None and not Path("data").is_dir():
         raise UserError("no data/ folder: `make data RAW=/path/to/download` creates it; DATA=FOLDER names another")
     return find_data(folder)
 

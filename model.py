@@ -365,10 +365,10 @@ def check_logits(model):
     image, training = torch.zeros(1, 3, 64, 64, device=next(model.parameters()).device), model.training
     model.eval()
     for full_size, side in ((True, 64), (False, 64 // model.stride)):
-        shape = tuple(model(image, full_size=full_size).shape)
-        if shape != (1, NUM_CLASSES, side, side):
-            expected = f"(1, {NUM_CLASSES}, {side}, {side}), as its stride {model.stride} requires"
-            raise UserError(f"full_size={full_size} gave logits {shape} of a 64 px image, not {expected}")
+        shape, expected = tuple(model(image, full_size=full_size).shape), (1, NUM_CLASSES, side, side)
+        if shape != expected:
+            found = f"full_size={full_size} gave logits {shape} of a 64 px image"
+            raise UserError(f"{found}, not {expected}; its stride is {model.stride}")
     model.train(training)
 
 

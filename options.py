@@ -81,7 +81,7 @@ def build_parser():
     change = parser.add_argument_group("augmentation", "The defaults are the preset's.")
     change.add_argument("--augment", choices=sorted(PRESETS), default="basic", help="preset of the strengths below")
     for name, kind in Strength.__annotations__.items():
-        change.add_argument(f"--{name.replace('_', '-')}", type=float, help=getattr(kind, "__metadata__", [None])[0])
+        change.add_argument(flag(name), type=float, help=getattr(kind, "__metadata__", [None])[0])
     change.add_argument(
         "--exchange-sides", **switch, default=True, help="exchange left and right labels in mirrored masks"
     )
@@ -100,6 +100,11 @@ def build_parser():
     machine.add_argument("--threads", type=int, default=0, help="CPU threads per process; 0: torch's default")
     machine.add_argument("--save-minutes", type=float, default=5, help="minutes between saves within an epoch")
     return parser
+
+
+def flag(name):
+    """The flag of an argument, such as --val-split."""
+    return "--from" if name == "start_from" else f"--{name.replace('_', '-')}"
 
 
 def load_recipes():
@@ -171,8 +176,7 @@ def check(args):
     for (low, high), names in ranges.items():
         for name in names:
             if not low <= getattr(args, name) <= high:
-                flag = f"--{name.replace('_', '-')}"
-                raise UserError(f"{flag} {getattr(args, name)} is out of range: {low:g} to {high:g}")
+                raise UserError(f"{flag(name)} {getattr(args, name)} is out of range: {low:g} to {high:g}")
     if args.ce == args.dice == 0:
         raise UserError("--ce 0 with --dice 0 leaves no loss; give one of them a weight")
     if args.target and not args.val_split:
@@ -193,8 +197,7 @@ def strength(args):
     for name, value in chosen.items():
         low = 1e-3 if name.endswith("alpha") else 0
         if not low <= value <= limits.get(name, 1):
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} {value} is out of range: {low:g} to {limits.get(name, 1)}")
+            raise UserError(f"{flag(name)} {value} is out of range: {low:g} to {limits.get(name, 1)}")
     if chosen.get("mixup", 0) + chosen.get("cutmix", 0) > 1:
         raise UserError("--mixup and --cutmix are probabilities of alternatives: their sum must be at most 1")
     return Strength(**chosen)

@@ -43,7 +43,7 @@ from labels import NUM_CLASSES
 from losses import training_loss
 from model import PARAM_LIMIT, build, check_logits, count_parameters
 from muon import Muon
-from options import NEUTRAL, compute, learning_rate, network_arguments, parse, parse_sizes, size_at, strength
+from options import NEUTRAL, compute, flag, learning_rate, network_arguments, parse, parse_sizes, size_at, strength
 
 HERE = Path(__file__).parent
 LONG_HOURS = 2  # a run estimated to take longer prints a warning
@@ -67,10 +67,9 @@ def resumed_args(args, given):
         raise UserError(f"{what}; start a new run with FROM={make_name(folder)}")
     for key in sorted(given - NEUTRAL - {"name"}):
         if vars(args)[key] != settings.get(key):
-            flag = "from" if key == "start_from" else key.replace("_", "-")
             raise UserError(
-                f"--{flag} {vars(args)[key]} differs from run {folder.name}'s {settings.get(key)}: a resumed run keeps "
-                f"its arguments; use another NAME, with FROM={make_name(folder)} to start from its weights"
+                f"{flag(key)} {vars(args)[key]} differs from run {folder.name}'s {settings.get(key)}: a resumed run "
+                f"keeps its arguments; use another NAME, with FROM={make_name(folder)} to start from its weights"
             )
     kept = {key: vars(args)[key] for key in NEUTRAL & (given | {"resume", "runs"})}
     return argparse.Namespace(**vars(args) | settings | kept)
@@ -165,9 +164,10 @@ def set_up(args):
     """Everything a training needs, new or resumed (progress, networks, optimiser and scaler from last.pt)."""
     device = select_device(args.device, args.threads)
     rank, processes = join_processes(args, device)
-    if (args.start_from or "").startswith("runs/NAME/") and not args.resume:
-        raise UserError(f"recipe {args.recipe} continues another run: add FROM={args.start_from} with its name")
-    source = find_weights(args.start_from, args.runs) if args.start_from and not args.resume else None
+    start = "" if args.resume else args.start_from or ""
+    if start.startswith("runs/NAME/"):
+        raise UserError(f"recipe {args.recipe} continues another run: add FROM={start} with its name")
+    source = find_weights(start, args.runs) if start else None
     torch.backends.cudnn.benchmark = device.type == "cuda"
     if rank:
         dist.barrier()  # rank 0 creates the cache

@@ -17,7 +17,7 @@ from images import read_image, read_mask
 from labels import NAMES, PALETTE
 from model import build
 from photo import parse_labels
-from views import ONE_VIEW, label_map, log_probabilities
+from views import Views, label_map, log_probabilities
 
 
 @pytest.fixture(scope="module")
@@ -148,11 +148,11 @@ def test_code_in_a_checkpoint_does_not_run(weights, tmp_path):
 
 
 def test_ensemble_averages_predictions_and_warns_that_it_may_not_be_submitted(run, weights, tmp_path):
-    status, warning = run("--input=a.png --whole", ensemble_tta, "ab")
+    status, warning = run("--input=a.png --whole --views=flip", ensemble_tta, "ab")
     assert status == 0 and "forbids" in warning
     networks = [checkpoint.load_model(weights / f"{name}.pt")[0] for name in "ab"]
     pixels = torch.from_numpy(read_image("a.png")).permute(2, 0, 1)[None]
-    expected = label_map(log_probabilities(networks, pixels, 64, ONE_VIEW), 30, 40)[0]
+    expected = label_map(log_probabilities(networks, pixels, 64, Views(flip=True)), 30, 40)[0]
     assert np.array_equal(read_mask(tmp_path / "out/a.png"), expected.numpy())
     status, error = run("--input=a.png --whole", ensemble_tta, ("a", "late"))
     assert status == 2 and "sizes [64, 96]: choose one with --size" in error

@@ -21,7 +21,7 @@ from checkpoint import find_run, make_name
 from labels import HEX_COLOURS, NAMES
 from model import PARAM_LIMIT, build, count_parameters, parameter_table
 from options import network_arguments, strength
-from tools.leaderboard import NEUTRAL, settings_of
+from tools.leaderboard import changed_settings, settings_of
 from tools.report import TEMPLATE, fill_template, image_score, read_pictures, read_runs, write_page
 from tools.report_zip import count_pages, matriculation
 
@@ -45,13 +45,11 @@ th { border-bottom: 0.8pt solid #444; }
 
 def settings(run, args):
     """The training as HTML; `args` are its arguments, with today's defaults for those it lacks."""
-    usual, recipe = settings_of(), settings_of(args.recipe)
-    kept = ((k, value) for k, value in vars(args).items() if k not in NEUTRAL and (k in usual or value))
-    others = (k for k, value in kept if not usual.get(k) == value == recipe.get(k))
-    keys = dict.fromkeys([*SETTINGS.split(), *others])
+    values = vars(args) | {"from": args.start_from}
+    keys = dict.fromkeys([*SETTINGS.split(), *changed_settings(values | {"recipe": None}), *run["changed"]])
     changes = ", ".join(f"{k} {v:g}" for k, v in vars(strength(args)).items() if v and not k.endswith("alpha"))
     row, yes = run["row"], ("no", "yes")
-    return f"""<p>{escape(", ".join(f"{key} {getattr(args, key)}" for key in keys))}.</p>
+    return f"""<p>{escape(", ".join(f"{key} {values[key]}" for key in keys))}.</p>
 <p>Augmentation: {changes or "none"}. Mirrored masks exchange left and right: {yes[args.exchange_sides]}; training masks
 with left and right reversed are repaired: {yes[args.fix_sides]}. {row["epochs"]} epochs in
 {duration(60 * row["minutes"])}. The weights of epoch {row["epoch"]}, the best on the validation images, are kept: this
