@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from device import constant, to_device
 from images import resize, soft_labels
 from labels import FLIP
 
@@ -98,16 +99,25 @@ def slice_batch(params, start, stop):
     return {name: value[start:stop] for name, value in params.items()}
 
 
-def warp(images, masks, params, size, exchange_sides=True):
+def send(params, device):
+    """The parameters on the device, in one copy."""
+    if device.type == "cpu":
+        return params
+    columns = [value.flatten(1) if value.dim() > 1 else value[:, None] for value in params.values()]
+    parts = to_device(torch.cat(columns, 1), device).split([column.shape[1] for column in columns], 1)
+    return {name: part.view(value.shape) for (name, value), part in zip(params.items(), parts, strict=True)}
+
+
+def warp(images, masks, theta, size):
     """Flip, rotate, scale and shift in one resampling.
 
-    uint8 images (B, 3, S, S), uint8 masks (B, M, M), S and M >= size -> float images (B, 3, size, size), values
-    0..1, and uint8 masks (B, size, size). Images are reduced to at most twice the size, then sampled bilinearly; for
-    the identity this equals the area average of prediction if S is size or 2 * size. Masks are sampled at full
-    resolution, to the nearest pixel, with left and right exchanged if mirrored. Pixels outside the image are reflected.
+    uint8 images (B, 3, S, S), uint8 masks (B, M, M), S and M >= size, theta (B, 2, 3) -> float images (B, 3, size,
+    size), values 0..1, and uint8 masks (B, size, size). Images are reduced to at most twice the size, then sampled
+    bilinearly; for the identity this equals the area average of prediction if S is size or 2 * size. Masks are sampled
+    at full resolution, to the nearest pixel. Pixels outside the image are reflected.
     """
     device, count = images.device, len(images)
-    across, down, shift = params["theta"].to(device)[..., None, None].unbind(2)  # (B, 2, 1, 1): x and y
+    across, down, shift = theta[..., None, None].unbind(2)  # (B, 2, 1, 1): x and y
     centre = (2 * torch.arange(size, device=device) + 1) / size - 1
     points = across * centre + (down * centre[:, None] + shift)  # (B, 2, size, size)
     # Reflection at the edges -1 and 1: the distance from the nearest of ..., -5, -1, 3, ...
@@ -120,55 +130,59 @@ def warp(images, masks, params, size, exchange_sides=True):
 
     side = masks.shape[-1]
     x, y = place.mul_(side).floor_().clamp_(max=side - 1).unbind(1)
-    labels = masks.flatten(1).gather(1, (y * side + x).long().flatten(1)).view(count, size, size)
-    flipped = params["flip"].nonzero().flatten().to(device)
-    if exchange_sides and len(flipped):
-        labels[flipped] = torch.tensor(FLIP, dtype=torch.uint8, device=device)[labels[flipped].long()]
-    return warped, labels
+    return warped, masks.flatten(1).gather(1, (y * side + x).long().flatten(1)).view(count, size, size)
+
+
+def exchange(masks, flip):
+    """uint8 masks (B, H, W) with left and right labels exchanged where flip (B,) is not 0."""
+    swapped = constant(tuple(FLIP), masks.device, torch.uint8)[masks.long()]
+    return torch.where(flip[:, None, None] > 0, swapped, masks)
 
 
 def colour(images, params):
-    """Change saturation, contrast and brightness, then blur and add noise; float images 0..1 in and out."""
-    device, luma = images.device, torch.tensor([0.299, 0.587, 0.114], device=images.device)  # ITU-R BT.601
+    """Change saturation, contrast and brightness of float images (B, 3, H, W); values 0..1 may leave that range."""
+    luma = constant((0.299, 0.587, 0.114), images.device)  # ITU-R BT.601
     saturation, contrast, brightness = (
-        params[name].to(device)[:, None, None] for name in ("saturation", "contrast", "brightness")
+        params[name][:, None, None] for name in ("saturation", "contrast", "brightness")
     )
     # All three together are one affine map of each pixel's RGB.
     grey = luma.expand(3, 3)  # gives every channel the pixel's grey
-    matrix = brightness * contrast * torch.lerp(grey, torch.eye(3, device=device), saturation)  # (B, 3, 3)
+    matrix = brightness * contrast * torch.lerp(grey, torch.eye(3, device=images.device), saturation)  # (B, 3, 3)
     mean = (images.mean((2, 3)) @ luma)[:, None, None]
-    images = torch.baddbmm(brightness * (1 - contrast) * mean, matrix, images.flatten(2)).view_as(images)
-    if params["blur"].any():
-        images = blur(images, params["blur"].to(device))
+    return torch.baddbmm(brightness * (1 - contrast) * mean, matrix, images.flatten(2)).view_as(images)
+
+
+def degrade(images, params):
+    """Blur and add noise in place, to float images (B, 3, H, W) as the parameters on the CPU say."""
+    for i in params["blur"].nonzero().flatten().tolist():
+        images[i] = blur(images[i], float(params["blur"][i]))
     for i in params["noise"].nonzero().flatten().tolist():
-        generator = torch.Generator(device).manual_seed(int(params["noise_seed"][i]))
-        noise = torch.randn(images[i].shape, generator=generator, device=device)
-        images[i] += noise * params["noise"][i].to(device)
-    return images.clamp_(0, 1)
+        generator = torch.Generator(images.device).manual_seed(int(params["noise_seed"][i]))
+        noise = torch.randn(images[i].shape, generator=generator, device=images.device)
+        images[i] += noise.mul_(float(params["noise"][i]))
+    return images
 
 
-def blur(images, sigma):
-    """Gaussian blur of images (B, C, H, W) by sigma (B,) pixels each, 0 for none; 7 taps per direction."""
-    count, channels, height, width = images.shape
-    offsets = torch.arange(-3, 4, device=images.device)
-    kernel = torch.exp(-0.5 * (offsets / sigma.clamp(min=1e-3)[:, None]) ** 2)
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)[:, None]
-    x = F.pad(images, (3, 3, 3, 3), mode="replicate").view(1, count * channels, height + 6, width + 6)
-    x = F.conv2d(x, kernel[:, :, None, :], groups=count * channels)
-    return F.conv2d(x, kernel[:, :, :, None], groups=count * channels).view_as(images)
+def blur(image, sigma):
+    """Gaussian blur of an image (C, H, W) by `sigma` pixels; 7 taps per direction."""
+    taps = torch.exp(-0.5 * (torch.arange(-3, 4, device=image.device) / sigma) ** 2)
+    kernel = (taps / taps.sum()).expand(len(image), 1, 7)
+    x = F.pad(image[None], (3, 3, 3, 3), mode="replicate")
+    x = F.conv2d(x, kernel[:, :, None, :], groups=len(image))
+    return F.conv2d(x, kernel[:, :, :, None], groups=len(image))[0]
 
 
-def mix(images, masks, params, stride):
+def mix(images, masks, params, sent, stride):
     """Apply CutMix and MixUp between neighbours (0 with 1, 2 with 3, ...; the batch is shuffled); make the target.
 
-    Returns images (B, 3, H, W), and labels (B, H, W) int64 if stride is 1 and nothing was blended, else soft labels
-    (B, 19, H/stride, W/stride) that add up to 1.
+    `sent` are the parameters on the device. Returns images (B, 3, H, W), and labels (B, H, W) int64 if stride is 1 and
+    nothing was blended, else soft labels (B, 19, H/stride, W/stride) that add up to 1.
     """
     device, (count, height, width) = images.device, masks.shape
-    partner = torch.arange(count, device=device) ^ 1
-    partner[-1] = min(int(partner[-1]), count - 1)  # the last image of an odd batch is its own partner
-    box = params["box"].to(device)
-    if bool((box[:, 2] > box[:, 0]).any()):
+    # The last image of an odd batch is its own partner.
+    partner = (torch.arange(count, device=device) ^ 1).clamp_(max=count - 1)
+    if bool((params["box"][:, 2] > params["box"][:, 0]).any()):
+        box = sent["box"]
         x = (torch.arange(width, device=device) + 0.5) / width
         y = (torch.arange(height, device=device) + 0.5) / height
         inside_x = (x >= box[:, 0, None]) & (x < box[:, 2, None])
@@ -176,20 +190,25 @@ def mix(images, masks, params, stride):
         inside = inside_y[:, :, None] & inside_x[:, None, :]
         images = torch.where(inside[:, None], images[partner], images)
         masks = torch.where(inside, masks[partner], masks)
-    lam = params["lam"].to(device)
-    if bool((lam < 1).any()):
-        images = torch.lerp(images[partner], images, lam[:, None, None, None])
-        return images, soft_labels(masks, stride, masks[partner], lam)
+    if bool((params["lam"] < 1).any()):
+        images = torch.lerp(images[partner], images, sent["lam"][:, None, None, None])
+        return images, soft_labels(masks, stride, masks[partner], sent["lam"])
     return images, masks.long() if stride == 1 else soft_labels(masks, stride)
 
 
 def augment(images, masks, params, size, stride=1, exchange_sides=True):
-    """A training batch from stored uint8 pairs: float images (B, 3, size, size) 0..1 and targets as `mix` returns."""
+    """A training batch from stored uint8 pairs: float images (B, 3, size, size) 0..1 and targets as `mix` returns.
+
+    `params` stay on the CPU, where they decide what is done; a GPU receives a copy and is never waited for.
+    """
+    sent, changed = send(params, images.device), []
     # One image at a time stays in a CPU's cache; a GPU processes them together.
     step = 1 if images.device.type == "cpu" else len(images)
-    changed = []
     for start in range(0, len(images), step):
-        part, own = slice(start, start + step), slice_batch(params, start, start + step)
-        warped, labels = warp(images[part], masks[part], own, size, exchange_sides)
-        changed.append((colour(warped, own), labels))
-    return mix(*map(torch.cat, zip(*changed, strict=True)), params, stride)
+        part = slice(start, start + step)
+        own, values = slice_batch(params, start, start + step), slice_batch(sent, start, start + step)
+        warped, labels = warp(images[part], masks[part], values["theta"], size)
+        if exchange_sides and own["flip"].any():
+            labels = exchange(labels, values["flip"])
+        changed.append((degrade(colour(warped, values), own).clamp_(0, 1), labels))
+    return mix(*map(torch.cat, zip(*changed, strict=True)), params, sent, stride)

@@ -1,15 +1,12 @@
-"""Checkpoints and run folders: save and load safely, find a run and its weights, choose the device.
+"""Checkpoints and run folders: save and load safely, find a run and its weights.
 
 A checkpoint is a dict. `best.pt` contains what inference needs (`state_dict`, `model`, `model_args`, `size`);
 `last.pt` adds the optimiser state that resuming needs. With --ema, best.pt has the averaged weights, last.pt the plain
 ones. Both name the pairs that the weights were `trained_on` and those that the training `held_out`.
 """
 
-import ctypes
 import json
-import os
 import shlex
-import sys
 import textwrap
 import zipfile
 from pathlib import Path
@@ -22,33 +19,6 @@ from model import build, fold_batch_norm
 
 REQUIRED = {"state_dict": dict, "model": str, "model_args": dict, "size": int}
 RELEASE = Path(__file__).with_name("runs") / "release"
-
-
-def select_device(name="auto", threads=0):
-    """torch.device for `name`: auto (cuda, mps or cpu), cpu, cuda, cuda:1, mps. Under torchrun each process has a GPU.
-
-    `threads`: CPU threads, 0 for torch's default. UserError if the device is not available.
-    """
-    if threads < 0:
-        raise UserError(f"--threads {threads} is below 0, which stands for torch's default")
-    if threads:
-        torch.set_num_threads(threads)
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":  # set_device needs an index
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).item()  # "meta" has no values
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name} is not available here; use auto or cpu") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if device.type == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # Let glibc keep freed memory: returning large tensors to the system and faulting them in again is slow.
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
-    return device
 
 
 def save(path, content):
@@ -95,7 +65,7 @@ def load_state(model, state, source):
 
 def is_finite(model):
     """True if all weights and statistics of a network are finite."""
-    return all(bool(v.isfinite().all()) for v in model.state_dict().values() if v.is_floating_point())
+    return bool(torch.stack([v.isfinite().all() for v in model.state_dict().values() if v.is_floating_point()]).all())
 
 
 def restore(content, source, device="cpu"):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from checkpoint import run_record
+from device import to_device
 from images import image_files, read_image, read_mask, require_file
 from labels import FLIP, NUM_CLASSES, SIDES
 
@@ -82,10 +83,10 @@ class Batches:
     def read(self, positions):
         """Images (B, 3, 512, 512) and masks (B, 512, 512) of the training pairs at these positions (B,)."""
         if self.resident is not None:
-            chosen = torch.from_numpy(positions).to(self.device)
+            chosen = to_device(torch.from_numpy(positions), self.device)
             return [part[chosen] for part in self.resident]
         batch = self.pairs.batch(self.indices[positions], self.fix_sides)
-        return [torch.from_numpy(part).to(self.device) for part in batch]
+        return [to_device(torch.from_numpy(part), self.device) for part in batch]
 
 
 def find_data(folder=None):

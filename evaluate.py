@@ -18,6 +18,7 @@ import torch
 
 import checkpoint
 from data import find_data_of, is_synthetic, load_pairs, split
+from device import amp_dtype, autocast, select_device, to_device
 from images import area, image_files, read_mask, soft_labels
 from labels import NAMES, NUM_CLASSES
 from losses import segmentation_loss
@@ -35,6 +36,16 @@ def confusion(pred, true):
     ends = np.append(np.flatnonzero(pairs[1:] != pairs[:-1]), len(pairs) - 1)
     counts = np.bincount(pairs[ends], np.diff(ends, prepend=-1), NUM_CLASSES**2)
     return counts.astype(np.int64).reshape(NUM_CLASSES, NUM_CLASSES)
+
+
+def batch_confusions(pred, true):
+    """`confusion` of each image, (B, 19, 19), of label maps (B, H, W) uint8 on one device."""
+    if pred.device.type == "cpu":
+        return np.stack([confusion(*masks) for masks in zip(pred.numpy(), true.numpy(), strict=True)])
+    images = torch.arange(len(true), device=true.device)[:, None, None]
+    pairs = (images * NUM_CLASSES + true) * NUM_CLASSES + pred
+    counts = torch.bincount(pairs.flatten(), minlength=len(true) * NUM_CLASSES**2)
+    return counts.view(-1, NUM_CLASSES, NUM_CLASSES).cpu().numpy()
 
 
 def f_scores(confusions):
@@ -78,34 +89,36 @@ def score_table(confusions):
 
 
 @torch.inference_mode()
-def evaluate(model, pairs, indices, size, device, *, views=ONE_VIEW, batch=4, ranks=(0, 1), stop=lambda: False):
-    """Confusions (N, 19, 19) int64 of a network on pairs[indices] resized to `size`, and CE + Dice losses (N,).
+def evaluate(model, pairs, indices, size, device, *, views=ONE_VIEW, batch=0, ranks=(0, 1), stop=lambda: False):
+    """Confusions (N, 19, 19) int64 of a network on pairs[indices] resized to `size`, and the mean CE + Dice loss.
 
-    With ranks = (rank, processes) each process fills its own rows and leaves the others 0, so that the sum over
-    processes is the whole. Reversed masks are not corrected. Returns early once `stop()` is true, the rest 0.
+    With ranks = (rank, processes) each process adds only its own rows, so that the sum over processes is the whole.
+    Reversed masks are not corrected. `batch` 0 is 32 images on a GPU, which also uses mixed precision, else 4. Returns
+    early once `stop()` is true, the rest 0.
     """
     was_training = model.training
     model.eval()
-    confusions = np.zeros((len(indices), NUM_CLASSES, NUM_CLASSES), np.int64)
-    losses = np.zeros(len(indices))
+    confusions, loss = np.zeros((len(indices), NUM_CLASSES, NUM_CLASSES), np.int64), torch.zeros((), device=device)
+    gpu = device.type == "cuda"
+    batch, dtype = batch or (32 if gpu else 4), amp_dtype("auto", device) if gpu else None
     rows, begin = np.arange(len(indices))[ranks[0] :: ranks[1]], time.monotonic()
     for start in range(0, len(rows), batch):
         if stop():
             break
         chosen = rows[start : start + batch]
-        images, masks = pairs.batch(indices[chosen], fix_sides=False)
-        log_p = log_probabilities([model], torch.from_numpy(images).to(device), size, views)
+        images, masks = (to_device(torch.from_numpy(a), device) for a in pairs.batch(indices[chosen], fix_sides=False))
+        with autocast(device, dtype):
+            log_p = log_probabilities([model], images, size, views)
         # The loss is taken on the logit grid, which need not divide the mask: reduce by a power of two, then average.
         ratio = max(1, masks.shape[-1] // log_p.shape[-1])
         stride = 2 ** (ratio.bit_length() - 1)
-        target = area(soft_labels(torch.from_numpy(masks).to(device), stride), log_p.shape[2:])
-        for row, one, soft, mask in zip(chosen, log_p, target, masks, strict=True):
-            losses[row] = segmentation_loss(one[None], soft[None]).item()
-            confusions[row] = confusion(label_map(one[None], *mask.shape)[0].cpu().numpy(), mask)
+        target = area(soft_labels(masks, stride), log_p.shape[2:])
+        loss += segmentation_loss(log_p, target) * len(chosen)
+        confusions[chosen] = batch_confusions(label_map(log_p, *masks.shape[1:]), masks)
         if not ranks[0]:
             show_progress("scoring", start + len(chosen), len(rows), time.monotonic() - begin)
     model.train(was_training)
-    return confusions, losses
+    return confusions, loss.item() / len(indices)
 
 
 def held_out(content, path, names):
@@ -143,7 +156,8 @@ def main():
     parser.add_argument("--cache", default="build/cache", help="folder of the decoded copies")
     parser.add_argument("--views", default="", help="views to average: flip, scales, or numbers such as flip,1,1.5")
     parser.add_argument("--size", type=int, default=0, help="side of the network's input; 0: the checkpoint's own")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    parser.add_argument("--batch", type=int, default=0, help="images per step; 0: 32 on a GPU, else 4")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
     parser.add_argument("--masks", type=Path, help="score this folder of PNG masks instead of a network")
     parser.add_argument("--truth", type=Path, help="with --masks: folder of the true masks, same names")
@@ -153,7 +167,7 @@ def main():
             raise UserError("--masks PREDICTED goes with --truth TRUE, two folders")
         print(score_table(compare_folders(args.masks, args.truth)))
         return
-    views, device = parse_views(args.views), checkpoint.select_device(args.device, args.threads)
+    views, device = parse_views(args.views), select_device(args.device, args.threads)
     check_size(args.size or 32)
     path = checkpoint.find_weights(args.weights)
     data = find_data_of(path, args.data)
@@ -165,7 +179,8 @@ def main():
     indices = held_out(info, path, pairs.names)
     if checkpoint.has_seen(info, [pairs.names[i] for i in indices]):
         print_message(f"{path} was trained on these pairs: this is not a score of unseen images")
-    print(score_table(evaluate(model, pairs, indices, args.size or info["size"], device, views=views)[0]))
+    size, settings = args.size or info["size"], {"views": views, "batch": args.batch}
+    print(score_table(evaluate(model, pairs, indices, size, device, **settings)[0]))
 
 
 if __name__ == "__main__":

@@ -169,8 +169,6 @@ def soft_labels(masks, stride=1, others=None, lam=None):
     soft = torch.zeros(count, NUM_CLASSES, height // stride, width // stride, device=masks.device)
     whole = torch.full((count,), 1 / stride**2, device=masks.device)
     for part, weight in [(masks, whole)] if lam is None else [(masks, whole * lam), (others, whole * (1 - lam))]:
-        weight = weight[:, None, None, None].expand_as(soft[:, :1])
-        for dy in range(stride):
-            for dx in range(stride):
-                soft.scatter_add_(1, part[:, None, dy::stride, dx::stride].long(), weight)
+        cells = F.pixel_unshuffle(part[:, None], stride).long()  # (B, stride^2, H/stride, W/stride)
+        soft.scatter_add_(1, cells, weight[:, None, None, None].expand_as(cells))
     return soft

@@ -36,11 +36,13 @@ def segmentation_loss(
 
 def _dice(p, target, over):
     """1 - Dice, averaged over labels and images, of probabilities (B, 19, H, W)."""
-    if target.dim() == 3:
+    if target.dim() == 3 and p.device.type == "cpu":
         labels, zeros = target.flatten(1), p.new_zeros(len(p), NUM_CLASSES)
         intersection = zeros.scatter_add(1, labels, p.gather(1, target[:, None]).flatten(1))
         true = zeros.scatter_add(1, labels, torch.ones_like(labels, dtype=p.dtype))
     else:
+        if target.dim() == 3:  # on a GPU so many additions to 19 bins would wait for each other
+            target = (target[:, None] == torch.arange(NUM_CLASSES, device=p.device)[:, None, None]).to(p.dtype)
         intersection, true = (p * target).sum((2, 3)), target.sum((2, 3))
     smooth = 1.0 if over == "all" else 1e-5
     terms = 1 - (2 * intersection + smooth) / (p.sum((2, 3)) + true + smooth)

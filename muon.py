@@ -7,6 +7,7 @@ arXiv 2502.16982, so that learning rates are about AdamW's.
 """
 
 import torch
+import torch.nn.functional as F
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, from the Muon article
 
@@ -14,29 +15,43 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, from the M
 def orthogonalise(matrices, steps=5):
     """About U V^T of every float matrix (m, n) = U S V^T in a list: a Newton-Schulz iteration brings S near 1.
 
-    Each step multiplies the matrix from the left by a polynomial of its Gram matrix. The polynomials are accumulated
-    on the short side, so that the long side is read only twice, and Gram matrices of one size are batched.
+    Each step multiplies the matrix by a polynomial of its Gram matrix. The polynomials are accumulated on the short
+    side, so that the long side is read only twice. Matrices of one shape are stacked, and their Gram matrices batched:
+    by their side on a CPU; all of them, padded with zeros, on a GPU, where launches cost more than sums.
     """
-    short = [m.T if m.shape[0] > m.shape[1] else m for m in matrices]
-    short = torch._foreach_div(short, [norm + 1e-7 for norm in torch._foreach_norm(short)])
-    results = [None] * len(short)
-    for side in sorted({len(x) for x in short}):
-        places = [i for i, x in enumerate(short) if len(x) == side]
-        products = _polynomials(torch.stack([short[i] @ short[i].T for i in places]), steps)
-        for i, product in zip(places, products, strict=True):
-            results[i] = product @ short[i]
-    return [x if x.shape == m.shape else x.T for x, m in zip(results, matrices, strict=True)]
+    places = {}
+    for i, matrix in enumerate(matrices):
+        places.setdefault(tuple(matrix.shape), []).append(i)
+    stacks = {shape: torch.stack([matrices[i] for i in where]) for shape, where in places.items()}  # (N, m, n)
+    widest = max(map(min, stacks)) if matrices[0].device.type == "cuda" else 0
+    batches = {}
+    for shape in stacks:
+        batches.setdefault(max(min(shape), widest), []).append(shape)
+    results = [None] * len(matrices)
+    for side, shapes in batches.items():
+        grams = []
+        for (m, n), x in ((shape, stacks[shape]) for shape in shapes):
+            gram, rest = x @ x.mT if m <= n else x.mT @ x, side - min(m, n)
+            grams.append(F.pad(gram, (0, rest, 0, rest)) if rest else gram)
+        products = _polynomials(torch.cat(grams), steps).split([len(stacks[shape]) for shape in shapes])
+        for (m, n), product in zip(shapes, products, strict=True):
+            x, product = stacks[m, n], product[:, : min(m, n), : min(m, n)]
+            for i, result in zip(places[m, n], product @ x if m <= n else x @ product, strict=True):
+                results[i] = result
+    return results
 
 
 def _polynomials(grams, steps):
-    """The product (N, m, m) of `steps` iterations for matrices with these Gram matrices (N, m, m)."""
+    """The product (N, m, m) of `steps` iterations for matrices with these Gram matrices (N, m, m), over their norms."""
     a, b, c = COEFFICIENTS
-    product = None
-    for _ in range(steps):
+    squares = grams.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] + 1e-14  # of the matrices' Frobenius norms
+    grams, product = grams / squares, squares.rsqrt()
+    for i in range(steps):
         step = torch.baddbmm(grams, grams, grams, beta=b, alpha=c)
         step.diagonal(dim1=1, dim2=2).add_(a)
-        product = step if product is None else step @ product
-        grams = step @ grams @ step
+        product = step * product if i == 0 else step @ product
+        if i + 1 < steps:
+            grams = step @ grams @ step
     return product
 
 
@@ -74,8 +89,13 @@ class Muon(torch.optim.AdamW):
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
         steps = orthogonalise([_matrix(x) for x in nesterov])
+        scales = [-group["lr"] * 0.2 * max(step.shape) ** 0.5 for step in steps]
+        steps = [
+            step if p.dim() == 2 else step.unflatten(1, (*p.shape[2:], -1)).movedim(-1, 1)
+            for p, step in zip(parameters, steps, strict=True)
+        ]
+        torch._foreach_mul_(steps, scales)
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        for p, step in zip(parameters, steps, strict=True):
-            step = step if p.dim() == 2 else step.unflatten(1, (*p.shape[2:], -1)).movedim(-1, 1)
-            p.add_(step, alpha=-group["lr"] * 0.2 * max(step.shape[0], step[0].numel()) ** 0.5)
+        torch._foreach_add_(parameters, steps)
+        for p in parameters:
             p.grad = None  # AdamW skips parameters without a gradient

@@ -16,8 +16,20 @@ from augment import PRESETS, Strength
 from model import MODELS
 
 RECIPES = Path(__file__).with_name("recipes.toml")
-# Arguments that do not change the result; a resumed run may change them.
-NEUTRAL = {"device", "threads", "data", "cache", "runs", "resume", "nproc", "save_minutes"}
+# Arguments that do not change what is trained; a resumed run may change them.
+NEUTRAL = {
+    "device",
+    "threads",
+    "nproc",
+    "amp",
+    "compile",
+    "val_batch",
+    "data",
+    "cache",
+    "runs",
+    "resume",
+    "save_minutes",
+}
 
 
 def build_parser():
@@ -88,13 +100,14 @@ def build_parser():
 
     score = parser.add_argument_group("validation")
     score.add_argument("--val-every", type=int, default=1, help="epochs between validations")
+    score.add_argument("--val-batch", type=int, default=0, help="images per step of validation; 0: 32 on a GPU, else 4")
     score.add_argument(
         "--train-score", type=int, default=30, help="training pairs scored too; at most as many as held out"
     )
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    machine.add_argument("--nproc", type=int, default=0, help="processes, one per GPU; 0: all GPUs, or one on a CPU")
+    machine.add_argument("--nproc", type=int, default=1, help="processes, each on a GPU of its own")
     machine.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision")
     machine.add_argument("--compile", **switch, default=False, help="torch.compile the network")
     machine.add_argument("--threads", type=int, default=0, help="CPU threads per process; 0: torch's default")
@@ -167,7 +180,7 @@ def check(args):
         (1, 100): ("restart_growth",),
         (1e-12, 100): ("lr",),
         (1e-3, 1e6): ("restart_period",),
-        (0, 4096): ("threads", "nproc"),
+        (0, 4096): ("threads", "nproc", "val_batch"),
         (0, 2**32 - 1): ("seed", "split_seed"),
         (0, 0.99): ("dropout",),
         (0, 0.999): ("val_split",),

@@ -2,7 +2,7 @@
 
 python train.py --name a --dice 1.5 --lr 8e-4
 python train.py --resume a
-torchrun --standalone --nproc-per-node 2 train.py --name b        # one process per GPU; the same as --nproc 2
+python train.py --name b --nproc 2        # two processes, each on a GPU of its own
 
 runs/NAME/ contains args.json (arguments, commit, versions), metrics.jsonl (one line per epoch), best.json (scores of
 the best epoch by label and image), best.pt (for inference) and last.pt (for resuming).
@@ -18,10 +18,12 @@ import math
 import os
 import platform
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,12 +34,12 @@ import PIL
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 from augment import augment, draw, slice_batch
-from checkpoint import find_run, find_weights, make_name, read_metrics, run_arguments, select_device
+from checkpoint import find_run, find_weights, make_name, read_metrics, run_arguments
 from data import Batches, find_data, is_synthetic, load_pairs, split
+from device import amp_dtype, autocast, device_name, select_device
 from evaluate import batch_score, evaluate, f_scores, label_scores, official_score
 from labels import NUM_CLASSES
 from losses import training_loss
@@ -156,7 +158,6 @@ def environment():
         pass
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     versions |= {"pillow": PIL.__version__, "machine": platform.machine(), "cpus": os.cpu_count()}
-    versions["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"commit": commit, "versions": versions, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
@@ -169,12 +170,9 @@ def set_up(args):
         raise UserError(f"recipe {args.recipe} continues another run: add FROM={start} with its name")
     source = find_weights(start, args.runs) if start else None
     torch.backends.cudnn.benchmark = device.type == "cuda"
-    if rank:
-        dist.barrier()  # rank 0 creates the cache
-    data = find_data(args.data)
+    data = on_rank_0(rank, find_data, args.data)
+    on_rank_0(rank, load_pairs, data, args.cache)  # creates the cache
     pairs = load_pairs(data, args.cache)
-    if processes > 1 and not rank:
-        dist.barrier()
     train_indices, val_indices = split(len(pairs.names), args.val_split, args.split_seed)
     trained_on, held = ([pairs.names[i] for i in indices] for indices in (train_indices, val_indices))
     augmentation = strength(args)
@@ -207,15 +205,12 @@ def set_up(args):
     average = copy.deepcopy(model).requires_grad_(False) if args.ema else None
     if processes > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    network = torch.compile(model) if args.compile else model
-    if processes > 1:
-        network = DistributedDataParallel(network, device_ids=[device.index] if device.type == "cuda" else None)
-    amp_dtype, scaler = precision(args.amp, device)
+    dtype = amp_dtype(args.amp, device)
     # All input is validated by now: create or reopen the run.
-    folder = None if rank else open_run(args)
+    folder = on_rank_0(rank, open_run, args)
     run = SimpleNamespace(
         args=args,
-        folder=folder,  # None unless rank is 0, which alone writes
+        folder=folder,  # rank 0 alone writes
         device=device,
         rank=rank,
         processes=processes,
@@ -229,16 +224,17 @@ def set_up(args):
         batch=batch,  # images per step, over all processes
         steps=len(train_indices) // batch,  # per epoch
         model=model,
-        network=network,  # the model as it is called: compiled, distributed
+        network=torch.compile(model, dynamic=False) if args.compile else model,  # compiled for each size
         average=average,  # EMA of the model, or None
         averaged=[[v for v in m.state_dict().values() if v.is_floating_point()] for m in (average, model) if average],
         optimiser=make_optimiser(model, args, device),
-        amp_dtype=amp_dtype,
-        scaler=scaler,
+        amp_dtype=dtype,
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype is torch.float16),
         loss=dict(ce=args.ce, dice=args.dice, focal=args.focal, smoothing=args.smoothing, dice_over=args.dice_over),
         # The next epoch and step, the summed loss of this epoch, the best score and its epoch, seconds so far.
         progress={"epoch": 0, "step": 0, "loss": 0.0, "best": -1.0, "best_epoch": 0, "seconds": 0.0},
-        signals=catch_signals(),  # numbers of the signals received
+        signals=catch_signals(rank),  # numbers of the signals received
+        unread=deque(),  # results of `train_step` on their way
     )
     run.loss["class_weights"] = label_weights(args, pairs, train_indices, device)
     used = {"training": len(train_indices), "validation": len(val_indices), "content": pairs.digest}
@@ -249,7 +245,8 @@ def set_up(args):
         save_last(run)
         write_metrics(folder, [])
         record = {"args": vars(args), "parameters": count_parameters(model), "pairs": used, "processes": processes}
-        record |= {"device": device.type, "command": sys.argv, **environment()}
+        record |= {"device": device.type, "device_name": device_name(device), "amp": str(dtype or torch.float32)[6:]}
+        record |= {"tf32": torch.get_float32_matmul_precision() == "high", "command": sys.argv, **environment()}
         # args.json is written last and marks the run as valid: any valid run can be resumed.
         write_text(folder / "args.json", json.dumps(record, indent=1) + "\n")
     return run
@@ -269,7 +266,8 @@ def restore(run, used):
         if run.average:
             checkpoint.load_state(run.average, state["average"], source)
         run.optimiser.load_state_dict(state["optimiser"])
-        run.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty unless it was saved in fp16
+            run.scaler.load_state_dict(state["scaler"])
         run.progress |= dict(state["progress"])
         run.names = {key: state.get(key, names) for key, names in run.names.items()}
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -292,31 +290,75 @@ def join_processes(args, device):
     return dist.get_rank(), dist.get_world_size()
 
 
+def on_rank_0(rank, function, *args):
+    """function(*args) as rank 0 has it, on every process; so is its UserError."""
+    shared = [None, None]
+    if rank == 0:
+        try:
+            shared[0] = function(*args)
+        except UserError as error:
+            shared[1] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(shared)
+    if shared[1]:
+        raise shared[1]
+    return shared[0]
+
+
 def start_processes(args):
-    """Replace this process by torchrun if --nproc, or the number of GPUs, is above 1. UserError on a CPU."""
-    if "RANK" in os.environ:
+    """With --nproc above 1, run this command once per process, and exit as they do. UserError without enough GPUs."""
+    if args.nproc <= 1 or "RANK" in os.environ:
         return
     gpus = torch.cuda.device_count() if args.device in ("auto", "cuda") else 0
-    count = args.nproc or max(1, gpus)
-    if count > 1 and count > gpus:
-        raise UserError(f"NPROC={count} needs {count} GPUs, and {gpus} are available; on a CPU use THREADS= instead")
-    if count > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-        os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
+    if args.nproc > gpus:
+        raise UserError(
+            f"NPROC={args.nproc} needs {args.nproc} GPUs, and --device {args.device} has {gpus}; "
+            "on a CPU use THREADS= instead"
+        )
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    group = os.environ | {"WORLD_SIZE": str(args.nproc), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=group | {"RANK": str(i), "LOCAL_RANK": str(i)})
+        for i in range(args.nproc)
+    ]
+
+    def forward(number, frame):  # a terminal sends Ctrl-C to all by itself: each ignores the repeat
+        for process in processes:
+            process.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, forward)
+    stopped = 0, 128 + signal.SIGINT, 128 + signal.SIGTERM
+    while any(process.poll() is None for process in processes):
+        if any(process.returncode not in (None, *stopped) for process in processes):
+            for process in processes:  # the others would wait for the one that failed
+                process.kill()
+        time.sleep(0.1)
+    codes = [process.returncode for process in processes]
+    sys.exit(next((code for code in codes if code not in stopped and code > 0), max(codes)))
 
 
-def catch_signals():
-    """A list that collects SIGINT and SIGTERM: the first stops after the running step, the second at once."""
-    signals = []
+def catch_signals(rank=0):
+    """A list that collects SIGINT and SIGTERM: the first stops after the running step, the second at once.
+
+    A repeat within two seconds is no second one: a launcher forwards what the terminal has sent to every process.
+    """
+    signals, first = [], 0.0
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
     def watch():
+        nonlocal first
         while number := os.read(reader, 1)[0]:
-            if signals:
+            if signals and time.monotonic() - first > 2:
                 os._exit(128 + number)
-            signals.append(number)
-            print_message(f"{signal.Signals(number).name}: stopping after this step; once more stops at once")
+            if not signals:
+                first = time.monotonic()
+                signals.append(number)
+                if rank == 0:
+                    print_message(f"{signal.Signals(number).name}: stopping after this step; once more stops at once")
 
     # Python's own handlers wait until a backward pass has ended; a thread that reads the wake-up pipe does not.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -350,22 +392,6 @@ def make_optimiser(model, args, device):
     return Muon([{"params": hidden, "orthogonal": True}, {"params": others}, rest], **settings)
 
 
-def precision(amp, device):
-    """(autocast dtype or None, gradient scaler, which does nothing unless fp16).
-
-    "auto": bf16 if the device multiplies it natively, else fp16 on CUDA, else none. UserError for fp16 on a CPU.
-    """
-    if amp == "fp16" and device.type == "cpu":
-        raise UserError("--amp fp16 is very slow on a CPU; use auto, bf16 or off")
-    if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    elif amp == "auto":
-        features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        amp = "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "off"
-    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
-    return dtype, torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-
-
 @torch.no_grad()
 def update_average(kept, new, decay, step):
     """Move the EMA's tensors towards the model's; the decay warms up over the first steps."""
@@ -379,46 +405,67 @@ def all_sum(tensor):
     return tensor
 
 
-def train_step(run, epoch, step, positions):
-    """One step on the pairs at `positions` of the global batch: (mean loss, True if any process received a signal)."""
+def average_gradients(gradients):
+    """Replace the gradients by their means over all processes, in place."""
+    flat = all_sum(torch.cat([gradient.flatten() for gradient in gradients])).div_(dist.get_world_size())
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)])
+
+
+def load_batch(run, epoch, order, step):
+    """This process's images and targets, augmented, of a step in an epoch whose pairs are in `order`."""
+    start, stop = (r * run.batch // run.processes for r in (run.rank, run.rank + 1))
+    params = slice_batch(draw(run.batch, run.strength, (run.args.seed, epoch, step)), start, stop)
+    images, masks = run.batches.read(order[step * run.batch :][start:stop])
+    stride = 1 if run.args.loss_grid == "image" else run.model.stride
+    return augment(images, masks, params, size_at(run.phases, epoch), stride, run.args.exchange_sides)
+
+
+def train_step(run, epoch, step, images, target):
+    """One step: a tensor of its loss, gradient norm and the fraction of processes with a signal.
+
+    On a GPU the step is only launched here; `read_status` waits for it.
+    """
     args = run.args
     for group in run.optimiser.param_groups:
         group["lr"] = learning_rate(args, run.phases, epoch + (step + 1) / run.steps)
     # Dropout draws from the step's own seed, so that a resumed run draws the same.
     torch.manual_seed(int(np.random.SeedSequence((args.seed, epoch, step, run.rank)).generate_state(1)[0]))
-    start, stop = (r * run.batch // run.processes for r in (run.rank, run.rank + 1))  # this process's images
-    params = slice_batch(draw(run.batch, run.strength, (args.seed, epoch, step)), start, stop)
-    images, masks = run.batches.read(positions[start:stop])
-    stride = 1 if args.loss_grid == "image" else run.model.stride
-    images, target = augment(images, masks, params, size_at(run.phases, epoch), stride, args.exchange_sides)
-    with torch.autocast(run.device.type, run.amp_dtype, enabled=run.amp_dtype is not None):
+    with autocast(run.device, run.amp_dtype):
         logits = run.network(images, full_size=False)
     loss = training_loss(logits.float(), target, **run.loss)
-    status = torch.stack([loss.detach(), loss.new_tensor(float(bool(run.signals)))])
-    value, signalled = all_sum(status).div_(run.processes).tolist()
-    where = f"in epoch {epoch + 1}, step {step + 1}; {LOWER}"
-    if not math.isfinite(value):
-        raise UserError(f"the loss is {value} {where}")
     run.optimiser.zero_grad(set_to_none=True)
     run.scaler.scale(loss).backward()
+    if run.processes > 1:
+        average_gradients([p.grad for p in run.model.parameters() if p.grad is not None])
     if args.clip:
         run.scaler.unscale_(run.optimiser)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), args.clip or math.inf)
-    if not (norm.isfinite() or run.scaler.is_enabled()):  # the scaler skips such a step itself
-        raise UserError(f"the gradient norm is {norm} {where}")
     run.scaler.step(run.optimiser)
     run.scaler.update()
     if run.average:
         update_average(*run.averaged, args.ema, epoch * run.steps + step)
-    return value, signalled > 0
+    status = torch.stack([loss.detach(), norm, torch.full_like(norm, float(bool(run.signals)))])
+    return all_sum(status).div_(run.processes)
+
+
+def read_status(run, status, epoch, step):
+    """(loss, True if any process received a signal) of a step. UserError if the loss or the gradient is not finite."""
+    loss, norm, signalled = status.tolist()
+    where = f"in epoch {epoch + 1}, step {step + 1}; {LOWER}"
+    if not math.isfinite(loss):
+        raise UserError(f"the loss is {loss} {where}")
+    if not (math.isfinite(norm) or run.scaler.is_enabled()):  # the scaler skips such a step itself
+        raise UserError(f"the gradient norm is {norm} {where}")
+    return loss, signalled > 0
 
 
 def scored(run, indices, size):
-    """Confusions (N, 19, 19) and losses (N,) of some pairs, each process evaluating its fraction of them."""
-    shared = {"ranks": (run.rank, run.processes), "stop": lambda: bool(run.signals)}
-    confusions, losses = evaluate(run.average or run.model, run.pairs, indices, size, run.device, **shared)
+    """Confusions (N, 19, 19) and mean loss of some pairs, each process evaluating its fraction of them."""
+    shared = {"ranks": (run.rank, run.processes), "stop": lambda: bool(run.signals), "batch": run.args.val_batch}
+    confusions, loss = evaluate(run.average or run.model, run.pairs, indices, size, run.device, **shared)
     confusions = all_sum(torch.from_numpy(confusions).to(run.device)).cpu().numpy()
-    return confusions, all_sum(torch.from_numpy(losses).float().to(run.device)).cpu().numpy()
+    return confusions, float(all_sum(torch.tensor(loss, device=run.device)))
 
 
 def validate(run, size):
@@ -426,14 +473,14 @@ def validate(run, size):
 
     Returns None if interrupted.
     """
-    confusions, losses = scored(run, run.val_indices, size)
+    confusions, loss = scored(run, run.val_indices, size)
     sample = min(run.args.train_score, len(run.val_indices))
     train_confusions = scored(run, run.batches.indices[:sample], size)[0] if sample else None
     if all_sum(torch.tensor(float(bool(run.signals)), device=run.device)) > 0:
         return None
-    if not math.isfinite(losses.mean()):
-        raise UserError(f"the validation loss is {losses.mean()}; {LOWER}")
-    metrics = {"val_loss": float(losses.mean()), "official": official_score(confusions)}
+    if not math.isfinite(loss):
+        raise UserError(f"the validation loss is {loss}; {LOWER}")
+    metrics = {"val_loss": loss, "official": official_score(confusions)}
     metrics |= {"batch32": batch_score(confusions), "labels": rounded(label_scores(confusions)[0])}
     if sample:
         metrics["train_official"] = official_score(train_confusions)
@@ -503,7 +550,9 @@ def save_last(run):
     if run.rank == 0:
         require_finite(run)
         content = describe_network(run, run.model, run.phases[-1][0])
-        content |= {"average": run.average.state_dict() if run.average else None, "progress": run.progress}
+        loss = run.progress["loss"] + sum(float(status[0]) for status in run.unread)
+        content |= {"average": run.average.state_dict() if run.average else None}
+        content |= {"progress": run.progress | {"loss": loss}}
         content |= {"optimiser": run.optimiser.state_dict(), "scaler": run.scaler.state_dict()}
         checkpoint.save(run.folder / "last.pt", content)
 
@@ -519,18 +568,24 @@ def train(run):
     """Train the remaining epochs; returns the number of the signal that stopped them, or 0."""
     clock = saved = time.monotonic()
     session, total = 0, compute(run.phases, run.epochs)
+    lag = 1 if run.device.type == "cuda" else 0  # a GPU has the next step to do while the loss of one is read
     run.model.train()
     for epoch in range(run.progress["epoch"], run.epochs):
         if is_finished(run):
             break
         order = np.random.default_rng((run.args.seed, epoch)).permutation(len(run.batches.indices))
-        begin, first = time.monotonic(), run.progress["step"]
+        begin, first, signalled = time.monotonic(), run.progress["step"], False
+        batch = load_batch(run, epoch, order, first) if first < run.steps else None
         for step in range(first, run.steps):
-            loss, signalled = train_step(run, epoch, step, order[step * run.batch : (step + 1) * run.batch])
+            run.unread.append(train_step(run, epoch, step, *batch))
+            batch = load_batch(run, epoch, order, step + 1) if step + 1 < run.steps else None
+            while len(run.unread) > (lag if batch else 0):
+                loss, signalled = read_status(run, run.unread.popleft(), epoch, step - len(run.unread))
+                run.progress["loss"] += loss
             now = time.monotonic()
             run.progress["seconds"] += now - clock
             clock = now
-            run.progress |= {"loss": run.progress["loss"] + loss, "step": step + 1}
+            run.progress["step"] = step + 1
             session, spent = session + 1, compute(run.phases, epoch + (step + 1) / run.steps)
             if session <= 2:  # not representative: the first steps fill caches
                 warm_time, warm_spent, left = now, spent, None
@@ -559,7 +614,7 @@ def train(run):
 
 def step_line(run, epoch, step, speed, done, left):
     """The progress line after a step; `left` is the estimated seconds to the end, None if unknown."""
-    loss = run.progress["loss"] / (step + 1)
+    loss = run.progress["loss"] / max(1, step + 1 - len(run.unread))
     return (
         f"epoch {epoch + 1}/{run.epochs} {size_at(run.phases, epoch)}px step {step + 1}/{run.steps} loss {loss:.4f} "
         f"{speed:.1f} images/s {done:.0%}{f' {duration(left)} left' if left else ''}"

@@ -28,15 +28,15 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from augment import PRESETS, Strength, augment, draw
-from checkpoint import select_device
 from checks.references import plain_forward
 from data import IMAGE_BYTES, SIZE, Batches, Pairs, load_pairs
+from device import amp_dtype, select_device
 from evaluate import confusion, official_score
 from labels import NUM_CLASSES
 from model import build
 from options import parse
 from tools.synth import make_dataset
-from train import precision, set_up, train_step
+from train import load_batch, read_status, set_up, train_step
 from views import ONE_VIEW, input_size, label_map, log_probabilities, parse_views
 
 FACES, CACHE = Path("build/bench-faces"), Path("build/bench-cache")
@@ -94,7 +94,7 @@ def training(device, *flags):
     places = [f"--data={FACES}", f"--cache={CACHE}", f"--device={device}", "--name=bench", f"--sizes={SIZE}:9"]
     with tempfile.TemporaryDirectory() as runs:
         run = set_up(parse([*flags, *places, f"--runs={runs}"])[0])
-    return partial(train_step, run, 0, 0, np.arange(run.batch))
+    return lambda: read_status(run, train_step(run, 0, 0, *load_batch(run, 0, np.arange(run.batch), 0)), 0, 0)
 
 
 def baseline_training(device, batch):
@@ -282,7 +282,7 @@ def main():
         raise UserError(f"--only {args.only}: no part {unknown[0]!r}; the parts are {', '.join(PARTS)}")
     if args.write and chosen != list(PARTS):
         raise UserError("--write replaces the whole table: remove --only")
-    native = precision("auto", select_device(args.device))[0] is torch.bfloat16
+    native = amp_dtype("auto", select_device(args.device)) is torch.bfloat16
     args.kinds = ["float32", "bf16"] if native else ["float32"]
     make_dataset(FACES, train=100, dev=1, test=1)
     load_pairs(FACES, CACHE)

@@ -40,7 +40,7 @@ def test_attacks_cause_no_loss():
 @given(seeds, st.sampled_from([64, 96, 128]), fraction, st.floats(0, 180), st.floats(0, 0.5), st.floats(0, 0.4))
 def test_fuzz_image_and_mask_move_together(seed, size, flip, rotate, scale, shift):
     params = draw(2, Strength(flip=flip, rotate=rotate, scale=scale, shift=shift), (seed,))
-    moved, labels = warp(*painted(2, 256, seed), params, size)
+    moved, labels = warp(*painted(2, 256, seed), params["theta"], size)
     # A mirrored image keeps its colours, but its labels change sides.
     labels = torch.where(params["flip"].bool()[:, None, None], torch.tensor(FLIP)[labels.long()], labels.long())
     wrong = (moved - TABLE[labels].permute(0, 3, 1, 2)).abs().amax(1) > 0.05
@@ -64,7 +64,8 @@ def test_fuzz_mixed_labels_add_up_to_one(seed, count, mixup, rest, alpha, stride
 @given(seeds, st.integers(2, 4))
 def test_fuzz_labels_mix_like_images(seed, count):
     images, masks = painted(count, 32, seed)
-    mixed, target = mix(images.float() / 255, masks, draw(count, Strength(mixup=0.5, cutmix=0.5), (seed,)), 1)
+    params = draw(count, Strength(mixup=0.5, cutmix=0.5), (seed,))
+    mixed, target = mix(images.float() / 255, masks, params, params, 1)
     soft = F.one_hot(target, NUM_CLASSES).permute(0, 3, 1, 2).float() if target.dim() == 3 else target
     assert torch.allclose(torch.einsum("blhw,lc->bchw", soft, TABLE), mixed, atol=1e-5)
 

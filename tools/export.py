@@ -23,6 +23,7 @@ from torch import nn
 
 import checkpoint
 from augment import Strength, draw, warp
+from device import select_device
 from images import image_files, read_image, resize
 from labels import HEX_COLOURS, NAMES
 from views import label_map, predict_logits
@@ -78,7 +79,7 @@ def portraits(source, size):
     images = [torch.from_numpy(read_image(path)).permute(2, 0, 1)[None] for path in paths]
     if len(images) == 1:
         image = fit(images[0], size, size).expand(10, -1, -1, -1)
-        move = draw(10, Strength(flip=0.5, rotate=15, scale=0.2, shift=0.1), (0,))
+        move = draw(10, Strength(flip=0.5, rotate=15, scale=0.2, shift=0.1), (0,))["theta"]
         return (warp(image, torch.zeros(10, size, size, dtype=torch.uint8), move, size)[0] * 255).byte()
     return torch.cat([fit(image, size, size) for image in images])
 
@@ -184,7 +185,7 @@ def main():
     if args.release:
         write_release(weights, checkpoint.find_run(args.name, args.runs), args.overwrite)
     else:
-        checkpoint.select_device("cpu", args.threads)
+        select_device("cpu", args.threads)
         write_onnx(weights, args.out, args.logits, args.images)
 
 

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from checkpoint import has_seen, load_model, read_metrics, select_device
+from checkpoint import has_seen, load_model, read_metrics
 from data import find_data_of, find_pairs, reversed_sides
+from device import select_device
 from images import mask_image, read_image, read_mask
 from labels import HEX_COLOURS, NAMES, NUM_CLASSES
 from options import parse_sizes

@@ -1,0 +1,80 @@
+"""The device: choose it, its mixed precision, and copy to it without waiting."""
+
+import contextlib
+import ctypes
+import functools
+import os
+import platform
+import sys
+
+from common import UserError
+
+import torch
+
+
+def select_device(name="auto", threads=0):
+    """torch.device for `name`: auto (cuda, mps or cpu), cpu, cuda, cuda:1, mps. Under torchrun each process has a GPU.
+
+    `threads`: CPU threads, 0 for torch's default. UserError if the device is not available.
+    """
+    if threads < 0:
+        raise UserError(f"--threads {threads} is below 0, which stands for torch's default")
+    if threads:
+        torch.set_num_threads(threads)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":  # set_device needs an index
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).item()  # "meta" has no values
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name} is not available here; use auto or cpu") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    if device.type == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # Let glibc keep freed memory: returning large tensors to the system and faulting them in again is slow.
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+    return device
+
+
+def device_name(device):
+    """What the maker calls a device, such as NVIDIA A40."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+
+
+def amp_dtype(amp, device):
+    """The autocast dtype for --amp, or None.
+
+    "auto": bf16 if the device multiplies it natively, else fp16 on CUDA, else none. UserError for fp16 on a CPU.
+    """
+    if amp == "fp16" and device.type == "cpu":
+        raise UserError("--amp fp16 is very slow on a CPU; use auto, bf16 or off")
+    if amp == "auto" and device.type == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif amp == "auto":
+        features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        amp = "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "off"
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+
+
+def autocast(device, dtype):
+    """The context of mixed precision in `dtype`; None for float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def to_device(tensor, device):
+    """Copy a CPU tensor to the device; to a GPU from pinned memory, so that neither waits for the other."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    with contextlib.suppress(RuntimeError):  # without pinned memory left, the copy waits
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+@functools.cache
+def constant(values, device, dtype=torch.float32):
+    """A tensor of a tuple of numbers, copied to the device once."""
+    return torch.tensor(values, dtype=dtype, device=device)
