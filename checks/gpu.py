@@ -16,55 +16,52 @@ import subprocess
 import sys
 import tempfile
 import threading
+import zlib
 from pathlib import Path
 
 GUARD = """#include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
-using Device = c10::Device; using Index = c10::DeviceIndex;  // what autograd asks a CUDA build of torch for
-static thread_local Index current = 0;
+using namespace c10;  // what autograd asks a CUDA build of torch for
+static thread_local DeviceIndex current = 0;
 extern "C" void set_current(int index) { current = index; }
-struct Guard : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
-  Index deviceCount() const noexcept override { return 8; }
-  Device getDevice() const override { return {c10::DeviceType::CUDA, current}; }
+struct Guard : impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
+  DeviceIndex deviceCount() const noexcept override { return 8; }
+  Device getDevice() const override { return {DeviceType::CUDA, current}; }
   Device exchangeDevice(Device d) const override { auto old = getDevice(); current = d.index(); return old; }
   void setDevice(Device d) const override { current = d.index(); }
   void uncheckedSetDevice(Device d) const noexcept override { current = d.index(); }
-  c10::Stream getStream(Device d) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, d); }
-  c10::Stream exchangeStream(c10::Stream s) const noexcept override { return s; }
-  void record(void**, const c10::Stream&, const Index, const c10::EventFlag) const override {}
-  void block(void*, const c10::Stream&) const override {}
-};
-static Guard guard;
-static c10::impl::DeviceGuardImplRegistrar registrar(c10::DeviceType::CUDA, &guard);
+  Stream getStream(Device d) const noexcept override { return Stream(Stream::DEFAULT, d); }
+  Stream exchangeStream(Stream s) const noexcept override { return s; }
+  void record(void**, const Stream&, const DeviceIndex, const EventFlag) const override {}
+  void block(void*, const Stream&) const override {}
+} guard;
+static impl::DeviceGuardImplRegistrar registrar(DeviceType::CUDA, &guard);
 namespace at { struct CUDAHooks : CUDAHooksInterface {
   CUDAHooks(CUDAHooksArgs) {}
   void init() const override {}
   bool hasCUDA() const override { return true; }
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
-  bool hasPrimaryContext(Index) const override { return true; }
-  Index deviceCount() const override { return 8; }
-  Index getCurrentDevice() const override { return current; }
+  bool hasPrimaryContext(DeviceIndex) const override { return true; }
+  DeviceIndex getCurrentDevice() const override { return current; }
 }; REGISTER_CUDA_HOOKS(CUDAHooks) }
 """
 TORCH = Path(importlib.util.find_spec("torch").origin).parent
-LIBRARY = Path(tempfile.gettempdir(), f"emulated-gpu-{os.getuid()}-{TORCH.stat().st_mtime_ns}.so")
-if not LIBRARY.exists():
-    FOLDERS = [f"-I{TORCH}/include", f"-L{TORCH}/lib", f"-Wl,-rpath,{TORCH}/lib", "-lc10", "-ltorch_cpu"]
-    command = ["g++", "-std=c++20", "-shared", "-fPIC", "-x", "c++", "-", *FOLDERS, "-o", f"{LIBRARY}.{os.getpid()}"]
+KEY = f"{os.getuid()}-{TORCH.stat().st_mtime_ns}-{zlib.crc32(GUARD.encode())}"
+LIBRARY = f"{tempfile.gettempdir()}/emulated-gpu-{KEY}.so"
+if not os.path.exists(LIBRARY):
+    folders = [f"-I{TORCH}/include", f"-L{TORCH}/lib", f"-Wl,-rpath,{TORCH}/lib", "-lc10", "-ltorch_cpu"]
+    command = ["g++", "-std=c++20", "-shared", "-fPIC", "-x", "c++", "-", *folders, "-o", f"{LIBRARY}.{os.getpid()}"]
     subprocess.run(command, input=GUARD, text=True, check=True)
     os.replace(command[-1], LIBRARY)
-GUARDS = ctypes.CDLL(str(LIBRARY))  # before torch, which asks for its hooks once
+GUARDS = ctypes.CDLL(LIBRARY)  # before torch, which asks for its hooks once
 
 import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
+from torch import distributed  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: E402
 
-aten = torch.ops.aten
 GPUS, FREE = int(os.environ.get("GPUS", "1")), int(os.environ.get("FREE", 1 << 34))
-COPY, INTO = aten._to_copy.default, aten.copy_.default
-INDEXING = {aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default}
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal"}
 waits = collections.Counter()
 
@@ -94,40 +91,6 @@ class Gpu(torch.Tensor):
         return self.inner.tolist()
 
 
-def indexed(device):
-    """The device, a GPU's with an index; RuntimeError if there is none such."""
-    device = torch.device(device)
-    if device.type == "cuda" and (device.index or 0) >= GPUS:
-        raise RuntimeError("CUDA error: invalid device ordinal")
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
-
-
-def run(func, args, kwargs):
-    """Run an operation on the CPU tensors inside its arguments; label its results."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    gpus, name = [t for t in tensors if isinstance(t, Gpu)], func.overloadpacket.__name__
-    device = indexed(kwargs["device"]) if kwargs.get("device") is not None else gpus[0].device if gpus else None
-    if not gpus and (device is None or device.type == "cpu"):
-        return func(*args, **kwargs)
-    index = [t for t in tree_leaves(args[1]) if t is not None] if func in INDEXING else []
-    if func in (COPY, INTO):
-        source, device = (args[0], device) if func is COPY else (args[1], args[0].device)
-        asynchronous = hasattr(source, "pinned") and (kwargs.get("non_blocking") or True in args[2:])
-        waits[name] += device.type != source.device.type and not asynchronous
-    elif len({t.device for t in gpus} | {t.device for t in tensors if t.dim() and all(t is not i for i in index)}) > 1:
-        raise RuntimeError(f"Expected all tensors to be on the same device, in {name}")
-    waits[name] += name in WAITING or any(t.dtype is torch.bool or not isinstance(t, Gpu) for t in index)
-    inside, named = tree_map_only(Gpu, lambda x: x.inner, (args, kwargs))
-    named |= {"device": torch.device("cpu")} if "device" in named else {}
-    out = SYNC_BATCH_NORM.get(name, func)(*inside, **named)
-    if func is COPY and out is inside[0]:
-        out = out.clone()
-    if func.namespace == "c10d" or device.type == "cpu":
-        return tree_map_only(torch.Tensor, lambda x: next((g for g in gpus if g.inner is x), x), out)
-    out = tree_map_only(torch.Tensor, lambda x: Gpu(x, device), out)
-    return return_and_correct_aliasing(func, args, kwargs, out)
-
-
 class Mode(TorchDispatchMode):
     """Sees the operations that create tensors, too."""
 
@@ -135,59 +98,54 @@ class Mode(TorchDispatchMode):
         return run(func, args, kwargs or {})
 
 
-def stats(x, eps):
-    return x.float().mean((0, 2, 3)), (x.float().var((0, 2, 3), correction=0) + eps).rsqrt()
+def run(func, args, kwargs):
+    """Run an operation on the CPU tensors inside its arguments; label its results."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    gpus, name = [t for t in tensors if isinstance(t, Gpu)], func.overloadpacket.__name__
+    device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else gpus[0].device if gpus else None
+    if not gpus and (device is None or device.type == "cpu"):
+        return func(*args, **kwargs)
+    if device.type == "cuda" and device.index >= GPUS:
+        raise RuntimeError("CUDA error: invalid device ordinal")
+    index = [t for t in tree_leaves(args[1]) if t is not None] if name in ("index", "index_put_") else []
+    if name in ("_to_copy", "copy_"):
+        source, device = (args[0], device) if name == "_to_copy" else (args[1], args[0].device)
+        asynchronous = hasattr(source, "pinned") and (kwargs.get("non_blocking") or True in args[2:])
+        waits[name] += device.type != source.device.type and not asynchronous
+    elif len({t.device for t in gpus} | {t.device for t in tensors if t.dim() and all(t is not i for i in index)}) > 1:
+        raise RuntimeError(f"Expected all tensors to be on the same device, in {name}")
+    waits[name] += name in WAITING or any(t.dtype is torch.bool or not isinstance(t, Gpu) for t in index)
+    inside, named = tree_map_only(Gpu, lambda x: x.inner, (args, kwargs))
+    out = func(*inside, **named | ({"device": torch.device("cpu")} if "device" in named else {}))
+    if func.namespace == "c10d" or device.type == "cpu":
+        return tree_map_only(torch.Tensor, lambda x: next((g for g in gpus if g.inner is x), x), out)
+    out = out.clone() if out is inside[0] and name == "_to_copy" else out
+    out = tree_map_only(torch.Tensor, lambda x: Gpu(x, device), out)
+    return return_and_correct_aliasing(func, args, kwargs, out)
 
 
-def gather(x, means, invstds, running_mean, running_var, momentum, eps, counts):
-    total, counts = counts.sum(), counts[:, None]
-    mean = (means * counts).sum(0) / total
-    var = ((invstds**-2 - eps + (means - mean) ** 2) * counts).sum(0) / total
-    running_mean.lerp_(mean, momentum), running_var.lerp_(var * total / (total - 1), momentum)
-    return mean, (var + eps).rsqrt()
-
-
-def wide(x):
-    return x[:, None, None]
-
-
-def reduce(dy, x, mean, invstd, weight, *_):
-    products = (dy.float() * (x.float() - wide(mean))).sum((0, 2, 3))
-    return dy.float().sum((0, 2, 3)), products, products * invstd, dy.float().sum((0, 2, 3))
-
-
-def backward(dy, x, mean, invstd, weight, sums, products, count):
-    n = count.sum()
-    centred = dy.float() - wide(sums / n) - (x.float() - wide(mean)) * wide(invstd**2 * products / n)
-    return (centred * wide(invstd * weight)).to(x.dtype)
-
-
-SYNC_BATCH_NORM = {  # torch has these for CUDA alone
-    "batch_norm_stats": stats,
-    "batch_norm_gather_stats_with_counts": gather,
-    "batch_norm_elemt": lambda x, w, b, mean, invstd, eps: ((x.float() - wide(mean)) * wide(invstd * w) + wide(b)).to(
-        x.dtype
-    ),
-    "batch_norm_backward_reduce": reduce,
-    "batch_norm_backward_elemt": backward,
-}
+def sync_batch_norm(self, x):
+    """SyncBatchNorm.forward from differentiable parts: torch has its own for CUDA alone."""
+    whole = torch.cat(distributed.nn.functional.all_gather(x)) if self.training else x
+    y = torch.nn.BatchNorm2d.forward(self, whole)
+    return y.chunk(distributed.get_world_size())[distributed.get_rank()].clone() if self.training else y
 
 
 def install():
-    """Make torch report GPUs and run its operations through `run`, in every thread."""
+    """Make torch report GPUs; returns a function that makes a call with its operations going through `run`."""
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     answers = {"is_available": True, "device_count": GPUS, "current_device": 0, "get_device_name": "emulated"}
     answers |= {"mem_get_info": (FREE, FREE), "is_bf16_supported": True, "manual_seed_all": None, "_lazy_init": None}
     for name, answer in (answers | {"is_current_stream_capturing": False}).items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
-    index, generator, start, thread = (
-        *(torch.cuda._utils._get_device_index, torch.Generator, dist.init_process_group, threading.Thread.run),
-    )
+    start, index, thread = distributed.init_process_group, torch.cuda._utils._get_device_index, threading.Thread.run
+    kind = torch.Generator
     torch.cuda.set_device = lambda device: GUARDS.set_current(index(device))  # which demands an index
-    torch.Generator = type("Generator", (generator,), {"__new__": lambda cls, device="cpu": generator.__new__(cls)})
+    torch.Generator = type("Generator", (kind,), {"__new__": lambda cls, device="cpu": kind.__new__(cls)})
     torch.inference_mode = lambda mode=True: torch.no_grad()  # views of a Gpu fail in inference mode
     torch.Tensor.pin_memory = lambda tensor: setattr(tensor, "pinned", True) or tensor
-    dist.init_process_group = lambda backend: start({"nccl": "gloo"}[backend])
+    torch.nn.SyncBatchNorm.forward = sync_batch_norm
+    distributed.init_process_group = lambda backend: start({"nccl": "gloo"}[backend])
 
     def enter(call):
         torch._C._set_only_lift_cpu_tensors(True)

@@ -134,3 +134,18 @@ def test_folded_batch_norm_gives_the_same_logits(name):
         folded = fold_batch_norm(model)
         assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
         assert torch.allclose(folded(image), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["microunet", "microsegformer"])
+def test_backward_pass_keeps_66_mib_of_an_image_of_512_pixels(name):
+    model, kept = build(name, dropout=0.0).to(memory_format=torch.channels_last), {}
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = 0 if storage.data_ptr() in weights else storage.nbytes()
+        return tensor  # kept, so that no other has its address
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        logits = model(torch.zeros(1, 3, 512, 512), full_size=False)
+    assert 60 < sum(kept.values()) / 2**20 < 68 and logits.requires_grad

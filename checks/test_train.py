@@ -109,13 +109,16 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(place, number):
     assert difference(folder, place / "runs/whole") == ""
 
 
-def test_second_ctrl_c_ends_at_once():
+def test_second_ctrl_c_ends_at_once_but_no_repeat_of_the_first():
     script = "import train, time; train.catch_signals(); print(flush=True); time.sleep(60)"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", script], **pipes) as process:
         for stream in (process.stdout, process.stderr):  # once it is ready, and once the first signal is reported
             stream.readline()
             process.send_signal(signal.SIGINT)
+        time.sleep(2.2)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
         assert process.wait(timeout=10) == 130
 
 

@@ -49,8 +49,12 @@ def read_run(folder):
     run["changed"] = {key: str(value) for key, value in changed_settings(args).items()}
     run["settings"] = {key: str(value) for key, value in args.items() if key not in NEUTRAL}
     versions = ", ".join(f"{name} {value}" for name, value in record["versions"].items() if value)
+    machine = (
+        f"{record.get('device_name') or record.get('device', '-')}, {record.get('amp', 'mixed precision unknown')}"
+    )
+    machine += ", TF32" * bool(record.get("tf32")) + ", compiled" * bool(args.get("compile"))
     commit = record["commit"][:12] + "+" * record["commit"].endswith("+")  # +: files differed from it
-    run["origin"] = f"Started {record.get('started', '-')}, commit {commit}, {versions}."
+    run["origin"] = f"Started {record.get('started', '-')}, commit {commit}, on {machine}, {versions}."
     json.dumps(run, allow_nan=False)  # ValueError if not valid JSON
     return run
 
