@@ -2,14 +2,17 @@
 
 A checkpoint is a dict. `best.pt` contains what inference needs (`state_dict`, `model`, `model_args`, `size`);
 `last.pt` adds the optimiser state that resuming needs. With --ema, best.pt has the averaged weights, last.pt the plain
-ones. Both name the pairs that the weights were `trained_on` and those that the training `held_out`.
+ones. Both list the pairs that the weights were `trained_on` and those `held_out` as (name, hash of the image's pixels).
 """
 
+import contextlib
 import ctypes
 import json
 import os
 import shlex
+import shutil
 import sys
+import tempfile
 import textwrap
 import zipfile
 from pathlib import Path
@@ -22,6 +25,11 @@ from model import build, fold_batch_norm
 
 REQUIRED = {"state_dict": dict, "model": str, "model_args": dict, "size": int}
 RELEASE = Path(__file__).with_name("runs") / "release"
+# The files that we write into a run's folder; whatever else is there is the user's. args.json marks it as a run.
+RUN_FILES = (
+    *("args.json", "best.json", "pictures.json", "metrics.jsonl", "best.pt", "last.pt", "validated.pt", "LICENCE.txt"),
+    *("submission-test.zip", "submission-dev.zip", "report.html", "report.pdf"),
+)
 
 
 def select_device(name="auto", threads=0):
@@ -120,14 +128,34 @@ def is_validated(content):
     return content.get("validated", content.get("official") is not None)
 
 
-def has_seen(content, names):
-    """True if the weights of a loaded checkpoint were trained on any of these pairs.
+def pairs_in(content, key):
+    """[(name, hash of the image), ...] of the pairs under `key` of a loaded checkpoint; old ones have no hash: None."""
+    try:
+        pairs = [(entry, None) if isinstance(entry, str) else tuple(entry) for entry in content.get(key) or ()]
+        return [(str(name), known and str(known)) for name, known in pairs]
+    except (TypeError, ValueError):
+        raise UserError(f"the checkpoint is damaged: its {key} contains no pairs") from None
 
-    A checkpoint that names no pairs counts as trained on all, unless its run held some out.
+
+def seen(content, keys):
+    """For each pair, (name, hash of the image), whether the weights of a loaded checkpoint were trained on it.
+
+    A name counts too, unless the training held the image out. Without any pairs it counts as trained on all.
     """
-    if used := content.get("trained_on"):
-        return not set(names).isdisjoint(used)
-    return not content.get("validated", True)
+    used, held = pairs_in(content, "trained_on"), {known for _, known in pairs_in(content, "held_out") if known}
+    names, hashes = {name for name, _ in used}, {known for _, known in used if known}
+    return [not used or known in hashes or (name in names and known not in held) for name, known in keys]
+
+
+def doubt(content, keys):
+    """Why a score on these pairs, (name, hash) each, may not be one of unseen images; "" if it is one."""
+    if not content.get("trained_on"):
+        return "does not name the pairs it was trained on: this may not be a score of unseen images"
+    if any(seen(content, keys)):
+        return "was trained on these pairs: this is not a score of unseen images"
+    if not all(known for _, known in [*pairs_in(content, "trained_on"), *keys]):
+        return "names its pairs without hashes: had files been renamed since, this would be no score of unseen images"
+    return ""
 
 
 def find_run(name, runs="runs"):
@@ -156,6 +184,23 @@ def find_weights(text=None, runs="runs"):
         latest = f"; the latest are in {path.parent}/last.pt" if path.with_name("last.pt").is_file() else ""
         raise UserError(f"{path.parent} has no best.pt: its weights were not kept, or no epoch has finished{latest}")
     return path
+
+
+@contextlib.contextmanager
+def replace_run(folder):
+    """Yield an empty folder to write a run's files to, which then replace the older run's in `folder`.
+
+    On failure the older files stay. args.json goes first and comes last: no mixture of two runs counts as one.
+    """
+    made = Path(tempfile.mkdtemp(dir=folder, prefix=".args.json.", suffix=".tmp"))
+    try:
+        yield made
+        for name in RUN_FILES:
+            (folder / name).unlink(missing_ok=True)
+        for path in sorted(made.iterdir(), key=lambda path: path.name == "args.json"):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(made)
 
 
 def run_record(path):

@@ -154,6 +154,13 @@ def atomic(path):
             Path(temporary).unlink(missing_ok=True)
 
 
+def remove_unfinished(folder, names):
+    """Delete the temporary files and folders that killed processes left in `folder` for files of these names."""
+    for path in Path(folder).glob(".*.tmp"):
+        if (match := re.fullmatch(r"\.(.+)\.[a-z0-9_]{8}\.tmp", path.name)) and match[1] in names:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def write_text(path, text):
     """Write a text file atomically."""
     with atomic(path) as temporary:

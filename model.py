@@ -386,11 +386,12 @@ def parameter_table(model):
 
 def main():
     from checkpoint import find_run, run_arguments  # these import this module
-    from options import network_arguments, parse
+    from options import from_record, network_arguments, parse
 
     args, _ = parse(sys.argv[1:])
     if args.name:
-        vars(args).update(run_arguments(find_run(args.name, args.runs)))
+        folder = find_run(args.name, args.runs)
+        args = from_record(run_arguments(folder), folder / "args.json")
     model = build(args.model, **network_arguments(args))
     check_logits(model)
     print(f"{args.model}\n{parameter_table(model)}")

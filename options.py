@@ -118,6 +118,13 @@ def load_recipes():
             raise UserError(f"recipes.toml: {name} stands outside a recipe; move it under `set` of one")
         if others := set(table) - {"about", "like", "reference", "set"}:
             raise UserError(f"recipes.toml: unknown {', '.join(sorted(others))} in {name}; flags stand under `set`")
+        if not isinstance(table.get("set", {}), dict) or type(table.get("reference", 0.0)) not in (int, float):
+            raise UserError(f"recipes.toml: {name} needs flags under `set`, and a number as `reference`")
+        chain = [name]
+        while isinstance(recipes[chain[-1]], dict) and (like := recipes[chain[-1]].get("like")) is not None:
+            if not isinstance(like, str) or like not in recipes or like in chain:
+                raise UserError(f"recipes.toml: {name} is like {like}, which is no recipe, or like {name} itself")
+            chain.append(like)
     return recipes
 
 
@@ -155,6 +162,23 @@ def parse(argv):
         raise UserError(f"--lmsa is for microsegformer; {args.model} has no LMSA")
     check(args)
     return args, names
+
+
+def from_record(settings, source):
+    """The arguments in a run's args.json, read and checked as flags are; defaults for those it lacks.
+
+    UserError naming `source` if a value is invalid.
+    """
+    parser = build_parser()
+    usual = vars(parser.parse_args([]))
+    given = {name: settings[name] for name in usual.keys() & settings.keys()}
+    flags = [f"{flag(name)}={value}" for name, value in given.items() if (value, usual[name]) != (None, None)]
+    try:
+        args = parser.parse_args(flags)
+        check(args)
+    except UserError as error:
+        raise UserError(f"{source}: {error}; restore it, or start a new run") from None
+    return args
 
 
 def check(args):
@@ -274,7 +298,7 @@ def learning_rate(args, phases, epoch):
         progress = (compute(phases, epoch) - start) / max(end - start, 1)
     else:
         inside, period = epoch - warmup, args.restart_period
-        while inside >= period:
+        while inside - period > 1e-9:  # a step's rate is that of its end: the last one of a period takes 0
             inside, period = inside - period, period * args.restart_growth
         progress = inside / period
     return args.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))

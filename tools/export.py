@@ -146,13 +146,13 @@ def write_release(weights, folder, overwrite=False):
         sources["validated.pt"] = own
     contents = {name: halve(path) for name, path in sources.items()}
     make_folder(release)
-    for name in ("args.json", "metrics.jsonl", "best.json", "validated.pt"):
-        (release / name).unlink(missing_ok=True)  # of the previous release
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, release / name)
-    for name, content in contents.items():
-        checkpoint.save(release / name, content)
-    write_text(release / "LICENCE.txt", LICENCE)
+    with checkpoint.replace_run(release) as made:
+        for name in ("args.json", "metrics.jsonl", "best.json"):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, made / name)
+        for name, content in contents.items():
+            checkpoint.save(made / name, content)
+        write_text(made / "LICENCE.txt", LICENCE)
     sizes = [f"{name} {(release / name).stat().st_size / 1e6:.1f} MB from {path}" for name, path in sources.items()]
     print(f"{release}: {', '.join(sizes)}")
 

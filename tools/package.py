@@ -44,7 +44,8 @@ def write_solution(folder, content, views):
     folder.mkdir()
     for path in (ROOT / "tools" / "run.py", ROOT / "requirements.txt", *(ROOT / name for name in MODULES)):
         shutil.copy(path, folder)
-    settings = {key: content[key] for key in ("model", "model_args", "size")}
+    kept = ("model", "model_args", "size", "trained_on", "held_out")
+    settings = {key: content[key] for key in kept if key in content}
     checkpoint.save(folder / "ckpt.pth", {**settings, "views": views, "state_dict": dict(content["state_dict"])})
 
 

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from checkpoint import has_seen, load_model, read_metrics, select_device
+from checkpoint import load_model, read_metrics, seen, select_device
 from data import find_data_of, find_pairs, reversed_sides
-from images import mask_image, read_image, read_mask
+from images import image_hash, mask_image, read_image, read_mask
 from labels import HEX_COLOURS, NAMES, NUM_CLASSES
 from options import parse_sizes
 from tools.leaderboard import NEUTRAL, changed_settings, number, summary, survey
@@ -140,7 +140,7 @@ def draw_pictures(folder, device):
     each = min(EACH, (len(sound) + 1) // 2)
     groups = {"lowest": sound[:each], "highest": sound[each:][::-1][:EACH], "reversed": flawed[:EACH]}
     model, info = load_model(scored_weights(folder), device)
-    pictures, seen = [], has_seen(info, order)
+    pictures, keys = [], [(name, image_hash(read_image(pairs[name][0]).transpose(2, 0, 1)).hex()) for name in order]
     for group, name in ((group, name) for group, names in groups.items() for name in names):
         pixels, true = (read(path) for read, path in zip((read_image, read_mask), pairs[name], strict=True))
         images = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(device)
@@ -149,7 +149,8 @@ def draw_pictures(folder, device):
         lowest = sorted((f, NAMES[i]) for i, f in enumerate(rows[name]) if f is not None)[:3]
         picture = {"group": group, "name": name, "score": scores[name], "lowest": [[label, f] for f, label in lowest]}
         pictures.append(picture | {"panels": panels(pixels, true, predicted)})
-    content = {"version": version, "images": len(order), "reversed": len(flawed), "pictures": pictures, "seen": seen}
+    content = {"version": version, "images": len(order), "reversed": len(flawed), "pictures": pictures}
+    content["seen"] = any(seen(info, keys))
     content["score_without_reversed"] = float(np.mean([scores[name] for name in sound])) if sound else 0.0
     write_text(folder / "pictures.json", json.dumps(content))
     return content

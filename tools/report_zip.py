@@ -66,9 +66,11 @@ def describe_score(weights, content, data, views):
     """The official score of a loaded checkpoint with these views, or why it is unknown, as text."""
     if checkpoint.is_validated(content):
         pairs, model, device = load_pairs(data), checkpoint.restore(content, weights), torch.device("cpu")
-        indices = held_out(content, weights, pairs.names)
+        indices = held_out(content, weights, pairs.keys())
+        doubt = checkpoint.doubt(content, pairs.keys(indices))
         score = official_score(evaluate(model, pairs, indices, content["size"], device, views=parse_views(views))[0])
-        return f"{score:.4f}, the official score on the {len(indices)} pairs held out, from the views below"
+        unsure = f" ({weights.name} {doubt})" if doubt else ""
+        return f"{score:.4f}, the official score on the {len(indices)} pairs held out, from the views below{unsure}"
     best = checkpoint.best_score(weights.parent)
     known = f"the run in run/ has {best:.4f}, from one view per image" if best >= 0 else "not measured"
     return f"unknown, since the weights were trained on all pairs; {known}"
