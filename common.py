@@ -154,6 +154,17 @@ def atomic(path):
             Path(temporary).unlink(missing_ok=True)
 
 
+def check_target(path, ours):
+    """UserError if a file would be lost at `path`: one whose first bytes do not match `ours`, a pattern of bytes."""
+    if Path(path).is_file():
+        with open(path, "rb") as file:
+            head = file.read(4096)
+        if not head or re.search(ours, head, re.DOTALL):
+            return
+    if Path(path).exists():
+        raise UserError(f"{path} exists and is not a file of this kind; move it away or choose another name")
+
+
 def remove_unfinished(folder, names):
     """Delete the temporary files and folders that killed processes left in `folder` for files of these names."""
     for path in Path(folder).glob(".*.tmp"):

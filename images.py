@@ -1,6 +1,7 @@
 """Images and masks: read files of any kind, write palette PNGs, resize tensors."""
 
 import hashlib
+import re
 import struct
 import warnings
 import zlib
@@ -15,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from labels import COLOURS, NUM_CLASSES, PALETTE
 
+MASK = b"PLTE" + re.escape(bytes(PALETTE))  # in the first bytes of our masks, for common.check_target
 # Pillow cannot read the last two; listed, so that such files are an error instead of being skipped.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".heif")
 # A small file can claim huge dimensions (a decompression bomb): an error, not a warning.

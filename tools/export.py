@@ -16,7 +16,7 @@ import warnings
 from pathlib import Path
 from statistics import median
 
-from common import ArgumentParser, UserError, atomic, make_folder, require_packages, run_main, write_text
+from common import ArgumentParser, UserError, atomic, check_target, make_folder, require_packages, run_main, write_text
 
 import torch
 from torch import nn
@@ -116,6 +116,7 @@ def compare(path, model, images, logits):
 def write_onnx(weights, out, logits, images):
     """Write the ONNX file. UserError if a package is missing or onnxruntime gives other labels than torch."""
     require_packages(*PACKAGES)
+    check_target(out, b"pytorch")
     model, info = checkpoint.load_model(weights)
     size = info["size"]
     with atomic(out) as temporary:
@@ -176,7 +177,7 @@ def main():
     parser.add_argument("--images", default=ASTRONAUT, help="a photo, or a folder of portraits, for the comparison")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of the comparison; 0: torch's default")
     parser.switch("--release", help="create runs/release instead; needs --name")
-    parser.switch("--overwrite", help="with --release: replace it")
+    parser.switch("--overwrite", help="with --release: replace it, its report and zip too")
     args = parser.parse_args()
     if bool(args.out) == args.release or (args.release and not args.name):
         raise UserError("give the file to write, OUT=parser.onnx; `make release NAME=a` creates runs/release")

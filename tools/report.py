@@ -12,7 +12,7 @@ import json
 import time
 from pathlib import Path
 
-from common import ArgumentParser, UserError, print_message, read_json, run_main, write_text
+from common import ArgumentParser, UserError, check_target, print_message, read_json, run_main, write_text
 
 import numpy as np
 import torch
@@ -175,6 +175,7 @@ def write_page(runs, name=None, device="auto"):
     data = {"runs": found, "unreadable": unreadable, "labels": NAMES, "colours": HEX_COLOURS}
     data["written"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     path = Path(runs, "index.html")
+    check_target(path, b"<title>Runs</title>")
     write_text(path, fill_template(TEMPLATE.read_text(encoding="utf-8"), data))
     return path
 

@@ -10,7 +10,7 @@ import io
 import re
 from pathlib import Path
 
-from common import ArgumentParser, UserError, atomic, make_folder, read_json, require_packages, run_main
+from common import ArgumentParser, UserError, atomic, check_target, make_folder, read_json, require_packages, run_main
 
 import torch
 
@@ -19,7 +19,7 @@ from data import find_data_of, load_pairs
 from evaluate import evaluate, held_out, official_score
 from model import PARAM_LIMIT, count_parameters
 from tools.check_submission import judge, read_zip, show
-from tools.package import ROOT, make_submission, report_replacement, write_zip
+from tools.package import ROOT, ZIP, make_submission, report_replacement, write_zip
 from views import parse_views
 
 MAX_PAGES = 5
@@ -124,6 +124,7 @@ def main():
             remedy = f"edit and print it, or `make report OVERWRITE=1 AUTHOR= MATRIC= NAME={name}`"
             raise UserError(f"{draft} has blanks: {remedy}")
     pages = count_pages(report)
+    check_target(args.out / f"{args.matric}.zip", ZIP)
     data = find_data_of(weights, args.data)
     images = data / "test" / "images"
     submission = folder / "submission-test.zip"

@@ -1,0 +1,224 @@
+"""Attacks from outside: renamed, edited, damaged and oversized files, and what is typed at a prompt."""
+
+import json
+import shutil
+import sys
+
+from common import UserError, run_main
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import checkpoint
+import evaluate
+import options
+import train
+from checks.test_data_tools import LABELS, challenge, encoded, jpeg, run_prepare, write
+from checks.test_train import full, set_up, train_here
+from data import find_pairs, load_pairs
+from images import mask_image, read_mask
+from labels import PALETTE
+from tools import audit, package
+from tools.synth import make_dataset
+
+TINY = {"widths": [4, 4, 8, 8, 8], "depths": [0, 1, 1, 1, 1], "decoder": [4, 4, 8, 8]}
+FLAGS = (
+    f"--model=microunet --model-args={json.dumps(TINY, separators=(',', ':'))} --sizes=32:1 --batch=2 --val-split=0.3"
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with data/, ten pairs, and a finished training runs/whole."""
+    root = tmp_path_factory.mktemp("attacks")
+    make_dataset(root / "data", train=10, dev=1, test=1, workers=1)
+    train_here(root, f"--name=whole {FLAGS}")
+    return root
+
+
+@pytest.fixture
+def copy(place, tmp_path):
+    """A copy of `place` to attack."""
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def command(main, *flags):
+    """Exit status of a script's main with these flags."""
+    sys.argv = ["script", *map(str, flags)]
+    with pytest.raises(SystemExit) as ended:
+        run_main(main)
+    return ended.value.code or 0
+
+
+def rotate(data):
+    """Give each pair the name of the next."""
+    for kind in ("images", "masks"):
+        paths = sorted((data / "train" / kind).iterdir())
+        contents = [path.read_bytes() for path in paths]
+        for path, content in zip(paths, contents[1:] + contents[:1], strict=True):
+            path.write_bytes(content)
+
+
+def test_renamed_pairs_are_recognised(copy):
+    content = checkpoint.load(copy / "runs/whole/best.pt")
+    rotate(copy / "data")
+    pairs = load_pairs(copy / "data", copy / "cache")
+    held = pairs.keys(evaluate.held_out(content, copy / "runs/whole/best.pt", pairs.keys()))
+    assert [known for _, known in held] == [known for _, known in content["held_out"]]
+    with pytest.raises(UserError, match="would be too high"):
+        set_up(copy, f"--name=x --from=whole {FLAGS}")
+
+
+def test_copies_of_a_pair_stay_on_one_side(copy, capsys):
+    for path in list((copy / "data/train").rglob("*.*g")):
+        shutil.copy(path, path.with_stem("copy-" + path.stem))
+    run = set_up(copy, f"--name=twice {FLAGS}")
+    trained, held = ({known for _, known in run.names[key]} for key in ("trained_on", "held_out"))
+    assert not trained & held and len(trained | held) == 10 and "held out too" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["unnamed", "names", "submitted"])
+def test_unknown_provenance_is_reported(place, tmp_path, capsys, change):
+    content = checkpoint.load(place / "runs/whole/best.pt")
+    if change == "submitted":
+        package.write_solution(tmp_path / "solution", content, "")
+        assert checkpoint.doubt(checkpoint.load(tmp_path / "solution/ckpt.pth"), content["held_out"]) == ""
+    for key in ("trained_on", "held_out"):
+        content[key] = [name for name, _ in content[key]] if change == "names" else []
+    checkpoint.save(tmp_path / "a.pt", content)
+    flags = f"--weights={tmp_path}/a.pt --data={place}/data --cache={place}/cache --device=cpu".split()
+    command(evaluate.main, *flags)
+    assert {"names": "without hashes"}.get(change, "does not name the pairs") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_two_files_of_one_name_are_refused(copy, kind):
+    path = sorted((copy / "data/train" / kind).iterdir())[0]
+    shutil.copy(path, path.with_suffix(".webp"))
+    with pytest.raises(UserError, match="share a partner"):
+        load_pairs(copy / "data", copy / "cache")
+    assert "name of another file" in audit.audit(copy / "data", workers=1)[0]
+
+
+VOC = [0, 0, 0, 128, 0, 0, 0, 128, 0, *[9] * 48]
+OPTIMISED = mask_image(LABELS).remap_palette([18, *range(18)])
+GREY = [value for value in range(256) for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("mask", "palette", "error"),
+    [
+        (OPTIMISED, None, None),
+        (mask_image(LABELS), [0] * 57, None),
+        (mask_image(LABELS), GREY, None),
+        (mask_image(LABELS), VOC, "colours of no label"),
+        (mask_image(LABELS), PALETTE[::-1], "colours of no label"),
+        (mask_image(np.where(LABELS == 3, 255, LABELS).astype(np.uint8)), None, "leave out the pair"),
+    ],
+)
+def test_masks_are_read_by_their_palette(tmp_path, mask, palette, error):
+    if palette:
+        mask.putpalette(palette)
+    (tmp_path / "train/masks").mkdir(parents=True)
+    mask.save(tmp_path / "train/masks/a.png")
+    found = audit.inspect(tmp_path / "train/masks/a.png")[0]
+    if error:
+        with pytest.raises(UserError, match=error):
+            read_mask(tmp_path / "train/masks/a.png")
+        assert {"label above 18", "palette of other colours"} & set(found)
+    else:
+        assert np.array_equal(read_mask(tmp_path / "train/masks/a.png"), LABELS) and found == ["not 512 x 512"]
+
+
+def turned():
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    return exif
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "error"),
+    [
+        (Image.new("RGB", (40, 30)), Image.new("L", (30, 40)), "40 x 30, its mask 30 x 40"),
+        (Image.new("RGB", (64, 64)), Image.new("L", (64, 32)), "64 x 64, its mask 64 x 32"),
+        (turned(), Image.new("L", (32, 32)), "EXIF orientation"),
+    ],
+)
+def test_a_mask_of_another_shape_is_refused(tmp_path, image, mask, error):
+    exif = {} if isinstance(image, Image.Image) else {"exif": image}
+    (tmp_path / "raw/train/images").mkdir(parents=True)
+    (Image.new("RGB", (32, 32)) if exif else image).save(tmp_path / "raw/train/images/a.jpg", **exif)
+    write({"train/masks/a.png": encoded(mask)}, tmp_path / "raw")
+    with pytest.raises(UserError, match=error):
+        run_prepare(tmp_path / "raw", tmp_path / "out")
+
+
+def test_a_turned_training_image_is_refused(copy):
+    path = find_pairs(copy / "data")[0][0]
+    Image.open(path).save(path, exif=turned())
+    with pytest.raises(UserError, match="EXIF orientation"):
+        load_pairs(copy / "data", copy / "cache", workers=1)
+    assert audit.audit(copy / "data", workers=1)[0]["EXIF orientation"] == [path]
+
+
+@pytest.mark.parametrize("raw", ["folder", "raw.zip"])
+def test_data_of_another_raw_is_refused(tmp_path, raw):
+    run_prepare(write(challenge(), tmp_path / raw), tmp_path / "out")
+    assert run_prepare(tmp_path / raw, tmp_path / "out") == 0
+    write(challenge() | {"train/images/b.jpg": jpeg(7)}, tmp_path / raw)
+    with pytest.raises(UserError, match="another RAW"):
+        run_prepare(tmp_path / raw, tmp_path / "out")
+
+
+EDITS = [
+    *[("epochs", "9 epochs"), ("lr", None), ("lr", True), ("lr", [1]), ("batch", 1.5), ("batch", {}), ("seed", "x")],
+    *[("sizes", [64]), ("sizes", None), ("model_args", [1]), ("model", 3), ("augment", None), ("lmsa", "maybe")],
+    *[("val_split", float("nan")), ("split_seed", 9), ("amp", {}), ("flip", "often"), ("schedule", 1)],
+]
+
+
+@pytest.mark.parametrize(("key", "value"), EDITS)
+def test_an_edited_record_is_one_line(copy, capsys, key, value):
+    path = copy / "runs/whole/args.json"
+    record = json.loads(path.read_text())
+    record["args"][key] = value
+    path.write_text(json.dumps(record))
+    assert command(train.main, *full(copy, "--resume=whole")) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["[a]\nlike = 'b'\n[b]\nlike = 'a'", "[a]\nset = 5", "[a]\nlike = 5", "[a]\nreference = 'x'"]
+)
+def test_recipes_that_cannot_be_read_are_one_line(tmp_path, monkeypatch, text):
+    (tmp_path / "recipes.toml").write_text(text)
+    monkeypatch.setattr(options, "RECIPES", tmp_path / "recipes.toml")
+    with pytest.raises(UserError, match="recipes.toml: "):
+        options.parse(["--recipe=a"])
+
+
+@pytest.mark.parametrize("part", ["image", "mask", "flag"])
+def test_a_damaged_cache_is_not_trusted(copy, part):
+    (cache,) = (copy / "cache").iterdir()
+    whole, count = np.memmap(cache, np.uint8, "r+"), 10
+    start = {"image": 0, "mask": count * 3 * 512**2, "flag": count * 4 * 512**2}[part]
+    whole[start : start + (512 if part != "flag" else 1)] ^= 1
+    whole.flush()
+    with pytest.raises(UserError, match="is damaged; delete it"):
+        load_pairs(copy / "data", copy / "cache").batch(np.arange(10))
+
+
+@pytest.mark.parametrize("steps", [3, 7, 202])
+def test_the_last_step_of_a_warm_restart_takes_no_rate(steps):
+    args = options.parse(["--schedule=restarts", "--warmup=0.3", "--restart-period=10", "--restart-growth=1"])[0]
+    rates = [options.learning_rate(args, [(64, 31)], 0.3 + period) / args.lr for period in (10, 20, 30)]
+    assert max(rates) < 1e-6 and options.learning_rate(args, [(64, 31)], 10.3 + 1 / steps) > 0.9 * args.lr
+
+
+def test_some_masks_of_the_truth_are_not_its_score(tmp_path, capsys):
+    mask = encoded(mask_image(LABELS))
+    write({"true/a.png": mask, "true/b.png": mask, "pred/a.png": mask}, tmp_path)
+    flags = f"--masks={tmp_path}/pred --truth={tmp_path}/true".split()
+    assert command(evaluate.main, *flags) == 2 and "1 of the 2 masks" in capsys.readouterr().err
+    assert command(evaluate.main, *flags, "--partial") == 0 and "1 of the 2 masks" in capsys.readouterr().err
