@@ -138,7 +138,7 @@ def write_results(args, path, pixels, parsed):
 
 
 def output_files(args):
-    """The image files of args.input. UserError if two outputs have one path, or one would replace a file not of ours."""
+    """The image files of args.input. UserError if outputs have one path, or would replace a file not of ours."""
     files, made = image_files(args.input), {}
     endings = [".png"] + ["-overlay.png"] * args.overlay + ["-cutout.png"] * bool(args.cutout) + [".json"] * args.json
     for name, path in ((path.stem + ending, path) for path in files for ending in endings):

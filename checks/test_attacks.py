@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 from common import UserError, run_main
 
@@ -13,13 +15,15 @@ from PIL import Image
 import checkpoint
 import evaluate
 import options
+import predict
 import train
 from checks.test_data_tools import LABELS, challenge, encoded, jpeg, run_prepare, write
 from checks.test_train import full, set_up, train_here
 from data import find_pairs, load_pairs
 from images import mask_image, read_mask
 from labels import PALETTE
-from tools import audit, package
+from tools import audit, export, package, report
+from tools import run as tools_run
 from tools.synth import make_dataset
 
 TINY = {"widths": [4, 4, 8, 8, 8], "depths": [0, 1, 1, 1, 1], "decoder": [4, 4, 8, 8]}
@@ -222,3 +226,96 @@ def test_some_masks_of_the_truth_are_not_its_score(tmp_path, capsys):
     flags = f"--masks={tmp_path}/pred --truth={tmp_path}/true".split()
     assert command(evaluate.main, *flags) == 2 and "1 of the 2 masks" in capsys.readouterr().err
     assert command(evaluate.main, *flags, "--partial") == 0 and "1 of the 2 masks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", ["", " --from={}/runs/x/last.pt", " --overwrite"])
+def test_a_folder_that_is_no_run_keeps_its_files(copy, flags):
+    (copy / "runs/x").mkdir()
+    shutil.copy(copy / "runs/whole/last.pt", copy / "runs/x/last.pt")
+    with pytest.raises(UserError, match="is no run"):
+        set_up(copy, f"--name=x {FLAGS}" + flags.format(copy))
+    assert (copy / "runs/x/last.pt").read_bytes() == (copy / "runs/whole/last.pt").read_bytes()
+
+
+def test_a_run_is_replaced_once_the_new_one_is_written(copy, monkeypatch):
+    folder = copy / "runs/whole"
+    for name in ("report.docx", "notes.json", ".mine.tmp"):
+        (folder / name).write_text("mine")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with monkeypatch.context() as context, pytest.raises(UserError, match="full"):
+        context.setattr("train.write_metrics", raiser(UserError("full")))
+        set_up(copy, f"--name=whole --overwrite {FLAGS}")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    train._locks.clear()
+    set_up(copy, f"--name=whole --overwrite --seed=1 {FLAGS}")
+    left = {path.name for path in folder.iterdir()}
+    assert left == {*(".lock", "args.json", "metrics.jsonl", "last.pt"), *("report.docx", "notes.json", ".mine.tmp")}
+
+
+def raiser(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+def test_a_release_that_fails_keeps_the_old_one(copy, monkeypatch):
+    monkeypatch.setattr(checkpoint, "RELEASE", copy / "release")
+    export.write_release(copy / "runs/whole/best.pt", copy / "runs/whole")
+    before = {path.name: path.read_bytes() for path in (copy / "release").iterdir()}
+    (copy / "runs/whole/args.json").write_text("{}")
+    monkeypatch.setattr(export, "write_text", raiser(UserError("full")))
+    with pytest.raises(UserError, match="full"):
+        export.write_release(copy / "runs/whole/best.pt", copy / "runs/whole", overwrite=True)
+    assert {path.name: path.read_bytes() for path in (copy / "release").iterdir()} == before
+
+
+def test_the_cache_keeps_other_files_and_a_lock_is_no_link(copy):
+    (copy / "cache/notes.tmp").write_text("mine")
+    rotate(copy / "data")
+    load_pairs(copy / "data", copy / "cache", workers=1)
+    (copy / "runs/whole/.lock").unlink()
+    (copy / "runs/whole/.lock").symlink_to(copy / "cache/notes.tmp")
+    with pytest.raises(UserError, match=".lock"):
+        train.lock(copy / "runs/whole")
+    assert (copy / "cache/notes.tmp").read_text() == "mine"
+
+
+def predict_into(place, out, *flags):
+    weights = place / "runs/whole/best.pt"
+    return command(predict.main, "--input", place / "x.jpg", "--output", out, "--weights", weights, "--whole", *flags)
+
+
+@pytest.mark.parametrize("name", ["x.png", "x-overlay.png", "x-cutout.png", "x.json"])
+def test_predictions_replace_only_predictions(copy, name):
+    Image.new("RGB", (64, 48)).save(copy / "x.jpg")
+    flags = ("--overlay", "--cutout=hair", "--json")
+    assert [predict_into(copy, copy / "out", *flags) for _ in range(2)] == [0, 0]
+    (copy / "photos").mkdir()
+    Image.new("RGB", (64, 48)).save(copy / "photos" / name, "PNG")
+    before = (copy / "photos" / name).read_bytes()
+    assert predict_into(copy, copy / "photos", *flags) == 2
+    assert {path.name: path.read_bytes() for path in (copy / "photos").iterdir()} == {name: before}
+
+
+def test_other_files_are_not_replaced(copy, monkeypatch):
+    weights, photo = copy / "runs/whole/last.pt", copy / "data/test/images/test_00000.jpg"
+    before = weights.read_bytes(), photo.read_bytes()
+    assert command(package.main, f"--weights={weights}", f"--data={copy}/data", f"--zip={weights}", "--run=0") == 2
+    assert command(tools_run.main, f"--input={photo}", f"--output={photo}", f"--weights={weights}") == 2
+    monkeypatch.setattr(export, "PACKAGES", ())
+    assert command(export.main, f"--name={weights}", f"--out={photo}") == 2
+    (copy / "runs/index.html").write_text("mine")
+    assert command(report.main, f"--runs={copy}/runs", "--device=cpu") == 2
+    assert (weights.read_bytes(), photo.read_bytes()) == before and (copy / "runs/index.html").read_text() == "mine"
+
+
+def test_clean_removes_only_an_environment(tmp_path):
+    for name in ("docs", "venv", "mine"):
+        (tmp_path / name).mkdir()
+    for name in ("venv", "mine"):
+        (tmp_path / name / ".ready").touch()
+    (tmp_path / "venv/pyvenv.cfg").touch()
+    for value in ("docs venv", "mine", "venv"):
+        subprocess.run(["make", "-C", tmp_path, "-f", Path("Makefile").resolve(), "clean", f"VENV={value}"])
+    assert {path.name for path in tmp_path.iterdir()} == {"docs", "mine"}

@@ -26,7 +26,7 @@ from tools.check_submission import PYTHON, judge, show
 from views import parse_views
 
 ROOT = Path(__file__).resolve().parent.parent
-ZIP = rb"\APK\3\4....\x08\0\0\0!\0"  # how the zips of `write_zip` begin: dated 1980-01-01
+ZIP = rb"\APK\x03\x04....\x08\x00\x00\x00!\x00"  # how the zips of `write_zip` begin: dated 1980-01-01
 # The modules that run.py imports, directly or not.
 MODULES = ("common.py", "labels.py", "images.py", "views.py", "model.py", "checkpoint.py")
 
