@@ -85,9 +85,31 @@ def load(path):
             raise UserError(f"{path} is damaged: {key} is not a {kind.__name__}")
     if not all(isinstance(value, torch.Tensor) for value in content["state_dict"].values()):
         raise UserError(f"{path} is damaged: its state_dict contains more than tensors")
+    if not all(map(is_whole, leaves(content))):
+        raise UserError(f"{path} is damaged: a tensor claims more values than it contains")
     if content["size"] % 32 or not 32 <= content["size"] <= 2048:
         raise UserError(f"{path} is damaged: its size {content['size']} is not a multiple of 32 from 32 to 2048")
     return content
+
+
+def leaves(content):
+    """Everything in nested dicts, lists, tuples and sets that is none of these."""
+    waiting, known = [content], set()
+    while waiting:
+        value = waiting.pop()
+        if not isinstance(value, (dict, list, tuple, set)):
+            yield value
+        elif id(value) not in known:  # a container may contain itself
+            known.add(id(value))
+            waiting += [*value, *value.values()] if isinstance(value, dict) else value
+
+
+def is_whole(value):
+    """False for a tensor with fewer values in memory than it claims, such as one of stride 0."""
+    if not isinstance(value, torch.Tensor):
+        return True
+    dense = value.layout == torch.strided and value.device.type == "cpu"
+    return dense and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def load_state(model, state, source):
@@ -226,7 +248,8 @@ def make_name(folder):
 
 def best_score(folder):
     """Best official score of a run, -1 if it was never validated."""
-    return max((line.get("official", -1.0) for line in read_metrics(folder)), default=-1.0)
+    scores = (line.get("official") for line in read_metrics(folder))
+    return max((score for score in scores if type(score) in (int, float) and 0 <= score <= 1), default=-1.0)
 
 
 def read_metrics(folder):
@@ -235,6 +258,6 @@ def read_metrics(folder):
     try:
         for line in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             metrics.append(dict(json.loads(line)))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         pass
     return metrics

@@ -190,7 +190,7 @@ def read_json(path):
     """Read a JSON file. UserError if it is missing or damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
 
 
@@ -227,8 +227,8 @@ def _start_worker():
 
 
 def printable(text):
-    """`text` on one line, control characters and undecodable bytes replaced by `?`."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    """`text` on one line, control characters and undecodable bytes replaced by `?`: for all that a terminal shows."""
+    return "".join(c if c.isprintable() else "?" for c in re.sub(r"\s*[^\S ]\s*", " ", text.strip()))
 
 
 def show_line(text, stream):

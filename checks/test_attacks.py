@@ -1,15 +1,26 @@
 """Attacks from outside: renamed, edited, damaged and oversized files, and what is typed at a prompt."""
 
+import base64
+import contextlib
+import hashlib
 import json
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+import tracemalloc
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from common import UserError, run_main
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import checkpoint
@@ -18,11 +29,14 @@ import options
 import predict
 import train
 from checks.test_data_tools import LABELS, challenge, encoded, jpeg, run_prepare, write
+from checks.test_report import save_weights, write_run
+from checks.test_serve import ask
+from checks.test_submission import saved
 from checks.test_train import full, set_up, train_here
 from data import find_pairs, load_pairs
 from images import mask_image, read_mask
 from labels import PALETTE
-from tools import audit, export, package, report
+from tools import audit, check_submission, course_report, export, leaderboard, package, prepare, report, serve
 from tools import run as tools_run
 from tools.synth import make_dataset
 
@@ -319,3 +333,159 @@ def test_clean_removes_only_an_environment(tmp_path):
     for value in ("docs venv", "mine", "venv"):
         subprocess.run(["make", "-C", tmp_path, "-f", Path("Makefile").resolve(), "clean", f"VENV={value}"])
     assert {path.name for path in tmp_path.iterdir()} == {"docs", "mine"}
+
+
+SCRIPT = "<script>alert(1)</script>"
+
+
+@pytest.mark.parametrize(("where", "value"), [("split_seed", SCRIPT), ("val_split", SCRIPT), ("start_from", SCRIPT)])
+def test_a_record_is_text_in_the_course_report(tmp_path, where, value):
+    folder = write_run(tmp_path, "a", [0.5])
+    record = json.loads((folder / "args.json").read_text())
+    record["args"][where] = value
+    (folder / "args.json").write_text(json.dumps(record))
+    with contextlib.suppress(UserError):
+        assert SCRIPT not in course_report.draft(folder, SCRIPT, SCRIPT)
+
+
+@pytest.mark.parametrize(
+    "change", [{"reversed": SCRIPT}, {"images": "3"}, {"panels": ["http://x/a.png"] * 4}, {"score": []}]
+)
+def test_edited_pictures_are_not_shown(tmp_path, change):
+    folder = write_run(tmp_path, "a", [0.5])
+    save_weights(folder)
+    picture = {
+        "group": "lowest",
+        "name": "a",
+        "score": 0.5,
+        "lowest": [["nose", 0.1]],
+        "panels": ["data:image/png;,"] * 4,
+    }
+    content = {"version": report.weights_version(folder), "images": 1, "reversed": 0, "score_without_reversed": 0.5}
+    for changed, shown in (({}, True), (change, False)):
+        whole = content | {"pictures": [picture | changed]} | changed
+        (folder / "pictures.json").write_text(json.dumps(whole))
+        assert bool(report.read_pictures(folder)) == shown
+
+
+def test_both_pages_run_their_own_scripts_and_load_nothing(tmp_path):
+    folder = write_run(tmp_path, "a", [0.5])
+    for page in (course_report.draft(folder, None, None), report.write_page(tmp_path).read_text()):
+        scripts = re.findall(r"<script(?! type)[^>]*>(.*?)</script>", page, re.DOTALL)
+        hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+        policy = re.search('<meta http-equiv="Content-Security-Policy" content="(.*?)">', page)[1]
+        assert policy.startswith("default-src 'none'; img-src data:;") and "script-src 'sha256-" in policy
+        assert len(scripts) == 2 and all(f"'sha256-{value}'" in policy for value in hashes)
+
+
+@pytest.mark.parametrize(("user", "flags"), [(0, 1), (1000, 0)])
+def test_chromium_keeps_its_sandbox(monkeypatch, user, flags):
+    monkeypatch.setattr("os.geteuid", lambda: user)
+    monkeypatch.setattr(course_report.shutil, "which", lambda name: "echo")
+    assert course_report.browse("x")[0].count("--no-sandbox") == flags
+
+
+DEEP = "[" * 100_000
+RECORDS = [
+    *[("args.json", DEEP), ("metrics.jsonl", DEEP), ("best.json", DEEP), ("args.json", "\0"), ("args.json", "5")],
+    *[("metrics.jsonl", f'{{"official": 0.5, "epoch": {"9" * n}}}') for n in (400, 5000)],
+    *[("args.json", text) for text in ('{"args": {"sizes": 5}}', '{"args": []}', '{"args": {}, "pairs": 5}')],
+]
+
+
+@pytest.mark.parametrize(("name", "content"), RECORDS)
+def test_one_damaged_run_does_not_stop_the_others(tmp_path, capsys, name, content):
+    write_run(tmp_path, "sound", [0.5])
+    (write_run(tmp_path, "bad", [0.6]) / name).write_text(content)
+    assert command(leaderboard.main, f"--runs={tmp_path}") == 0
+    assert "sound" in capsys.readouterr().out
+    report.write_page(tmp_path)
+    assert checkpoint.best_score(tmp_path / "bad") <= 0.6
+
+
+def test_names_and_settings_reach_the_terminal_as_text(tmp_path, capsys):
+    folder = write_run(tmp_path, "a\x1b[31m\nb", [0.5])
+    record = json.loads((folder / "args.json").read_text())
+    record["args"] |= {"recipe": "x\x1b]0;\x07", "data": "y"}
+    (folder / "args.json").write_text(json.dumps(record))
+    assert command(leaderboard.main, f"--runs={tmp_path}") == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "\x07" not in out and len(out.splitlines()) == 2
+
+
+BOMBS = [
+    *[{"depths": [10**6] * 5}, {"depths": [0, 0, 0, 10**7, 0]}, {"attention": 10**9}, {"widths": [10**6] * 5}],
+    *[{"dilations": [0]}, {"dilations": [10**9]}, {"dropout": float("nan")}],
+]
+
+
+@pytest.mark.parametrize("arguments", BOMBS)
+def test_networks_are_counted_before_they_are_built(place, tmp_path, arguments):
+    content = checkpoint.load(place / "runs/whole/best.pt")
+    checkpoint.save(tmp_path / "a.pt", content | {"model_args": TINY | arguments})
+    signal.signal(signal.SIGALRM, raiser(TimeoutError()))
+    signal.alarm(20)
+    with pytest.raises(UserError, match="does not fit this version"):
+        checkpoint.load_model(tmp_path / "a.pt")
+    signal.alarm(0)
+
+
+def test_tensors_of_stride_0_are_refused(place, tmp_path):
+    content = checkpoint.load(place / "runs/whole/best.pt")
+    content["state_dict"]["x"] = torch.zeros(1).expand(10**12)
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="claims more values"):
+        checkpoint.load(tmp_path / "a.pt")
+
+
+def test_a_zip_member_of_zeros_takes_no_memory(tmp_path):
+    with zipfile.ZipFile(tmp_path / "raw.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("images/a.jpg", "masks/a.png"):
+            with archive.open(f"train/{name}", "w") as file:
+                for _ in range(300):
+                    file.write(bytes(2**20))
+    tracemalloc.start()
+    with pytest.raises(UserError, match="more than 64 MiB"):
+        prepare.read(tmp_path / "raw.zip", "train/images/a.jpg")
+    assert tracemalloc.get_traced_memory()[1] < 2**28
+    tracemalloc.stop()
+
+
+def test_pictures_are_decoded_one_at_a_time(monkeypatch):
+    running, most = [], []
+
+    def decode(*_):
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.05)
+        running.pop()
+        raise UserError("no picture")
+
+    monkeypatch.setattr(serve, "decode_image", decode)
+    with serve.make_server(None, 0) as server:
+        assert server.request_queue_size >= 50
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with ThreadPoolExecutor(50) as pool:
+            answers = list(pool.map(lambda _: ask(server, body=b"x")[0], range(50)))
+        server.shutdown()
+    assert answers == [415] * 50 and max(most) == 1
+
+
+STATE = {"w": torch.zeros(1_000_000)}
+MANY = torch.zeros(5_000_000)
+HIDDEN = [
+    {"state_dict": STATE | {"w.running_mean": MANY}},
+    {"state_dict": STATE | {"w.running_mean": MANY.view(5000, 1000)}},
+    {"state_dict": STATE, "more": [{"x": MANY}]},
+    {"state_dict": STATE, "more": [0.5] * 1_000_000},
+    {"state_dict": STATE, "solution/more.pth": MANY},
+    {"state_dict": STATE, "solution/more.py": MANY},
+]
+
+
+@pytest.mark.parametrize("content", HIDDEN)
+def test_every_parameter_is_counted(content):
+    files = {"solution/ckpt.pth": saved({key: value for key, value in content.items() if "/" not in key})}
+    files |= {name: saved(value) if "pth" in name else b"1" * 2**22 for name, value in content.items() if "/" in name}
+    verdicts = {check: (status, detail) for status, check, detail in check_submission.check_solution(files)}
+    assert verdicts["checkpoint"][0] == "FAIL" and "parameters" in verdicts["checkpoint"][1]

@@ -35,7 +35,7 @@ from images import DECODE_ERRORS, IMAGE_SUFFIXES, labels_from_colours, mask_imag
 from labels import NAMES, NUM_CLASSES
 
 SPLITS = {"train": "train", "dev": "dev", "val": "dev", "test": "test"}
-MAX_BYTES = 2**27  # of an image file: a zip member of zeros can claim gigabytes
+MAX_BYTES = 2**26  # of an image file: a zip member of zeros can claim gigabytes
 PARTS = {name: label for label, name in enumerate(NAMES) if label}
 open_zip = functools.cache(zipfile.ZipFile)  # one handle per worker process
 

@@ -7,8 +7,10 @@ The page and runs/*/pictures.json contain images of the dataset: git ignores the
 """
 
 import base64
+import hashlib
 import io
 import json
+import re
 import time
 from pathlib import Path
 
@@ -107,8 +109,13 @@ def read_pictures(folder):
     """pictures.json of a run; None if it is missing, damaged or of other weights."""
     try:
         content = read_json(folder / "pictures.json")
-        return content if content["version"] == weights_version(folder) else None
-    except (UserError, LookupError, TypeError):
+        pictures = content["pictures"]
+        figures = [content[key] for key in ("images", "reversed", "score_without_reversed")]
+        for value in (*figures, *(p["score"] for p in pictures), *(f for p in pictures for _, f in p["lowest"])):
+            number(value)
+        inside = all(uri.startswith("data:image/") for p in pictures for uri in p["panels"])
+        return content if inside and content["version"] == weights_version(folder) else None
+    except (UserError, LookupError, TypeError, ValueError, AttributeError):
         return None
 
 
@@ -176,13 +183,26 @@ def write_page(runs, name=None, device="auto"):
     data["written"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     path = Path(runs, "index.html")
     check_target(path, b"<title>Runs</title>")
-    write_text(path, fill_template(TEMPLATE.read_text(encoding="utf-8"), data))
+    template = TEMPLATE.read_text(encoding="utf-8")
+    write_text(path, fill_template(template, data, find_scripts(template)))
     return path
 
 
-def fill_template(template, data):
-    """The template with `data` as JSON in place of <!--DATA-->; without "<", no text in it can end the script."""
-    return template.replace("<!--DATA-->", json.dumps(data).replace("<", "\\u003c"), 1)
+def fill_template(template, data, scripts):
+    """The template with `data` as JSON in place of <!--DATA-->; without "<", no text in it can end the script.
+
+    <!--POLICY--> becomes a content security policy: these scripts, known by their hashes, and images inside the page.
+    """
+    hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{value}'" for value in hashes)
+    rules = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
+    page = template.replace("<!--POLICY-->", f'<meta http-equiv="Content-Security-Policy" content="{rules}">', 1)
+    return page.replace("<!--DATA-->", json.dumps(data).replace("<", "\\u003c"), 1)
+
+
+def find_scripts(template):
+    """The text of each script in our own template, without its data."""
+    return re.findall(r'<script(?: id="charts")?>(.*?)</script>', template, re.DOTALL)
 
 
 def main():

@@ -88,17 +88,23 @@ class Handler(BaseHTTPRequestHandler):
             while part := self.rfile.read(min(rest, 1 << 20)):  # clients send everything, then listen
                 rest -= len(part)
             raise Refused(413, f"the picture has more than {MAX_BYTES / 1e6:.0f} MB")
-        try:
-            pixels = decode_image(io.BytesIO(body), "this file")
-        except UserError as error:
-            raise Refused(415, str(error)) from None
         whole = self.path.endswith("whole")
-        with self.busy:
+        with self.busy:  # decoded one at a time: a picture of 81 megapixels takes a gigabyte
+            try:
+                pixels = decode_image(io.BytesIO(body), "this file")
+            except UserError as error:
+                raise Refused(415, str(error)) from None
             parsed = self.parser(pixels, whole=whole)
         png = io.BytesIO()
         mask_image(parsed.mask).save(png, format="PNG")
         faces = "not searched" if whole else 0 if parsed.missed else len(parsed.faces)
         return "image/png", png.getvalue(), {"X-Faces": faces}
+
+
+class Server(ThreadingHTTPServer):
+    """Resets no connection while fewer than these wait."""
+
+    request_queue_size = 128
 
 
 def make_server(parser, port):
@@ -107,7 +113,7 @@ def make_server(parser, port):
     page = PAGE.read_text(encoding="utf-8").replace("<!--LABELS-->", labels).encode()
     handler = type("Handler", (Handler,), {"parser": staticmethod(parser), "page": page})
     try:
-        return ThreadingHTTPServer(("127.0.0.1", port), handler)
+        return Server(("127.0.0.1", port), handler)
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot serve on port {port} ({error}); choose another, PORT=8001") from None
 
