@@ -76,8 +76,10 @@ def load(path):
     try:
         # Only the zip format: the reader of torch's older format is less robust.
         content = torch.load(path, map_location="cpu", weights_only=True) if zipfile.is_zipfile(path) else None
+        list(leaves(content))
     except Exception as error:  # noqa: BLE001 - foreign bytes make the unpickler raise anything
-        raise UserError(f"{path} is damaged or contains more than tensors ({type(error).__name__})") from None
+        why = f"{type(error).__name__}: {str(error)[:100]}"
+        raise UserError(f"{path} is damaged or contains more than tensors ({why})") from None
     if not isinstance(content, dict) or not content.keys() >= REQUIRED.keys():
         raise UserError(f"{path} is damaged or not a checkpoint of this project")
     for key, kind in REQUIRED.items():
@@ -85,31 +87,26 @@ def load(path):
             raise UserError(f"{path} is damaged: {key} is not a {kind.__name__}")
     if not all(isinstance(value, torch.Tensor) for value in content["state_dict"].values()):
         raise UserError(f"{path} is damaged: its state_dict contains more than tensors")
-    if not all(map(is_whole, leaves(content))):
-        raise UserError(f"{path} is damaged: a tensor claims more values than it contains")
     if content["size"] % 32 or not 32 <= content["size"] <= 2048:
         raise UserError(f"{path} is damaged: its size {content['size']} is not a multiple of 32 from 32 to 2048")
     return content
 
 
 def leaves(content):
-    """Everything in nested dicts, lists, tuples and sets that is none of these."""
+    """Everything in nested dicts, lists, tuples and sets that is none of these.
+
+    ValueError or RuntimeError for a tensor that claims more values than it has in memory, such as one of stride 0.
+    """
     waiting, known = [content], set()
     while waiting:
         value = waiting.pop()
+        if isinstance(value, torch.Tensor) and value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError("a tensor claims more values than it contains")
         if not isinstance(value, (dict, list, tuple, set)):
             yield value
         elif id(value) not in known:  # a container may contain itself
             known.add(id(value))
             waiting += [*value, *value.values()] if isinstance(value, dict) else value
-
-
-def is_whole(value):
-    """False for a tensor with fewer values in memory than it claims, such as one of stride 0."""
-    if not isinstance(value, torch.Tensor):
-        return True
-    dense = value.layout == torch.strided and value.device.type == "cpu"
-    return dense and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def load_state(model, state, source):
@@ -172,12 +169,11 @@ def seen(content, keys):
 def doubt(content, keys):
     """Why a score on these pairs, (name, hash) each, may not be one of unseen images; "" if it is one."""
     if not content.get("trained_on"):
-        return "does not name the pairs it was trained on: this may not be a score of unseen images"
+        return "does not name the pairs it was trained on: its score may not be of unseen images"
     if any(seen(content, keys)):
-        return "was trained on these pairs: this is not a score of unseen images"
-    if not all(known for _, known in [*pairs_in(content, "trained_on"), *keys]):
-        return "names its pairs without hashes: had files been renamed since, this would be no score of unseen images"
-    return ""
+        return "was trained on these pairs: its score is not of unseen images"
+    known = all(known for _, known in pairs_in(content, "trained_on"))
+    return "" if known else "names its pairs without hashes: its score is of unseen images unless files were renamed"
 
 
 def find_run(name, runs="runs"):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from checkpoint import run_record
-from images import image_files, image_hash, read_image, read_mask, require_file, require_upright
+from images import image_files, image_hash, is_turned, read_image, read_mask, require_file
 from labels import FLIP, NUM_CLASSES, SIDES
 
 SIZE = 512  # side of every stored image and mask
@@ -176,16 +176,15 @@ def split(count, val_split=0.1, seed=42, hashes=None):
         raise UserError(f"--val-split {val_split} of {count} pairs: {sides}; change it, or 0 trains on all")
     order = np.random.RandomState(seed).permutation(count)
     train, validation = order[: count - held], order[count - held :]
-    if hashes is not None and held:
-        unseen = {hashes[i].tobytes() for i in validation}
-        copies = np.array([hashes[i].tobytes() in unseen for i in train])
-        if copies.all():
-            raise UserError(f"all {count} images are copies of those held out; `make check-data` names them")
-        if copies.any():
-            text = "training images are copies of images held out, and are held out too; `make check-data` names them"
-            print_message(f"{copies.sum()} {text}")
-            train, validation = train[~copies], np.concatenate([validation, train[copies]])
-    return train, validation
+    if hashes is None or not held:
+        return train, validation
+    unseen = {hashes[i].tobytes() for i in validation}
+    copies = np.array([hashes[i].tobytes() in unseen for i in train])
+    if copies.any():
+        print_message(f"{copies.sum()} copies of images held out are held out too; `make check-data` names them")
+    if copies.all():
+        raise UserError("no images are left to train on")
+    return train[~copies], np.concatenate([validation, train[copies]])
 
 
 def load_pairs(data, cache="build/cache", workers=None):
@@ -253,20 +252,19 @@ def _decode(task):
     """Decode one pair into its place in the cache file; runs in a worker process."""
     cache, index, count, image_path, mask_path = task
     image, mask = read_image(image_path).transpose(2, 0, 1), read_mask(mask_path)
-    require_upright(image_path, mask_path)
     for path, array in ((image_path, image), (mask_path, mask)):
         if array.shape[-2:] != (SIZE, SIZE):
             size = f"{array.shape[-1]} x {array.shape[-2]}"
             raise UserError(f"{path} is {size}, not 512 x 512; `make data RAW=FOLDER DATA=NEW` resizes a data folder")
+        if is_turned(path):
+            raise UserError(f"{path} has an EXIF orientation, its partner may not; turn the pixels and remove it")
     flag = reversed_sides(mask)
+    tail = bytes([flag]) + _hashes(image, mask, flag).tobytes()
     with open(cache, "r+b") as file:
         for offset, content in (
             (index * IMAGE_BYTES, image.tobytes()),
             (count * IMAGE_BYTES + index * MASK_BYTES, mask.tobytes()),
-            (
-                count * (IMAGE_BYTES + MASK_BYTES) + index * TAIL_BYTES,
-                bytes([flag]) + _hashes(image, mask, flag).tobytes(),
-            ),
+            (count * (IMAGE_BYTES + MASK_BYTES) + index * TAIL_BYTES, tail),
         ):
             file.seek(offset)
             file.write(content)

@@ -76,17 +76,10 @@ def image_hash(image):
     return hashlib.sha256(image.tobytes()).digest()[:16]
 
 
-def require_upright(*paths):
-    """UserError if an image or mask has an EXIF orientation: turning one and not the other would separate them."""
-    for path in paths:
-        with Image.open(path) as image:
-            if turned(image):
-                raise UserError(f"{path} has an EXIF orientation, its partner may not; turn the pixels and remove it")
-
-
-def turned(image):
-    """True if a PIL image has an EXIF orientation other than upright."""
-    return image.getexif().get(0x0112, 1) in range(2, 9)
+def is_turned(source):
+    """True if an image, a path or stream, has an EXIF orientation other than upright: its mask may not have it."""
+    with Image.open(source) as image:
+        return image.getexif().get(0x0112, 1) in range(2, 9)
 
 
 def _scale_grey(values):
@@ -124,22 +117,23 @@ def palette_labels(image, name):
 
     Without a palette (also if all black, or the greys 0, 1, 2 ...) its values. UserError for other colours and values.
     """
-    mask, palette = np.array(image), np.array(image.getpalette() or [], np.uint8).reshape(-1, 3)
+    mask, palette = np.array(image), image.getpalette() or []
+    colours = list(zip(*[iter(palette)] * 3, strict=True))
     table = np.full(256, 255, np.uint8)  # label of each value
-    if (palette == 0).all() or (palette == np.arange(len(palette))[:, None]).all():
+    if not any(palette) or colours == [(i, i, i) for i in range(len(colours))]:
         table[:NUM_CLASSES] = range(NUM_CLASSES)
-    colours = list(map(tuple, palette.tolist()))
     for value, colour in enumerate(colours):
         label = COLOURS.index(colour) if colour in COLOURS else -1
         if label == value or (label >= 0 and colours.count(colour) == 1):
             table[value] = label
     labels = table[mask]
-    if labels.max(initial=0) < NUM_CLASSES:
-        return labels
-    if mask.max() >= NUM_CLASSES:
-        what = f"{name} contains label {mask.max()}; labels are 0 to {NUM_CLASSES - 1}"
-        raise UserError(f"{what}: label these pixels, or leave out the pair")
-    raise UserError(f"{name} has a palette with colours of no label; save it with the palette of labels.py")
+    if labels.max(initial=0) >= NUM_CLASSES:
+        high = mask.max() >= NUM_CLASSES
+        what = (
+            f"label {mask.max()}; labels are 0 to {NUM_CLASSES - 1}" if high else "colours of no label in its palette"
+        )
+        raise UserError(f"{name} contains {what}: label these pixels, or leave out the pair")
+    return labels
 
 
 def labels_from_colours(image):

@@ -348,12 +348,11 @@ def build(name, **arguments):
     """Construct the network `name`. UserError if MODELS has none or it does not accept these constructor arguments."""
     if name not in MODELS:
         raise UserError(f"unknown network {name!r}; known: {', '.join(MODELS)}")
-    tensors = parameters = 0
+    found = []
 
     def count(module, name, parameter):
-        nonlocal tensors, parameters
-        tensors, parameters = tensors + 1, parameters + (0 if parameter is None else parameter.numel())
-        if tensors > MAX_TENSORS or parameters > MAX_SIZE:
+        found.append(0 if parameter is None else parameter.numel())
+        if len(found) > MAX_TENSORS or sum(found) > MAX_SIZE:
             raise ValueError(f"more than {MAX_TENSORS:,} tensors or {MAX_SIZE:,} parameters")
 
     try:
@@ -372,9 +371,8 @@ def build(name, **arguments):
         return model
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, ArithmeticError) as error:
         known = ", ".join(inspect.signature(MODELS[name]).parameters) or "none"
-        raise UserError(
-            f"{name} does not accept the arguments {str(arguments)[:300]}: {error}; it has {known}"
-        ) from None
+        given = str(arguments)[:300]
+        raise UserError(f"{name} does not accept the arguments {given}: {error}; it has {known}") from None
 
 
 @torch.no_grad()

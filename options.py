@@ -118,24 +118,22 @@ def load_recipes():
             raise UserError(f"recipes.toml: {name} stands outside a recipe; move it under `set` of one")
         if others := set(table) - {"about", "like", "reference", "set"}:
             raise UserError(f"recipes.toml: unknown {', '.join(sorted(others))} in {name}; flags stand under `set`")
-        if not isinstance(table.get("set", {}), dict) or type(table.get("reference", 0.0)) not in (int, float):
-            raise UserError(f"recipes.toml: {name} needs flags under `set`, and a number as `reference`")
-        chain = [name]
-        while isinstance(recipes[chain[-1]], dict) and (like := recipes[chain[-1]].get("like")) is not None:
-            if not isinstance(like, str) or like not in recipes or like in chain:
-                raise UserError(f"recipes.toml: {name} is like {like}, which is no recipe, or like {name} itself")
-            chain.append(like)
+        kinds = {"set": dict, "like": str, "reference": (int, float)}
+        if wrong := [key for key, kind in kinds.items() if key in table and not isinstance(table[key], kind)]:
+            raise UserError(f"recipes.toml: {wrong[0]} of {name} has the wrong type; compare other recipes")
     return recipes
 
 
-def recipe_layers(name):
+def recipe_layers(name, above=()):
     """A recipe's settings as lists of flags, so that argparse checks them: those of the recipe it is `like` first."""
     recipes = load_recipes()
     if name not in recipes:
         raise UserError(f"no recipe {name!r}; {did_you_mean(recipes, name, count=1)} `make recipes` lists them")
+    if name in above:
+        raise UserError(f"recipes.toml: {name} is `like` itself, over {' and '.join(above)}")
     own = recipes[name].get("set", {}).items()
     flags = [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}" for key, value in own]
-    return [*(recipe_layers(recipes[name]["like"]) if "like" in recipes[name] else []), flags]
+    return [*(recipe_layers(recipes[name]["like"], (*above, name)) if "like" in recipes[name] else []), flags]
 
 
 def parse(argv):

@@ -117,8 +117,9 @@ _locks = []  # open files: the system releases their locks when the process ends
 
 def lock(folder):
     """Hold the run for this process. UserError if another training does."""
-    try:  # never a link, whose target is another's file
-        file = open(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "w")  # noqa: SIM115 - stays open
+    try:
+        number = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)  # a link is another's file
+        file = open(number, "w")  # noqa: SIM115 - stays open
     except OSError as error:
         raise UserError(f"cannot write {folder}/.lock: {error.strerror}; remove it if no training runs") from None
     try:
@@ -199,15 +200,13 @@ def set_up(args):
         content = checkpoint.load(source)
         if (other := content["model"]) != args.model:
             raise UserError(f"{source} is a {other}; use MODEL={other} (--model {other})")
-        if held and any(checkpoint.seen(content, held)):
-            named = (
-                "was trained on" if content.get("trained_on") else "does not name the pairs it was trained on, perhaps"
+        doubt = checkpoint.doubt(content, held)
+        if any(checkpoint.seen(content, held)):
+            remedy = (
+                "this run would hold them out, its scores would be too high; VAL_SPLIT=0 trains on all, without scores"
             )
-            raise UserError(
-                f"{source} {named} pairs that this run would hold out: its scores would be too high; "
-                "VAL_SPLIT=0 trains on all pairs, without scores"
-            )
-        if held and (doubt := checkpoint.doubt(content, held)):
+            raise UserError(f"{source} {doubt}; {remedy}")
+        if doubt and held:
             print_message(f"{source} {doubt}")
         trained_on = sorted({*trained_on, *checkpoint.pairs_in(content, "trained_on")}, key=str)
         checkpoint.load_state(model, content["state_dict"], source)
@@ -285,11 +284,11 @@ def restore(run, used):
         held = checkpoint.pairs_in(state, "held_out")
         if "held_out" in state and {name for name, _ in held} != {name for name, _ in run.names["held_out"]}:
             raise UserError(f"{folder}/args.json holds out other pairs than {source}: restore it, or start a new run")
-        for key, names in run.names.items():  # an old run's names get their hashes
-            hashes = dict(names)
+        for key, own in run.names.items():  # an old run's names get their hashes
+            hashes = dict(own)
             run.names[key] = [
                 (name, known or hashes.get(name)) for name, known in checkpoint.pairs_in(state, key)
-            ] or names
+            ] or own
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{source} is of another run or version ({error}); start a new run") from None
     if run.rank == 0:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from data import SIZE, find_data, reversed_sides
-from images import DECODE_ERRORS, image_files, image_hash, palette_labels, rgb_pixels, turned
+from images import DECODE_ERRORS, image_files, image_hash, is_turned, palette_labels, rgb_pixels
 from labels import NAMES, NUM_CLASSES
 
 REVERSED = "left and right reversed"
@@ -29,7 +29,7 @@ def inspect(path):
     except DECODE_ERRORS:
         return ["unreadable"], None, None
     faults = ["not 512 x 512"] if image.size != (SIZE, SIZE) else []
-    if path.parent.parent.name == "train" and turned(image):
+    if path.parent.parent.name == "train" and is_turned(path):
         faults.append("EXIF orientation")
     if path.parent.name == "images":
         if image.mode != "RGB":

@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image
 
 from data import SIZE
-from images import DECODE_ERRORS, IMAGE_SUFFIXES, labels_from_colours, mask_image, palette_labels, rgb_pixels, turned
+from images import DECODE_ERRORS, IMAGE_SUFFIXES, is_turned, labels_from_colours, mask_image, palette_labels, rgb_pixels
 from labels import NAMES, NUM_CLASSES
 
 SPLITS = {"train": "train", "dev": "dev", "val": "dev", "test": "test"}
@@ -159,13 +159,13 @@ def paint(raw, names):
 
 def require_match(raw, image_name, mask):
     """UserError unless an image and its mask, a PIL image, are upright and of one shape: both become squares."""
-    image = read(raw, image_name, load=False)[1]
+    content, image = read(raw, image_name, load=False)
     (width, height), (mask_width, mask_height) = image.size, mask.size
-    if turned(image) or turned(mask):
-        raise UserError(f"{image_name} or its mask has an EXIF orientation; turn the pixels and remove it")
     if width * mask_height != height * mask_width:
         sizes = f"{width} x {height}, its mask {mask_width} x {mask_height}"
         raise UserError(f"{image_name} is {sizes}: not the same picture; replace or remove the pair")
+    if is_turned(io.BytesIO(content)):
+        raise UserError(f"{image_name} has an EXIF orientation, its mask may not; turn the pixels and remove it")
 
 
 def convert(task):
@@ -193,13 +193,9 @@ def convert(task):
 
 def require_same_source(raw, data, paths, size):
     """Mark the folder `data` as made from RAW as it is now. UserError if its files are of another RAW, or may be."""
-    if raw.is_dir():
-        found = [(name, (raw / name).stat()) for name in list_files(raw, data)]
-        state = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
-    else:
-        with zipfile.ZipFile(raw) as archive:
-            state = sorted((info.filename, info.file_size, info.CRC) for info in archive.infolist())
-    digest, marker = hashlib.sha256(repr((size, state)).encode("utf-8", "surrogateescape")).hexdigest(), data / ".raw"
+    files = [raw / name for name in list_files(raw, data)] if raw.is_dir() else [raw]
+    state = size, [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    digest, marker = hashlib.sha256(ascii(state).encode()).hexdigest(), data / ".raw"
     if marker.is_file() and marker.read_text() == digest:
         return
     if any(path.exists() for path in paths):

@@ -111,9 +111,8 @@ def read_pictures(folder):
         content = read_json(folder / "pictures.json")
         pictures = content["pictures"]
         figures = [content[key] for key in ("images", "reversed", "score_without_reversed")]
-        for value in (*figures, *(p["score"] for p in pictures), *(f for p in pictures for _, f in p["lowest"])):
-            number(value)
         inside = all(uri.startswith("data:image/") for p in pictures for uri in p["panels"])
+        list(map(number, [*figures, *(p["score"] for p in pictures), *(f for p in pictures for _, f in p["lowest"])]))
         return content if inside and content["version"] == weights_version(folder) else None
     except (UserError, LookupError, TypeError, ValueError, AttributeError):
         return None
@@ -182,7 +181,7 @@ def write_page(runs, name=None, device="auto"):
     data = {"runs": found, "unreadable": unreadable, "labels": NAMES, "colours": HEX_COLOURS}
     data["written"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     path = Path(runs, "index.html")
-    check_target(path, b"<title>Runs</title>")
+    check_target(path, b"<title>Runs")
     template = TEMPLATE.read_text(encoding="utf-8")
     write_text(path, fill_template(template, data, find_scripts(template)))
     return path
