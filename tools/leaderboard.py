@@ -42,7 +42,7 @@ def summary(folder):
         "date": str(record.get("started", "-"))[:10],
     }
     pairs = record.get("pairs") or {}
-    row |= {"synthetic": bool(pairs.get("drawn")), "images": number(pairs.get("validation", 0))}
+    row |= {"synthetic": bool(pairs.get("drawn")), "images": number(pairs.get("validation") or 0)}
     row["lmsa"] = ("no", "yes")[args["lmsa"]] if args["model"] == "microsegformer" else "-"
     row["weights"] = ("yes" if is_validated(load(path)) else "all pairs") if path.is_file() else "-"
     return row | {"changed": changed_settings(args), "line": make_line(args)}

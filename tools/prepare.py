@@ -15,17 +15,7 @@ import re
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from common import (
-    ArgumentParser,
-    UserError,
-    atomic,
-    in_parallel,
-    make_folder,
-    positive,
-    remove_unfinished,
-    run_main,
-    write_text,
-)
+from common import ArgumentParser, UserError, atomic, in_parallel, make_folder, positive, remove_unfinished, run_main
 
 import numpy as np
 from PIL import Image
@@ -200,7 +190,8 @@ def require_same_source(raw, data, paths, size):
         return
     if any(path.exists() for path in paths):
         raise UserError(f"{data} was made from another RAW than {raw} is now; give another DATA, or remove it first")
-    write_text(marker, digest)
+    with atomic(marker) as temporary:
+        temporary.write_text(digest)
 
 
 def prepare(raw, data, count=None, size=SIZE, workers=None):
