@@ -17,7 +17,7 @@ import textwrap
 import zipfile
 from pathlib import Path
 
-from common import UserError, atomic, did_you_mean, read_json
+from common import UserError, atomic, did_you_mean, read_json, remove_unfinished
 
 import torch
 
@@ -204,17 +204,23 @@ def find_weights(text=None, runs="runs"):
     return path
 
 
+def delete_run(folder):
+    """Delete a run's files, args.json first; whatever else is in its folder stays."""
+    for name in RUN_FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def replace_run(folder):
     """Yield an empty folder to write a run's files to, which then replace the older run's in `folder`.
 
     On failure the older files stay. args.json goes first and comes last: no mixture of two runs counts as one.
     """
+    remove_unfinished(folder, RUN_FILES)
     made = Path(tempfile.mkdtemp(dir=folder, prefix=".args.json.", suffix=".tmp"))
     try:
         yield made
-        for name in RUN_FILES:
-            (folder / name).unlink(missing_ok=True)
+        delete_run(folder)
         for path in sorted(made.iterdir(), key=lambda path: path.name == "args.json"):
             os.replace(path, folder / path.name)
     finally:

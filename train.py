@@ -99,8 +99,12 @@ def open_run(args):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
+        # A training was killed while its files replaced those of an older run.
+        torn = not (folder / "args.json").is_file() and any(folder.glob(".args.json.*.tmp/args.json"))
+        if torn:
+            checkpoint.delete_run(folder)
         remove_unfinished(folder, checkpoint.RUN_FILES)
-        if any(path.name != ".lock" for path in folder.iterdir()):
+        if not torn and any(path.name != ".lock" for path in folder.iterdir()):
             if not (folder / "args.json").is_file():
                 raise UserError(f"{folder} exists and is no run: choose another NAME, or move its files away")
             if not args.overwrite:
