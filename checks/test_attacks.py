@@ -244,12 +244,12 @@ def test_a_folder_that_is_no_run_keeps_its_files(copy, flags):
 
 def test_a_run_is_replaced_once_the_new_one_is_written(copy, monkeypatch):
     folder = copy / "runs/whole"
-    before = contents(write({"report.docx": b"mine", "notes.json": b"mine", ".mine.tmp": b"mine"}, folder))
+    before = contents(write({"report.docx": b"mine", "notes.json": b"mine", ".notes.a1b2c3d4.tmp": b"mine"}, folder))
     with monkeypatch.context() as context, pytest.raises(UserError, match="full"):
         context.setattr("train.write_metrics", raiser(UserError("full")))
         set_up(copy, f"--name=whole --overwrite {FLAGS}")
     assert contents(folder) == before
-    mine = {"report.docx", "notes.json", ".mine.tmp"}
+    mine = {"report.docx", "notes.json", ".notes.a1b2c3d4.tmp"}
     for killed in (False, True):
         if killed:  # while the new files replaced the old ones
             (folder / ".args.json.a1b2c3d4.tmp").mkdir()
