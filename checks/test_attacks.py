@@ -304,8 +304,9 @@ def test_other_files_are_not_replaced(copy, monkeypatch):
 
 def test_clean_removes_only_an_environment(tmp_path):
     write({"docs/a": b"", "venv/.ready": b"", "venv/pyvenv.cfg": b"", "mine/.ready": b""}, tmp_path)
-    for value in ("docs venv", "mine", "venv"):
-        subprocess.run(["make", "-C", tmp_path, "-f", Path("Makefile").resolve(), "clean", f"VENV={value}"])
+    for value, status in (("docs venv", 2), ("mine", 0), ("venv", 0)):
+        clean = ["make", "-C", tmp_path, "-f", Path("Makefile").resolve(), "clean", f"VENV={value}"]
+        assert subprocess.run(clean).returncode == status
     assert {path.name for path in tmp_path.iterdir()} == {"docs", "mine"}
 
 
