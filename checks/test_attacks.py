@@ -364,6 +364,7 @@ def test_one_damaged_run_does_not_stop_the_others(tmp_path, capsys, name, conten
     assert command(leaderboard.main, f"--runs={tmp_path}") == 0 and "sound" in capsys.readouterr().out
     report.write_page(tmp_path)
     assert checkpoint.best_score(tmp_path / "bad") <= 0.6
+    assert command(train.main, f"--runs={tmp_path}", "--resume=bad", f"--data={tmp_path}/none") == 2
 
 
 def test_names_and_settings_reach_the_terminal_as_text(tmp_path, capsys):
