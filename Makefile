@@ -7,7 +7,9 @@ VENV = .venv
 # PYTHON creates the environment; with VENV= (empty) it is the environment.
 PYTHON = python3
 ARGS =
-PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+WRONG := $(strip $(foreach v,VENV PYTHON,$(if $(word 2,$(value $(v)))$(findstring $$,$(value $(v))),$(v))))
+$(if $(WRONG),$(error $(WRONG): give one path without spaces and dollars))
+PY := '$(subst ','\'',$(if $(VENV),$(VENV)/bin/python,$(PYTHON)))'
 READY := $(if $(VENV),$(VENV)/.ready)
 
 TARGETS := help install data check-data train resume sweep speedrun recipes runs predict evaluate check-params submit \
@@ -17,16 +19,20 @@ TARGETS := help install data check-data train resume sweep speedrun recipes runs
 STRAY := $(firstword $(filter-out $(TARGETS) $(READY),$(MAKECMDGOALS)))
 $(if $(STRAY),$(error no target $(STRAY); settings are NAME=value without spaces around "="; `make help` lists both))
 
-# A value reaches the script as it was typed, whatever quotes or dollars it contains.
-quoted = '$(subst ','\'',$(value $(1)))'
 given = $(sort $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $(v))),$(if $(value $(v)),$(v)))))
 SETTINGS := $(filter-out PYTHON VENV ARGS MAKE% -*-command-variables-*-,$(given))
 FIXED := $(firstword $(filter help install demo test clean,$(MAKECMDGOALS)))
-UNUSED := $(firstword $(SETTINGS) $(if $(filter test,$(FIXED)),,$(if $(ARGS),ARGS)))
+UNUSED := $(firstword $(SETTINGS) $(if $(filter test,$(FIXED)),,$(if $(value ARGS),ARGS)))
 $(if $(and $(FIXED),$(UNUSED)),$(error $(UNUSED) has no effect on `make $(FIXED)`))
-# $(call flags,A B) are the flags of all settings but A and B, and then ARGS as it is.
-flags = $(foreach v,$(filter-out $(1),$(SETTINGS)),--$(shell echo $(v) | tr A-Z_ a-z-)=$(call quoted,$(v))) $(ARGS)
-needs = $(foreach v,$(1),$(if $(filter $(v),$(SETTINGS))$(ARGS),,$(error `make $@` needs $(v)=, as in: $(2))))
+ODD := $(shell printf %s '$(subst ','\'',$(SETTINGS))' | tr -d 'A-Za-z0-9_ ')
+$(if $(ODD),$(error $(ODD) is in the name of no setting; names have letters, digits and _))
+# Values reach the script as typed, whatever quotes, dollars or line breaks they contain: in variables of the shell,
+# each as it is; make would expand what it exports itself.
+$(foreach v,$(SETTINGS),$(eval export typed_$(v) := $$(value $(v)))$(eval unexport $(v)))
+# $(call flags,A B) are the flags of all settings but A and B, and then ARGS, which is the shell's.
+flags = $(foreach v,$(filter-out $(1),$(SETTINGS)),--$(shell echo $(v) | tr A-Z_ a-z-)="$$typed_$(v)") $(value ARGS)
+unexport ARGS
+needs = $(foreach v,$(1),$(if $(filter $(v),$(SETTINGS))$(value ARGS),,$(error `make $@` needs $(v)=, as in: $(2))))
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{printf "%-20s%s\n", $$1, $$2}'
@@ -34,9 +40,9 @@ help: ## list the targets
 	@echo "  make train ARGS=--help. PYTHON=python3 VENV= uses an installed environment."
 
 $(VENV)/.ready: requirements.txt
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
-	@touch $@
+	'$(PYTHON)' -m venv '$(VENV)'
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch '$@'
 
 install: $(READY) ## create the environment (every target does, once)
 
@@ -51,7 +57,7 @@ train: $(READY) ## train a run
 	$(PY) train.py $(flags)
 
 resume: $(READY) ## continue run NAME exactly where it stopped
-	$(call needs,NAME,make resume NAME=a)$(PY) train.py --resume=$(call quoted,NAME) $(call flags,NAME)
+	$(call needs,NAME,make resume NAME=a)$(PY) train.py --resume="$$typed_NAME" $(call flags,NAME)
 
 # make sweep DICE="0.5 1.0 1.5 2.0"
 sweep: $(READY) ## one run for each value of a variable that lists several
@@ -115,7 +121,7 @@ test: $(READY) ## lint and tests
 	$(PY) -m pip install --quiet --disable-pip-version-check -r checks/requirements.txt -r tools/requirements.txt
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -q $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -q $(value ARGS)
 
 faults: $(READY) ## kill trainings; feed damaged disks, images, checkpoints and zips
 	$(PY) -m pip install --quiet --disable-pip-version-check -r checks/requirements.txt
@@ -126,5 +132,6 @@ bench: $(READY) ## throughput, memory and scaling against the baseline
 	$(PY) -m checks.bench $(flags)
 
 clean: ## remove the environment and caches; never runs/ or data
-	rm -rf $(patsubst %/.ready,%,$(wildcard $(VENV)/.ready)) build/cache build/speedrun build/synthetic-faces \
+	test ! -f '$(VENV)/.ready' -o ! -f '$(VENV)/pyvenv.cfg' || rm -rf '$(VENV)'
+	rm -rf build/cache build/speedrun build/synthetic-faces \
 		build/demo-masks build/bench-* .hypothesis .pytest_cache .ruff_cache __pycache__ */__pycache__

@@ -2,16 +2,20 @@
 
 A checkpoint is a dict. `best.pt` contains what inference needs (`state_dict`, `model`, `model_args`, `size`);
 `last.pt` adds the optimiser state that resuming needs. With --ema, best.pt has the averaged weights, last.pt the plain
-ones. Both name the pairs that the weights were `trained_on` and those that the training `held_out`.
+ones. Both list the pairs that the weights were `trained_on` and those `held_out` as (name, hash of the image's pixels).
 """
 
+import contextlib
 import json
+import os
 import shlex
+import shutil
+import tempfile
 import textwrap
 import zipfile
 from pathlib import Path
 
-from common import UserError, atomic, did_you_mean, read_json
+from common import UserError, atomic, did_you_mean, read_json, remove_unfinished
 
 import torch
 
@@ -19,6 +23,11 @@ from model import build, fold_batch_norm
 
 REQUIRED = {"state_dict": dict, "model": str, "model_args": dict, "size": int}
 RELEASE = Path(__file__).with_name("runs") / "release"
+# The files that we write into a run's folder; whatever else is there is the user's. args.json marks it as a run.
+RUN_FILES = (
+    *("args.json", "best.json", "pictures.json", "metrics.jsonl", "best.pt", "last.pt", "validated.pt", "LICENCE.txt"),
+    *("submission-test.zip", "submission-dev.zip", "report.html", "report.pdf"),
+)
 
 
 def save(path, content):
@@ -38,8 +47,10 @@ def load(path):
     try:
         # Only the zip format: the reader of torch's older format is less robust.
         content = torch.load(path, map_location="cpu", weights_only=True) if zipfile.is_zipfile(path) else None
+        list(leaves(content))
     except Exception as error:  # noqa: BLE001 - foreign bytes make the unpickler raise anything
-        raise UserError(f"{path} is damaged or contains more than tensors ({type(error).__name__})") from None
+        why = f"{type(error).__name__}: {str(error)[:100]}"
+        raise UserError(f"{path} is damaged or contains more than tensors ({why})") from None
     if not isinstance(content, dict) or not content.keys() >= REQUIRED.keys():
         raise UserError(f"{path} is damaged or not a checkpoint of this project")
     for key, kind in REQUIRED.items():
@@ -50,6 +61,23 @@ def load(path):
     if content["size"] % 32 or not 32 <= content["size"] <= 2048:
         raise UserError(f"{path} is damaged: its size {content['size']} is not a multiple of 32 from 32 to 2048")
     return content
+
+
+def leaves(content):
+    """Everything in nested dicts, lists, tuples and sets that is none of these.
+
+    ValueError or RuntimeError for a tensor that claims more values than it has in memory, such as one of stride 0.
+    """
+    waiting, known = [content], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, torch.Tensor) and value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError("a tensor claims more values than it contains")
+        if not isinstance(value, (dict, list, tuple, set)):
+            yield value
+        elif id(value) not in known:  # a container may contain itself
+            known.add(id(value))
+            waiting += [*value, *value.values()] if isinstance(value, dict) else value
 
 
 def load_state(model, state, source):
@@ -90,14 +118,33 @@ def is_validated(content):
     return content.get("validated", content.get("official") is not None)
 
 
-def has_seen(content, names):
-    """True if the weights of a loaded checkpoint were trained on any of these pairs.
+def pairs_in(content, key):
+    """[(name, hash of the image), ...] of the pairs under `key` of a loaded checkpoint; old ones have no hash: None."""
+    try:
+        pairs = [(entry, None) if isinstance(entry, str) else tuple(entry) for entry in content.get(key) or ()]
+        return [(str(name), known and str(known)) for name, known in pairs]
+    except (TypeError, ValueError):
+        raise UserError(f"the checkpoint is damaged: its {key} contains no pairs") from None
 
-    A checkpoint that names no pairs counts as trained on all, unless its run held some out.
+
+def seen(content, keys):
+    """For each pair, (name, hash of the image), whether the weights of a loaded checkpoint were trained on it.
+
+    A name counts too, unless the training held the image out. Without any pairs it counts as trained on all.
     """
-    if used := content.get("trained_on"):
-        return not set(names).isdisjoint(used)
-    return not content.get("validated", True)
+    used, held = pairs_in(content, "trained_on"), {known for _, known in pairs_in(content, "held_out") if known}
+    names, hashes = {name for name, _ in used}, {known for _, known in used if known}
+    return [not used or known in hashes or (name in names and known not in held) for name, known in keys]
+
+
+def doubt(content, keys):
+    """Why a score on these pairs, (name, hash) each, may not be one of unseen images; "" if it is one."""
+    if not content.get("trained_on"):
+        return "does not name the pairs it was trained on: its score may not be of unseen images"
+    if any(seen(content, keys)):
+        return "was trained on these pairs: its score is not of unseen images"
+    known = all(known for _, known in pairs_in(content, "trained_on"))
+    return "" if known else "names its pairs without hashes: its score is of unseen images unless files were renamed"
 
 
 def find_run(name, runs="runs"):
@@ -128,6 +175,29 @@ def find_weights(text=None, runs="runs"):
     return path
 
 
+def delete_run(folder):
+    """Delete a run's files, args.json first; whatever else is in its folder stays."""
+    for name in RUN_FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replace_run(folder):
+    """Yield an empty folder to write a run's files to, which then replace the older run's in `folder`.
+
+    On failure the older files stay. args.json goes first and comes last: no mixture of two runs counts as one.
+    """
+    remove_unfinished(folder, RUN_FILES)
+    made = Path(tempfile.mkdtemp(dir=folder, prefix=".args.json.", suffix=".tmp"))
+    try:
+        yield made
+        delete_run(folder)
+        for path in sorted(made.iterdir(), key=lambda path: path.name == "args.json"):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(made)
+
+
 def run_record(path):
     """The args.json next to a file in a run's folder, as a dict; {} if there is none."""
     record = Path(path).with_name("args.json")
@@ -151,7 +221,8 @@ def make_name(folder):
 
 def best_score(folder):
     """Best official score of a run, -1 if it was never validated."""
-    return max((line.get("official", -1.0) for line in read_metrics(folder)), default=-1.0)
+    scores = (line.get("official") for line in read_metrics(folder))
+    return max((score for score in scores if type(score) in (int, float) and 0 <= score <= 1), default=-1.0)
 
 
 def read_metrics(folder):
@@ -160,6 +231,6 @@ def read_metrics(folder):
     try:
         for line in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             metrics.append(dict(json.loads(line)))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         pass
     return metrics

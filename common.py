@@ -154,6 +154,24 @@ def atomic(path):
             Path(temporary).unlink(missing_ok=True)
 
 
+def check_target(path, ours):
+    """UserError if a file would be lost at `path`: one whose first bytes do not match `ours`, a pattern of bytes."""
+    if Path(path).is_file():
+        with open(path, "rb") as file:
+            head = file.read(4096)
+        if not head or re.search(ours, head, re.DOTALL):
+            return
+    if Path(path).exists():
+        raise UserError(f"{path} exists and is not a file of this kind; move it away or choose another name")
+
+
+def remove_unfinished(folder, names):
+    """Delete the temporary files and folders that killed processes left in `folder` for files of these names."""
+    for path in Path(folder).glob(".*.tmp"):
+        if (match := re.fullmatch(r"\.(.+)\.[a-z0-9_]{8}\.tmp", path.name)) and match[1] in names:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def write_text(path, text):
     """Write a text file atomically."""
     with atomic(path) as temporary:
@@ -172,7 +190,7 @@ def read_json(path):
     """Read a JSON file. UserError if it is missing or damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
 
 
@@ -209,8 +227,8 @@ def _start_worker():
 
 
 def printable(text):
-    """`text` on one line, control characters and undecodable bytes replaced by `?`."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    """`text` on one line, control characters and undecodable bytes replaced by `?`: for all that a terminal shows."""
+    return "".join(c if c.isprintable() else "?" for c in re.sub(r"\s*[^\S ]\s*", " ", text.strip()))
 
 
 def show_line(text, stream):

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import UserError, in_parallel, print_message
@@ -17,11 +17,12 @@ import torch
 
 from checkpoint import run_record
 from device import to_device
-from images import image_files, read_image, read_mask, require_file
+from images import image_files, image_hash, is_turned, read_image, read_mask, require_file
 from labels import FLIP, NUM_CLASSES, SIDES
 
 SIZE = 512  # side of every stored image and mask
 IMAGE_BYTES, MASK_BYTES = 3 * SIZE * SIZE, SIZE * SIZE
+TAIL_BYTES = 1 + 2 * 16  # of a pair in the cache: reversed or not, hash of the image, hash of mask and flag
 CACHE_VERSION = 1
 SYNTHETIC = Path("build/synthetic-faces")
 SYNTHETIC_MARKER = "SYNTHETIC.txt"  # a file in every folder that tools/synth.py made
@@ -58,10 +59,26 @@ class Pairs:
     reversed: np.ndarray  # bool (N,): left and right are reversed in the mask
     names: list  # (N,), sorted
     digest: str = ""  # of all the files
+    path: Path = None  # of the cache
+    hashes: np.ndarray = None  # uint8 (N, 2, 16): of the image; of the mask and `reversed`
+    verified: set = field(default_factory=set)  # indices of the pairs that have their hashes
+
+    def keys(self, indices=None):
+        """[(name, hash of the image or None if unknown), ...] of some pairs, or of all, as in a checkpoint."""
+        indices = range(len(self.names)) if indices is None else indices
+        return [(self.names[i], None if self.hashes is None else self.hashes[i, 0].tobytes().hex()) for i in indices]
 
     def batch(self, indices, fix_sides=True):
-        """Copies (B, 3, 512, 512) and (B, 512, 512) of some pairs; `fix_sides` repairs reversed masks."""
+        """Copies (B, 3, 512, 512) and (B, 512, 512) of some pairs; `fix_sides` repairs reversed masks.
+
+        UserError if the cache is damaged, which is checked when a pair is first read.
+        """
         images, masks = self.images[indices], self.masks[indices]
+        for row, i in enumerate(indices):
+            if self.hashes is not None and i not in self.verified:
+                if not np.array_equal(_hashes(images[row], masks[row], self.reversed[i]), self.hashes[i]):
+                    raise UserError(f"the cache {self.path} is damaged; delete it, and it is built again")
+                self.verified.add(i)
         if fix_sides:
             for i in np.flatnonzero(self.reversed[indices]):
                 masks[i] = swap_sides(masks[i])
@@ -131,8 +148,13 @@ def find_pairs(data):
     for kind in ("images", "masks"):
         if not Path(data, "train", kind).is_dir():
             raise UserError(f"no folder {data}/train/{kind}; `make data RAW=/path/to/download DATA={data}` creates it")
-    images = image_files(Path(data, "train", "images"))
-    masks = {p.stem: p for p in image_files(Path(data, "train", "masks"))}
+    images, masks = (image_files(Path(data, "train", kind)) for kind in ("images", "masks"))
+    for files in (images, masks):
+        first = {}
+        for path in files:
+            if first.setdefault(path.stem, path) != path:
+                raise UserError(f"{first[path.stem]} and {path} would share a partner; rename or remove one")
+    masks = {p.stem: p for p in masks}
     unpaired = [p.name for p in images if p.stem not in masks] + sorted(masks.keys() - {p.stem for p in images})
     if unpaired:
         raise UserError(
@@ -141,10 +163,11 @@ def find_pairs(data):
     return [(p, masks[p.stem]) for p in images]
 
 
-def split(count, val_split=0.1, seed=42):
+def split(count, val_split=0.1, seed=42, hashes=None):
     """(training, validation) indices: the reference's split, the last fraction of a seeded permutation.
 
-    val_split 0 trains on all pairs. UserError if either side would be empty otherwise.
+    val_split 0 trains on all pairs. UserError if either side would be empty otherwise. With `hashes` of the images
+    (count, 16), the copies of an image that is held out are held out too, with a warning.
     """
     if not 0 <= seed < 2**32:
         raise UserError(f"--split-seed {seed} is out of range: 0 to {2**32 - 1}")
@@ -153,17 +176,26 @@ def split(count, val_split=0.1, seed=42):
         sides = f"{held} for validation, {count - held} for training"
         raise UserError(f"--val-split {val_split} of {count} pairs: {sides}; change it, or 0 trains on all")
     order = np.random.RandomState(seed).permutation(count)
-    return order[: count - held], order[count - held :]
+    train, validation = order[: count - held], order[count - held :]
+    if hashes is None or not held:
+        return train, validation
+    unseen = {hashes[i].tobytes() for i in validation}
+    copies = np.array([hashes[i].tobytes() in unseen for i in train])
+    if copies.any():
+        print_message(f"{copies.sum()} copies of images held out are held out too; `make check-data` names them")
+    if copies.all():
+        raise UserError("no images are left to train on")
+    return train[~copies], np.concatenate([validation, train[copies]])
 
 
 def load_pairs(data, cache="build/cache", workers=None):
     """All pairs of DATA/train, from the cache if it was made of exactly these files, else decoded into it first.
 
-    The cache is one file: N images, N masks, N flags (1: left and right reversed).
+    The cache is one file: N images, N masks, N times TAIL_BYTES.
     """
     files = find_pairs(data)
     count = len(files)
-    total = count * (IMAGE_BYTES + MASK_BYTES + 1)
+    total = count * (IMAGE_BYTES + MASK_BYTES + TAIL_BYTES)
     digest = _digest(files)
     path = Path(cache, f"{digest}.u8")
     if not path.is_file() or path.stat().st_size != total:
@@ -171,7 +203,15 @@ def load_pairs(data, cache="build/cache", workers=None):
     whole = np.memmap(path, np.uint8, "r")
     images = whole[: count * IMAGE_BYTES].reshape(count, 3, SIZE, SIZE)
     masks = whole[count * IMAGE_BYTES : count * (IMAGE_BYTES + MASK_BYTES)].reshape(count, SIZE, SIZE)
-    return Pairs(images, masks, np.array(whole[-count:], bool), [p.stem for p, _ in files], digest)
+    tail = np.array(whole[-count * TAIL_BYTES :]).reshape(count, TAIL_BYTES)
+    hashes = tail[:, 1:].reshape(count, 2, 16)
+    return Pairs(images, masks, tail[:, 0].astype(bool), [p.stem for p, _ in files], digest, path, hashes)
+
+
+def _hashes(image, mask, is_reversed):
+    """uint8 (2, 16): the image's hash, and that of the mask and its flag."""
+    both = image_hash(image) + hashlib.sha256(mask.tobytes() + bytes([bool(is_reversed)])).digest()[:16]
+    return np.frombuffer(both, np.uint8).reshape(2, 16)
 
 
 def _digest(files):
@@ -187,11 +227,11 @@ def _build_cache(path, files, total, workers):
     """Decode all pairs into the cache file `path` of `total` bytes, atomically."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for unfinished in path.parent.glob("*.tmp"):  # left by a killed process: a live one holds its lock
+        for unfinished in path.parent.glob(f"{'[0-9a-f]' * 16}.u8.*.tmp"):  # of a killed process: a live one locks it
             with contextlib.suppress(OSError), open(unfinished) as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 unfinished.unlink()
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
         fcntl.flock(handle, fcntl.LOCK_EX)
         try:
             _reserve(handle, total)
@@ -217,14 +257,18 @@ def _decode(task):
         if array.shape[-2:] != (SIZE, SIZE):
             size = f"{array.shape[-1]} x {array.shape[-2]}"
             raise UserError(f"{path} is {size}, not 512 x 512; `make data RAW=FOLDER DATA=NEW` resizes a data folder")
+        if is_turned(path):
+            raise UserError(f"{path} has an EXIF orientation, its partner may not; turn the pixels and remove it")
+    flag = reversed_sides(mask)
+    tail = bytes([flag]) + _hashes(image, mask, flag).tobytes()
     with open(cache, "r+b") as file:
-        for offset, array in (
-            (index * IMAGE_BYTES, image),
-            (count * IMAGE_BYTES + index * MASK_BYTES, mask),
-            (count * (IMAGE_BYTES + MASK_BYTES) + index, np.array([reversed_sides(mask)], np.uint8)),
+        for offset, content in (
+            (index * IMAGE_BYTES, image.tobytes()),
+            (count * IMAGE_BYTES + index * MASK_BYTES, mask.tobytes()),
+            (count * (IMAGE_BYTES + MASK_BYTES) + index * TAIL_BYTES, tail),
         ):
             file.seek(offset)
-            file.write(array.tobytes())
+            file.write(content)
 
 
 def _reserve(handle, total):

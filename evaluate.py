@@ -2,7 +2,7 @@
 
 python evaluate.py --weights runs/a/best.pt
 python evaluate.py --weights a --views flip,scales --data data
-python evaluate.py --masks masks --truth data/train/masks
+python evaluate.py --masks masks --truth data/train/masks --partial
 
 The held-out pairs are those that the checkpoint names, else those of its run's split, else of the reference's.
 """
@@ -121,25 +121,38 @@ def evaluate(model, pairs, indices, size, device, *, views=ONE_VIEW, batch=0, ra
     return confusions, loss.item() / len(indices)
 
 
-def held_out(content, path, names):
-    """Indices of the pairs, by name, that the training of a loaded checkpoint held out, or else did not use.
+def held_out(content, path, keys):
+    """Indices of the pairs, (name, hash of the image) each, that a loaded checkpoint held out, or else did not use.
 
-    If there are none, or the checkpoint does not name them: those that its run (args.json) or the reference held out.
+    Names count if the checkpoint has no hashes. If there are none, or the checkpoint does not name them: those that its
+    run (args.json) or the reference held out.
     """
-    index, used = {name: i for i, name in enumerate(names)}, set(content.get("trained_on", ()))
-    held = [index[name] for name in content.get("held_out", ()) if name in index]
-    if held := held or [index[name] for name in names if used and name not in used]:
+    index = {}
+    for i, (name, known) in enumerate(keys):
+        index.setdefault(known, []).append(i)
+        index.setdefault((name, None), []).append(i)
+    pairs = checkpoint.pairs_in(content, "held_out")
+    held = [i for name, known in pairs for i in index.get(known or (name, None), [])]
+    if held := list(dict.fromkeys(held)) or [i for i, known in enumerate(checkpoint.seen(content, keys)) if not known]:
         return np.array(held)
     args = checkpoint.run_record(path).get("args", {})
-    return split(len(names), args.get("val_split") or 0.1, args.get("split_seed", 42))[1]
+    return split(len(keys), args.get("val_split") or 0.1, args.get("split_seed", 42))[1]
 
 
-def compare_folders(predicted, truth):
-    """Confusions (N, 19, 19) of two folders' PNG masks, by name. UserError if one is missing or differs in size."""
+def compare_folders(predicted, truth, partial=False):
+    """Confusions (N, 19, 19) of two folders' PNG masks, by name. UserError if one is missing or differs in size.
+
+    `partial` scores the masks that are predicted, with a warning if they are not all of the truth's.
+    """
     files = image_files(predicted)
     missing = [path.name for path in files if not (truth / path.name).is_file()]
     if missing:
         raise UserError(f"{len(missing)} of {len(files)} masks are not in {truth}, such as {missing[0]}")
+    if (count := len(image_files(truth))) > len(files):
+        what = f"{len(files)} of the {count} masks in {truth} are predicted"
+        if not partial:
+            raise UserError(f"{what}: predict the others, or PARTIAL=1 (--partial) scores these")
+        print_message(f"{what}: the score is of these")
     confusions = []
     for path in files:
         pred, true = read_mask(path), read_mask(truth / path.name)
@@ -161,11 +174,12 @@ def main():
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
     parser.add_argument("--masks", type=Path, help="score this folder of PNG masks instead of a network")
     parser.add_argument("--truth", type=Path, help="with --masks: folder of the true masks, same names")
+    parser.switch("--partial", help="with --masks: score them even if the truth has more")
     args = parser.parse_args()
     if args.masks or args.truth:
         if not (args.masks and args.truth):
             raise UserError("--masks PREDICTED goes with --truth TRUE, two folders")
-        print(score_table(compare_folders(args.masks, args.truth)))
+        print(score_table(compare_folders(args.masks, args.truth, args.partial)))
         return
     views, device = parse_views(args.views), select_device(args.device, args.threads)
     check_size(args.size or 32)
@@ -176,9 +190,9 @@ def main():
     print(f"weights {name}, views: {args.views or 'none'}, data: {data}{synthetic}", file=sys.stderr)
     model, info = checkpoint.load_model(path, device)
     pairs = load_pairs(data, args.cache)
-    indices = held_out(info, path, pairs.names)
-    if checkpoint.has_seen(info, [pairs.names[i] for i in indices]):
-        print_message(f"{path} was trained on these pairs: this is not a score of unseen images")
+    indices = held_out(info, path, pairs.keys())
+    if doubt := checkpoint.doubt(info, pairs.keys(indices)):
+        print_message(f"{path} {doubt}")
     size, settings = args.size or info["size"], {"views": views, "batch": args.batch}
     print(score_table(evaluate(model, pairs, indices, size, device, **settings)[0]))
 

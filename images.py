@@ -1,5 +1,7 @@
 """Images and masks: read files of any kind, write palette PNGs, resize tensors."""
 
+import hashlib
+import re
 import struct
 import warnings
 import zlib
@@ -14,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from labels import COLOURS, NUM_CLASSES, PALETTE
 
+MASK = b"PLTE" + re.escape(bytes(PALETTE))  # in the first bytes of our masks, for common.check_target
 # Pillow cannot read the last two; listed, so that such files are an error instead of being skipped.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".heif")
 # A small file can claim huge dimensions (a decompression bomb): an error, not a warning.
@@ -68,6 +71,17 @@ def rgb_pixels(image):
     return np.array(image.convert("RGB"))
 
 
+def image_hash(image):
+    """16 bytes that identify an image (3, H, W) uint8 by its pixels, whatever its file and name."""
+    return hashlib.sha256(image.tobytes()).digest()[:16]
+
+
+def is_turned(source):
+    """True if an image, a path or stream, has an EXIF orientation other than upright: its mask may not have it."""
+    with Image.open(source) as image:
+        return image.getexif().get(0x0112, 1) in range(2, 9)
+
+
 def _scale_grey(values):
     """Integer or float greys (H, W) as uint8 RGB. The maximum decides the range: 8 or 16 bits, 0..1, or itself."""
     limits = (1, 255) if values.dtype.kind == "f" else (255, 65535)
@@ -79,7 +93,10 @@ def _scale_grey(values):
 
 
 def read_mask(path):
-    """Read a mask file as uint8 labels (H, W). UserError if unreadable, not single-channel, or above 18."""
+    """Read a mask file as uint8 labels (H, W), by its palette's colours if it has a palette.
+
+    UserError if unreadable, not single-channel, of other colours than the labels', or above 18.
+    """
     require_file(path)
     try:
         with Image.open(path) as image:
@@ -90,12 +107,33 @@ def read_mask(path):
                 raise UserError(f"{path} contains the labels' colours, not labels; {remedy}")
             if image.mode not in ("P", "L"):
                 raise UserError(f"{path} has mode {image.mode}; a mask has one channel (mode P or L)")
-            mask = np.array(image)
+            return palette_labels(image, path)
     except DECODE_ERRORS as error:
         raise UserError(f"cannot read mask {path}: {error}") from None
-    if mask.max(initial=0) >= NUM_CLASSES:
-        raise UserError(f"{path} contains label {mask.max()}; labels are 0 to {NUM_CLASSES - 1}")
-    return mask
+
+
+def palette_labels(image, name):
+    """Labels (H, W) uint8 of a PIL image of mode L or P: those of the palette's colours, since optimisers reorder it.
+
+    Without a palette (also if all black, or the greys 0, 1, 2 ...) its values. UserError for other colours and values.
+    """
+    mask, palette = np.array(image), image.getpalette() or []
+    colours = list(zip(*[iter(palette)] * 3, strict=True))
+    table = np.full(256, 255, np.uint8)  # label of each value
+    if not any(palette) or colours == [(i, i, i) for i in range(len(colours))]:
+        table[:NUM_CLASSES] = range(NUM_CLASSES)
+    for value, colour in enumerate(colours):
+        label = COLOURS.index(colour) if colour in COLOURS else -1
+        if label == value or (label >= 0 and colours.count(colour) == 1):
+            table[value] = label
+    labels = table[mask]
+    if labels.max(initial=0) >= NUM_CLASSES:
+        high = mask.max() >= NUM_CLASSES
+        what = (
+            f"label {mask.max()}; labels are 0 to {NUM_CLASSES - 1}" if high else "colours of no label in its palette"
+        )
+        raise UserError(f"{name} contains {what}: label these pixels, or leave out the pair")
+    return labels
 
 
 def labels_from_colours(image):

@@ -20,6 +20,7 @@ from labels import NUM_CLASSES
 
 # A submission must have fewer parameters than this, frozen ones included.
 PARAM_LIMIT = 1_821_085
+MAX_SIZE, MAX_TENSORS = 100_000_000, 2_000  # parameters, and tensors of them, of any network that is built
 
 
 def standardise(image):
@@ -140,8 +141,8 @@ class MicroSegFormer(nn.Module):
 
     def __init__(self, *, lmsa=True, dropout=0.15):
         super().__init__()
-        if dropout * 1.25 >= 1:
-            raise ValueError("dropout must be below 0.8, since the last stage scales it by 1.25")
+        if not 0 <= dropout * 1.25 < 1:
+            raise ValueError("dropout must be from 0 to 0.8, since the last stage scales it by 1.25")
         self.embeddings, self.embedding_norms = nn.ModuleList(), nn.ModuleList()
         self.stages, self.norms = nn.ModuleList(), nn.ModuleList()
         previous = 3
@@ -280,10 +281,12 @@ class MicroUNet(nn.Module):
         super().__init__()
         if len(decoder) != len(widths) - 1:
             raise ValueError("decoder needs one width fewer than widths")
+        if not (0 <= dropout < 1 and all(1 <= rate <= 64 for rate in dilations)):
+            raise ValueError("dropout must be from 0 to 1, and dilations from 1 to 64")
         previous = 5  # RGB and coordinates
         self.encoder = nn.ModuleList()
         for level, (width, depth) in enumerate(zip(widths, depths, strict=True)):
-            rates = [dilations[i % len(dilations)] if level == 3 else 1 for i in range(depth)]
+            rates = (dilations[i % len(dilations)] if level == 3 else 1 for i in range(depth))
             blocks = [ResidualBlock(width, rate) for rate in rates]
             self.encoder.append(nn.Sequential(ConvNorm(previous, width, 5 if level == 0 else 3, 2), *blocks))
             previous = width
@@ -345,16 +348,31 @@ def build(name, **arguments):
     """Construct the network `name`. UserError if MODELS has none or it does not accept these constructor arguments."""
     if name not in MODELS:
         raise UserError(f"unknown network {name!r}; known: {', '.join(MODELS)}")
+    found = []
+
+    def count(module, name, parameter):
+        found.append(0 if parameter is None else parameter.numel())
+        if len(found) > MAX_TENSORS or sum(found) > MAX_SIZE:
+            raise ValueError(f"more than {MAX_TENSORS:,} tensors or {MAX_SIZE:,} parameters")
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about empty layers, which are refused below
+            # Foreign arguments may ask for gigabytes: count first, on a device without memory.
+            hook = nn.modules.module.register_module_parameter_registration_hook(count)
+            try:
+                with torch.device("meta"):
+                    MODELS[name](**arguments)
+            finally:
+                hook.remove()
             model = MODELS[name](**arguments)
         if not all(p.numel() for p in model.parameters()):
             raise ValueError("a layer would be empty")
         return model
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, ArithmeticError) as error:
         known = ", ".join(inspect.signature(MODELS[name]).parameters) or "none"
-        raise UserError(f"{name} does not accept the arguments {arguments}: {error}; it has {known}") from None
+        given = str(arguments)[:300]
+        raise UserError(f"{name} does not accept the arguments {given}: {error}; it has {known}") from None
 
 
 @torch.no_grad()
@@ -386,11 +404,12 @@ def parameter_table(model):
 
 def main():
     from checkpoint import find_run, run_arguments  # these import this module
-    from options import network_arguments, parse
+    from options import from_record, network_arguments, parse
 
     args, _ = parse(sys.argv[1:])
     if args.name:
-        vars(args).update(run_arguments(find_run(args.name, args.runs)))
+        folder = find_run(args.name, args.runs)
+        args = from_record(run_arguments(folder), folder / "args.json")
     model = build(args.model, **network_arguments(args))
     check_logits(model)
     print(f"{args.model}\n{parameter_table(model)}")

@@ -131,17 +131,22 @@ def load_recipes():
             raise UserError(f"recipes.toml: {name} stands outside a recipe; move it under `set` of one")
         if others := set(table) - {"about", "like", "reference", "set"}:
             raise UserError(f"recipes.toml: unknown {', '.join(sorted(others))} in {name}; flags stand under `set`")
+        kinds = {"set": dict, "like": str, "reference": (int, float)}
+        if wrong := [key for key, kind in kinds.items() if key in table and not isinstance(table[key], kind)]:
+            raise UserError(f"recipes.toml: {wrong[0]} of {name} has the wrong type; compare other recipes")
     return recipes
 
 
-def recipe_layers(name):
+def recipe_layers(name, above=()):
     """A recipe's settings as lists of flags, so that argparse checks them: those of the recipe it is `like` first."""
     recipes = load_recipes()
     if name not in recipes:
         raise UserError(f"no recipe {name!r}; {did_you_mean(recipes, name, count=1)} `make recipes` lists them")
+    if name in above:
+        raise UserError(f"recipes.toml: {name} is `like` itself, over {' and '.join(above)}")
     own = recipes[name].get("set", {}).items()
     flags = [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}" for key, value in own]
-    return [*(recipe_layers(recipes[name]["like"]) if "like" in recipes[name] else []), flags]
+    return [*(recipe_layers(recipes[name]["like"], (*above, name)) if "like" in recipes[name] else []), flags]
 
 
 def parse(argv):
@@ -168,6 +173,23 @@ def parse(argv):
         raise UserError(f"--lmsa is for microsegformer; {args.model} has no LMSA")
     check(args)
     return args, names
+
+
+def from_record(settings, source):
+    """The arguments in a run's args.json, read and checked as flags are; defaults for those it lacks.
+
+    UserError naming `source` if a value is invalid.
+    """
+    parser = build_parser()
+    usual = vars(parser.parse_args([]))
+    given = {name: settings[name] for name in usual.keys() & settings.keys()}
+    flags = [f"{flag(name)}={value}" for name, value in given.items() if (value, usual[name]) != (None, None)]
+    try:
+        args = parser.parse_args(flags)
+        check(args)
+    except UserError as error:
+        raise UserError(f"{source}: {error}; restore it, or start a new run") from None
+    return args
 
 
 def check(args):
@@ -287,7 +309,7 @@ def learning_rate(args, phases, epoch):
         progress = (compute(phases, epoch) - start) / max(end - start, 1)
     else:
         inside, period = epoch - warmup, args.restart_period
-        while inside >= period:
+        while inside - period > 1e-9:  # a step's rate is that of its end: the last one of a period takes 0
             inside, period = inside - period, period * args.restart_growth
         progress = inside / period
     return args.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))

@@ -25,6 +25,7 @@ from common import (
     ArgumentParser,
     UserError,
     atomic,
+    check_target,
     duration,
     make_folder,
     print_message,
@@ -39,7 +40,7 @@ from PIL import Image
 
 from checkpoint import find_weights, load_model
 from device import select_device
-from images import image_files, mask_image, overlay, read_image, rgb_pixels
+from images import MASK, image_files, mask_image, overlay, read_image, rgb_pixels
 from labels import NAMES
 from photo import cut_out, describe, parse_labels, parse_photos
 from views import check_size, parse_views
@@ -138,15 +139,19 @@ def write_results(args, path, pixels, parsed):
 
 
 def output_files(args):
-    """The image files of args.input. UserError if two of them, or an input and an output, would have the same path."""
+    """The image files of args.input. UserError if outputs have one path, or would replace a file not of ours."""
     files, made = image_files(args.input), {}
-    endings = [".png"] + ["-overlay.png"] * args.overlay + ["-cutout.png"] * bool(args.cutout)
+    endings = [".png"] + ["-overlay.png"] * args.overlay + ["-cutout.png"] * bool(args.cutout) + [".json"] * args.json
     for name, path in ((path.stem + ending, path) for path in files for ending in endings):
         if name in made:
             raise UserError(f"{path} and {made[name]} would both become {name}; rename one")
         if os.path.realpath(path) == os.path.realpath(args.output / name):
             raise UserError(f"the mask of {path} would replace it; choose another OUT (--out)")
         made[name] = path
+    for name, path in made.items():
+        target, mask = args.output / name, args.output / f"{path.stem}.png"
+        if target.exists():  # a mask of ours beside it makes it ours too
+            check_target(mask if mask.exists() else target, MASK)
     return files
 
 

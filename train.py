@@ -27,7 +27,7 @@ from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
-from common import UserError, duration, print_message, read_json, run_main, show_line, write_text
+from common import UserError, duration, print_message, read_json, remove_unfinished, run_main, show_line, write_text
 
 import numpy as np
 import PIL
@@ -36,6 +36,7 @@ import torch.distributed as dist
 from torch import nn
 
 import checkpoint
+import options
 from augment import augment, draw, slice_batch
 from checkpoint import find_run, find_weights, make_name, read_metrics, run_arguments
 from data import Batches, find_data, is_synthetic, load_pairs, split
@@ -45,13 +46,11 @@ from labels import NUM_CLASSES
 from losses import training_loss
 from model import PARAM_LIMIT, build, check_logits, count_parameters
 from muon import Muon
-from options import NEUTRAL, compute, flag, learning_rate, network_arguments, parse, parse_sizes, size_at, strength
+from options import NEUTRAL, compute, flag, from_record, learning_rate, network_arguments, parse, size_at, strength
 
 HERE = Path(__file__).parent
 LONG_HOURS = 2  # a run estimated to take longer prints a warning
 LOWER = "start again with a lower --lr, and --overwrite or another --name"
-# The files of a run, deleted in this order: args.json marks a run as valid, so it goes first.
-RUN_FILES = "args.json", "*.json", "metrics.jsonl", "*.pt", "submission-*.zip", "report.*", ".*.tmp"
 
 
 def resumed_args(args, given):
@@ -63,22 +62,26 @@ def resumed_args(args, given):
         return args
     folder = find_run(args.resume, args.runs)
     settings = run_arguments(folder)
+    recorded = vars(from_record(settings, folder / "args.json"))
     removed = {key for key in settings.keys() - vars(args).keys() if settings[key]}
     if removed:
         what = f"{folder} uses {', '.join(sorted(removed))}, which this version no longer has"
         raise UserError(f"{what}; start a new run with FROM={make_name(folder)}")
     for key in sorted(given - NEUTRAL - {"name"}):
-        if vars(args)[key] != settings.get(key):
+        if vars(args)[key] != recorded[key]:
             raise UserError(
-                f"{flag(key)} {vars(args)[key]} differs from run {folder.name}'s {settings.get(key)}: a resumed run "
+                f"{flag(key)} {vars(args)[key]} differs from run {folder.name}'s {recorded[key]}: a resumed run "
                 f"keeps its arguments; use another NAME, with FROM={make_name(folder)} to start from its weights"
             )
     kept = {key: vars(args)[key] for key in NEUTRAL & (given | {"resume", "runs"})}
-    return argparse.Namespace(**vars(args) | settings | kept)
+    return argparse.Namespace(**recorded | kept)
 
 
 def open_run(args):
-    """The folder of the run, locked for this process. A new run never replaces an existing one without --overwrite."""
+    """The folder of the run, locked for this process, with the files of any older run still in it.
+
+    UserError if it contains anything, unless it is a run and --overwrite is given.
+    """
     if args.resume:
         folder = find_run(args.resume, args.runs)
         if not (folder / "last.pt").is_file():
@@ -86,8 +89,7 @@ def open_run(args):
             kept = (folder / "best.pt").is_file()
             raise UserError(f"{folder} has no last.pt to resume{starts if kept else ', only records of a training'}")
         lock(folder)
-        for unfinished in folder.glob(".*.tmp"):  # left by a killed process
-            unfinished.unlink()
+        remove_unfinished(folder, checkpoint.RUN_FILES)
         return folder
     name, number = args.name, 1
     while name is None:
@@ -99,14 +101,18 @@ def open_run(args):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
-        # A training killed before its args.json was written leaves these: not a run yet.
-        started = {"last.pt", "metrics.jsonl", ".lock"}
-        if not args.overwrite and any(p.name not in started and p.suffix != ".tmp" for p in folder.iterdir()):
-            remedy = f"`make resume NAME={name}` continues it, " if (folder / "last.pt").exists() else ""
-            raise UserError(f"run {folder} exists: {remedy}OVERWRITE=1 replaces it, or choose another NAME")
-        for pattern in RUN_FILES:
-            for old in folder.glob(pattern):
-                old.unlink()
+        # A training was killed while its files replaced those of an older run.
+        torn = not (folder / "args.json").is_file() and any(folder.glob(".args.json.*.tmp/args.json"))
+        if torn:
+            checkpoint.delete_run(folder)
+        remove_unfinished(folder, checkpoint.RUN_FILES)
+        if not torn and any(path.name != ".lock" for path in folder.iterdir()):
+            if not (folder / "args.json").is_file():
+                raise UserError(f"{folder} exists and is no run: choose another NAME, or move its files away")
+            if not args.overwrite:
+                remedy = f"`make resume NAME={name}` continues it, " if (folder / "last.pt").exists() else ""
+                raise UserError(f"run {folder} exists: {remedy}OVERWRITE=1 replaces it, or choose another NAME")
+            run_arguments(folder)
     except OSError as error:
         raise UserError(f"cannot use {folder}: {error.strerror}; see --runs") from None
     return folder
@@ -117,7 +123,11 @@ _locks = []  # open files: the system releases their locks when the process ends
 
 def lock(folder):
     """Hold the run for this process. UserError if another training does."""
-    file = open(folder / ".lock", "w")  # noqa: SIM115 - stays open
+    try:
+        number = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)  # a link is another's file
+        file = open(number, "w")  # noqa: SIM115 - stays open
+    except OSError as error:
+        raise UserError(f"cannot write {folder}/.lock: {error.strerror}; remove it if no training runs") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -173,15 +183,15 @@ def set_up(args):
     data = on_rank_0(rank, find_data, args.data)
     on_rank_0(rank, load_pairs, data, args.cache)  # creates the cache
     pairs = load_pairs(data, args.cache)
-    train_indices, val_indices = split(len(pairs.names), args.val_split, args.split_seed)
-    trained_on, held = ([pairs.names[i] for i in indices] for indices in (train_indices, val_indices))
+    train_indices, val_indices = split(len(pairs.names), args.val_split, args.split_seed, pairs.hashes[:, 0])
+    trained_on, held = pairs.keys(train_indices), pairs.keys(val_indices)
     augmentation = strength(args)
     # MixUp and CutMix blend neighbours, so each process needs an even number of images.
     unit = 1 if processes == 1 else processes * (2 if augmentation.mixup or augmentation.cutmix else 1)
     batch = min(args.batch, len(train_indices) // unit * unit)
     if not batch or batch % unit:
         raise UserError(f"--batch {args.batch} of {len(train_indices)} pairs is not a multiple of {unit}; try NPROC=1")
-    phases = parse_sizes(args.sizes, args.epochs)
+    phases = options.parse_sizes(args.sizes, args.epochs)
     if batch == 1 and any(size == 32 for size, _ in phases):
         raise UserError("batch norm needs more than one value: use a larger --batch or size than 1 image of 32 pixels")
 
@@ -192,12 +202,15 @@ def set_up(args):
         content = checkpoint.load(source)
         if (other := content["model"]) != args.model:
             raise UserError(f"{source} is a {other}; use MODEL={other} (--model {other})")
-        if held and checkpoint.has_seen(content, held):
-            raise UserError(
-                f"{source} was trained on pairs that this run would hold out: its scores would be too high; "
-                "VAL_SPLIT=0 trains on all pairs, without scores"
+        doubt = checkpoint.doubt(content, held)
+        if any(checkpoint.seen(content, held)):
+            remedy = (
+                "this run would hold them out, its scores would be too high; VAL_SPLIT=0 trains on all, without scores"
             )
-        trained_on = sorted({*trained_on, *content.get("trained_on", ())})
+            raise UserError(f"{source} {doubt}; {remedy}")
+        if doubt and held:
+            print_message(f"{source} {doubt}")
+        trained_on = sorted({*trained_on, *checkpoint.pairs_in(content, "trained_on")}, key=str)
         checkpoint.load_state(model, content["state_dict"], source)
         if not rank:
             after = content.get("epoch") or (content.get("progress") or {}).get("epoch", "?")
@@ -242,13 +255,14 @@ def set_up(args):
     if args.resume:
         restore(run, used)
     elif not rank:
-        save_last(run)
-        write_metrics(folder, [])
         record = {"args": vars(args), "parameters": count_parameters(model), "pairs": used, "processes": processes}
         record |= {"device": device.type, "device_name": device_name(device), "amp": str(dtype or torch.float32)[6:]}
         record |= {"tf32": torch.get_float32_matmul_precision() == "high", "command": sys.argv, **environment()}
-        # args.json is written last and marks the run as valid: any valid run can be resumed.
-        write_text(folder / "args.json", json.dumps(record, indent=1) + "\n")
+        with checkpoint.replace_run(folder) as run.folder:  # an older run stays until this one is on the disk
+            save_last(run)
+            write_metrics(run.folder, [])
+            write_text(run.folder / "args.json", json.dumps(record, indent=1) + "\n")
+        run.folder = folder
     return run
 
 
@@ -269,7 +283,14 @@ def restore(run, used):
         if state["scaler"]:  # empty unless it was saved in fp16
             run.scaler.load_state_dict(state["scaler"])
         run.progress |= dict(state["progress"])
-        run.names = {key: state.get(key, names) for key, names in run.names.items()}
+        held = checkpoint.pairs_in(state, "held_out")
+        if "held_out" in state and {name for name, _ in held} != {name for name, _ in run.names["held_out"]}:
+            raise UserError(f"{folder}/args.json holds out other pairs than {source}: restore it, or start a new run")
+        for key, own in run.names.items():  # an old run's names get their hashes
+            hashes = dict(own)
+            run.names[key] = [
+                (name, known or hashes.get(name)) for name, known in checkpoint.pairs_in(state, key)
+            ] or own
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{source} is of another run or version ({error}); start a new run") from None
     if run.rank == 0:

@@ -43,6 +43,7 @@ import checkpoint
 from checks.references import difference
 from images import IMAGE_SUFFIXES, mask_image, read_image
 from model import PARAM_LIMIT, build
+from tools.package import write_zip
 from tools.synth import make_dataset
 
 ROOT = Path(__file__).parent.parent
@@ -186,8 +187,9 @@ def fill_disk(place):
         yield name, problem or place.not_equal(f"full-{name}")
     out, mask = place.root / "full", f"{next(place.images.iterdir()).stem}.png"
     out.mkdir()
-    for name in (mask, "a.zip"):
-        (out / name).write_bytes(b"older")
+    mask_image(np.zeros((9, 9), np.uint8)).save(out / mask)  # only files of our own kind are replaced
+    write_zip(out / "a.zip", {"masks/older.png": b""})
+    older = {path.read_bytes() for path in out.iterdir()}
     commands = [
         ([*place.evaluate, out], full),
         ([*place.predict, out], at_call("images.mask_image", 1, full)),
@@ -196,7 +198,7 @@ def fill_disk(place):
     ]
     for command, prepare in place.some(commands, 2):
         problem = run(*command, prepare=prepare).lost("cannot write")
-        intact = {path.read_bytes() for path in out.iterdir()} == {b"older"}
+        intact = {path.read_bytes() for path in out.iterdir()} == older
         yield command[0], problem or ("" if intact else "an older file is damaged, or an unfinished one left")
 
 
@@ -377,8 +379,8 @@ def spoil_numbers(place):
         prepare = at_call(target, nth, change=lambda result, factor=factor: result * factor)
         yield name, run(*place.train(name), prepare=prepare).lost("a lower --lr") or place.not_equal(name)
     data, cache = shutil.copytree(place.data, place.root / "plain"), place.root / "plain-cache"
-    for path in (data / "train/images").iterdir():
-        Image.new("RGB", (512, 512), "red").save(path)
+    for number, path in enumerate((data / "train/images").iterdir()):
+        Image.new("RGB", (512, 512), (200, 9 * number, 0)).save(path)
         mask_image(np.zeros((512, 512), np.uint8)).save(data / "train/masks" / f"{path.stem}.png")
     cases = ["--class-weights=balanced --focal=2", "--lr=100", "--lr=100 --optimiser=adamw --clip=0"]
     for flags in place.some(cases, 1):

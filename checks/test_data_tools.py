@@ -65,7 +65,7 @@ def write(files, path):
 
 
 def contents(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("[!.]*")) if p.is_file()}
 
 
 def run_prepare(raw, out, count=None):
@@ -126,7 +126,7 @@ def test_prepare_resumes(tmp_path):
     raw = write(challenge(), tmp_path / "raw")
     out = raw / "out"  # not read again
     assert run_prepare(raw, out) == 6
-    (out / "train/masks/b.png").rename(out / "train/masks/.b.png.123.tmp")
+    (out / "train/masks/b.png").rename(out / "train/masks/.b.png.a1b2c3d4.tmp")
     assert run_prepare(raw, out) == 1
     assert len(contents(out)) == 6
 
@@ -137,8 +137,8 @@ def test_prepare_resumes(tmp_path):
         ({"train/images/a.jpg": b""}, "cannot read train/images/a.jpg"),
         ({"train/masks/a.png": encoded(mask_image(LABELS))[:-60]}, "cannot read train/masks/a.png"),
         ({"test/images/t.jpg": encoded(Image.new("L", (100, 100)))}, "cannot read test/images/t.jpg"),
-        ({"train/masks/b.png": encoded(Image.new("RGB", (SIZE, SIZE), (1, 2, 3)))}, "b.png has labels above 18 or"),
-        ({"train/masks/b.png": encoded(Image.new("L", (SIZE, SIZE), 19))}, "b.png has labels above 18"),
+        ({"train/masks/b.png": encoded(Image.new("RGB", (SIZE, SIZE), (1, 2, 3)))}, "b.png has colours of no label"),
+        ({"train/masks/b.png": encoded(Image.new("L", (SIZE, SIZE), 19))}, "b.png contains label 19"),
         ({"train/masks/b.png": encoded(Image.new("I;16", (SIZE, SIZE), 1))}, "b.png has mode I;16"),
         ({"train/masks/b.png": jpeg()}, "b.png is a JPEG"),
         ({"train/images/c.jpg": jpeg()}, "1 training images without a mask, such as c"),

@@ -66,7 +66,7 @@ def test_weights_are_scored_on_the_pairs_their_training_held_out(tmp_path):
         ({"held_out": [], "trained_on": names}, tmp_path, split(40, 0.2, 7)[1].tolist()),
         ({}, tmp_path / "elsewhere", split(40, 0.1, 42)[1].tolist()),
     ]:
-        assert held_out(content, path / "best.pt", names).tolist() == expected
+        assert held_out(content, path / "best.pt", [(name, None) for name in names]).tolist() == expected
 
 
 def write_masks(root, **masks):

@@ -2,9 +2,9 @@
 
 import ast
 import re
-import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from common import ArgumentParser, UserError, atomic, duration, run_main, write_text
@@ -20,9 +20,13 @@ def make(*args, **environment):
     return subprocess.run(command, capture_output=True, text=True, env={"PATH": "/usr/bin:/bin", **environment})
 
 
-def typed(*args, **environment):
-    """The words that `make -n train` would run, after the script."""
-    return shlex.split(make("-n", "train", *args, **environment).stdout)[2:]
+def typed(*args, target="train", **environment):
+    """The words that make runs in place of python, after the script."""
+    with tempfile.TemporaryDirectory() as folder:
+        echo = Path(folder, "echo")
+        echo.write_text(f"#!{sys.executable}\nimport sys\nprint('\\0'.join(['', *sys.argv[1:]]))")
+        echo.chmod(0o755)
+        return make("-s", target, *args, f"PYTHON={echo}", **environment).stdout.rstrip("\n").split("\0")[2:]
 
 
 def test_help_is_the_default_and_lists_every_target():
@@ -34,8 +38,14 @@ def test_settings_become_flags():
     assert sorted(typed("LR=8e-4", "VAL_EVERY=2", "LMSA=0", "EPOCHS=")) == ["--lmsa=0", "--lr=8e-4", "--val-every=2"]
 
 
-def test_values_reach_the_script_as_typed():
-    assert typed('NAME=it\'s $HOME "x"') == ['--name=it\'s $HOME "x"']
+@pytest.mark.parametrize("target", ["train", "resume", "sweep", "predict", "submit", "report-zip"])
+def test_values_reach_the_script_as_typed(target, tmp_path):
+    odd = f'it\'s $HOME "x"; `id` $(shell touch {tmp_path}/run) $(touch {tmp_path}/run)\n\ttouch {tmp_path}/run # \\ %'
+    names = ["NAME", "IN", "OUT", "MATRIC", "lower"]
+    words = [word for word in typed(*(f"{name}={odd}" for name in names), target=target) if word.startswith("--")]
+    first = "--resume" if target == "resume" else "--name"
+    assert sorted(words) == sorted(f"{flag}={odd}" for flag in ("--in", "--out", "--matric", "--lower", first))
+    assert not list(tmp_path.iterdir())
 
 
 def test_environment_sets_nothing():
@@ -44,7 +54,13 @@ def test_environment_sets_nothing():
     assert "needs NAME=" in make("-n", "resume", NAME="laptop").stderr
 
 
-@pytest.mark.parametrize(("args", "error"), [("train DCIE=2", "--dcie"), ("trian", "trian"), ("predict OUT=d", "IN=")])
+@pytest.mark.parametrize(
+    ("args", "error"),
+    [
+        *[("train DCIE=2", "--dcie"), ("trian", "trian"), ("predict OUT=d", "IN="), ("help VENV=$(shell,id)", "VENV")],
+        *[("train x;id=1", ";"), ("train x`id`=1", "`"), ("help PYTHON=$HOME", "PYTHON")],
+    ],
+)
 def test_mistakes_are_refused_with_status_2(args, error):
     done = make(*args.split())
     assert done.returncode == 2 and error in done.stderr

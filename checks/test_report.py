@@ -27,6 +27,7 @@ from tools.leaderboard import leaderboard, make_line, recipe_table, remark, summ
 from tools.synth import make_dataset
 from train import lock, rounded
 
+HELD_OUT = {"validated": True, "trained_on": ["another"]}
 NASTY = """<b>"O'Neil" & co #1%<!--<script>"""
 needs_browser = pytest.mark.skipif(not any(map(shutil.which, course_report.BROWSERS)), reason="no Chromium")
 
@@ -139,7 +140,7 @@ def scored(tmp_path_factory):
     flags = "--data", str(root / "data"), "--model", "microunet"
     folder = write_run(root / "runs", "a", [0.5], *flags, names=[p.stem for p in paths], parameters=1_758_835)
     mask_image(swap_sides(read_mask(paths[2]))).save(paths[2])
-    save_weights(folder, validated=True)
+    save_weights(folder, **HELD_OUT)
     return folder
 
 
@@ -155,7 +156,7 @@ def test_images_are_ranked_and_reversed_masks_listed_apart(scored):
 
 
 def test_images_are_predicted_again_only_if_the_weights_change(scored, monkeypatch):
-    save_weights(scored, validated=True, epoch=2)
+    save_weights(scored, **HELD_OUT, epoch=2)
     assert report.read_pictures(scored) is None
     assert not report.draw_pictures(scored, "cpu")["seen"]
     (scored / "best.pt").rename(scored / "validated.pt")  # as in the release
@@ -189,7 +190,8 @@ def in_browser(path, script):
     """(what `script` returns on the loaded page, lines of the console)."""
     copy = path.with_name("driven.html")
     end = f"<script>document.title = JSON.stringify((() => {{ {script} }})());</script></body>"
-    copy.write_text(path.read_text().replace("</body>", end))
+    page = re.sub("<meta http-equiv=.*?>", "", path.read_text())  # whose policy allows no script of a test
+    copy.write_text(page.replace("</body>", end))
     flags = "--enable-logging=stderr", "--virtual-time-budget=3000", "--allow-file-access-from-files", "--dump-dom"
     dom, log = course_report.browse(*flags, copy.as_uri())
     title = html.unescape(re.search("<title>(.*?)</title>", dom)[1])

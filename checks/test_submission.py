@@ -117,9 +117,10 @@ def test_same_content_gives_the_same_bytes_and_dev_contains_only_masks(place, so
 
 def test_failed_check_keeps_the_old_zip(place, tmp_path, monkeypatch, capsys):
     kept = tmp_path / "kept.zip"
-    kept.write_bytes(b"old")
+    write_zip(kept, {"masks/old.png": b""})
+    old = kept.read_bytes()
     monkeypatch.setattr(check_submission, "TIME_LIMIT", 0.01)
-    assert make_submission(place / WEIGHTS, place / IMAGES, "test", kept, run=1) == 1 and kept.read_bytes() == b"old"
+    assert make_submission(place / WEIGHTS, place / IMAGES, "test", kept, run=1) == 1 and kept.read_bytes() == old
     assert "timed out after 0.01 seconds" in capsys.readouterr().out
 
 

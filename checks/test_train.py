@@ -70,7 +70,7 @@ def test_learning_rates_by_hand():
     assert rates([1, 2, 6, 10], [(64, 10)]) == [0.5, 1, 0.5, 0]
     # After the warm-up, 6 epochs at 64 pixels cost as much as 1.5 epochs at 128: half of the way.
     assert rates([8], [(64, 8), (128, 1.5)]) == [0.5]
-    assert rates([2, 4, 5.999, 6, 10, 13.999, 14], [(64, 30)], "restarts") == [1, 0.5, 0, 1, 0.5, 0, 1]
+    assert rates([2, 4, 5.999, 6, 10, 13.999, 14], [(64, 30)], "restarts") == [1, 0.5, 0, 0, 0.5, 0, 0]
     assert rates([29], [(64, 30)], "constant") == [1]
     assert rates([0.5, 1, 2], [(64, 2)], warmup=5) == [0.5, 1, 0]  # at most half of the run
 
@@ -157,20 +157,20 @@ def test_bf16_loss_is_close_to_float32(place):
 
 
 def test_weights_that_have_seen_the_held_out_pairs_are_refused(place):
-    content, names = checkpoint.load(place / "runs/whole/best.pt"), load_pairs(place / "data", place / "cache").names
-    assert sorted(content["trained_on"] + content["held_out"]) == names
+    content, pairs = checkpoint.load(place / "runs/whole/best.pt"), load_pairs(place / "data", place / "cache")
+    assert sorted(content["trained_on"] + content["held_out"]) == pairs.keys()
     old = {key: value for key, value in content.items() if key != "trained_on"} | {"validated": False}
     for name, changed in (
         ("old", old),
         ("other", content | {"trained_on": ["x"]}),
-        ("all", content | {"trained_on": names}),
+        ("all", content | {"trained_on": pairs.names, "held_out": []}),
     ):
         checkpoint.save(place / f"{name}.pt", changed)
         if name != "other":
             with pytest.raises(UserError, match="would be too high"):
                 set_up(place, f"--name=x --from={place / name}.pt {FLAGS}")
     run = set_up(place, f"--name=after-other --from={place / 'other'}.pt {FLAGS}")
-    assert "x" in checkpoint.load(run.folder / "last.pt")["trained_on"]
+    assert ("x", None) in checkpoint.load(run.folder / "last.pt")["trained_on"]
 
 
 @pytest.mark.parametrize(

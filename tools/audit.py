@@ -6,17 +6,16 @@ python -m tools.audit --data data --list > faults.txt
 Exit status 1 if there are faults. Masks with left and right reversed are no faults: training repairs them in memory.
 """
 
-import hashlib
 from collections import defaultdict
 from pathlib import Path
 
-from common import ArgumentParser, in_parallel, printable, run_main
+from common import ArgumentParser, UserError, in_parallel, printable, run_main
 
 import numpy as np
 from PIL import Image
 
 from data import SIZE, find_data, reversed_sides
-from images import DECODE_ERRORS, image_files
+from images import DECODE_ERRORS, image_files, image_hash, is_turned, palette_labels, rgb_pixels
 from labels import NAMES, NUM_CLASSES
 
 REVERSED = "left and right reversed"
@@ -30,15 +29,18 @@ def inspect(path):
     except DECODE_ERRORS:
         return ["unreadable"], None, None
     faults = ["not 512 x 512"] if image.size != (SIZE, SIZE) else []
+    if path.parent.parent.name == "train" and is_turned(path):
+        faults.append("EXIF orientation")
     if path.parent.name == "images":
         if image.mode != "RGB":
             faults.append("image not RGB")
-        return faults, hashlib.sha256(image.convert("RGB").tobytes()).digest(), None
+        return faults, image_hash(rgb_pixels(image)), None
     if image.format != "PNG" or image.mode not in ("P", "L"):
         return [*faults, "mask not a PNG of mode P or L"], None, None
-    mask = np.array(image)
-    if mask.max() >= NUM_CLASSES:
-        return [*faults, "label above 18"], None, None
+    try:
+        mask = palette_labels(image, path)
+    except UserError as error:
+        return [*faults, "label above 18" if "contains label" in str(error) else "palette of other colours"], None, None
     if reversed_sides(mask):
         faults.append(REVERSED)
     return faults, None, np.bincount(mask.ravel(), minlength=NUM_CLASSES)
@@ -54,6 +56,8 @@ def audit(data, workers=None):
     for files, partners, fault in ((images, masks, "image without mask"), (masks, images, "mask without image")):
         stems = {path.stem for path in partners}
         found[fault] = [path for path in files if path.stem not in stems]
+        seen = {}
+        found["name of another file"] += [path for path in files if seen.setdefault(path.stem, path) != path]
     others = [Path(data, split, "images") for split in ("dev", "test") if Path(data, split).is_dir()]
     files = images + masks + [path for folder in others for path in image_files(folder)]
     first, pixels = {}, []

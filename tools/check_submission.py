@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from checkpoint import restore
+from checkpoint import leaves, restore
 from data import find_data_of
 from images import DECODE_ERRORS, image_files, read_image, require_file
 from labels import NUM_CLASSES, PALETTE
@@ -32,7 +32,10 @@ COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # zipfile unpacks the
 TIME_LIMIT = 180  # seconds for one image, including the start of Python and torch
 PYTHON = (sys.executable, "-EB")  # -E ignores PYTHONPATH: only run.py's folder and installed packages; -B: no bytecode
 FILES = ("ckpt.pth", "requirements.txt", "run.py")
-BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+# Batch norm's buffers are no parameters: vectors of these names, of this many values in all.
+BUFFERS, MAX_BUFFERS = ("running_mean", "running_var", "num_batches_tracked"), 100_000
+# In other files two bytes count as a parameter, beyond this much text; fewer numbers than MAX_NUMBERS are settings.
+MAX_TEXT, MAX_NUMBERS = 2**20, 10_000
 
 
 def verdict(check, faults, success=""):
@@ -112,22 +115,29 @@ def check_masks(files, images):
     return masks, verdict("masks", faults, f"{len(masks)}, one per image; size, mode, palette and labels are right")
 
 
-def count_checkpoint(data):
-    """The number of parameters in ckpt.pth's bytes, as text; executes nothing in them. UserError if invalid."""
+def count_checkpoint(data, more=0):
+    """The number of parameters in ckpt.pth's bytes, as text; executes nothing in them. UserError if invalid.
+
+    All values of all its entries count, but for batch norm's buffers, and `more` of other files.
+    """
     try:
         if zipfile.is_zipfile(io.BytesIO(data)) and (faults := read_zip(io.BytesIO(data))[1]):
             raise ValueError(faults[0])
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        values = list(leaves(content))
     except Exception as error:  # foreign bytes make the reader raise anything
         raise UserError(f"ckpt.pth is damaged or contains more than tensors: {str(error)[:120]}") from None
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise UserError('ckpt.pth has no "state_dict" of tensors')
-    count = sum(tensor.numel() for name, tensor in state.items() if not str(name).endswith(BUFFERS))
+    buffers = sum(t.numel() for name, t in state.items() if str(name).endswith(BUFFERS) and t.dim() < 2)
     if content.get("model") in list(MODELS) and "model_args" in content:
-        count = count_parameters(restore(content, "ckpt.pth"))
+        buffers = sum(t.numel() for t in state.values()) - count_parameters(restore(content, "ckpt.pth"))
+    more += sum(len(v) // 2 if isinstance(v, (bytes, bytearray)) else isinstance(v, (int, float)) for v in values)
+    count = sum(v.numel() for v in values if isinstance(v, torch.Tensor)) - min(buffers, MAX_BUFFERS)
+    count += more if more > MAX_NUMBERS else 0
     if count >= PARAM_LIMIT:
-        raise UserError(f"ckpt.pth has {count:,} parameters; fewer than {PARAM_LIMIT:,} are allowed")
+        raise UserError(f"ckpt.pth has {count:,} parameters, with all entries; fewer than {PARAM_LIMIT:,} are allowed")
     if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
         raise UserError("ckpt.pth contains weights that are not finite")
     return f"{count:,} parameters, fewer than {PARAM_LIMIT:,}"
@@ -139,7 +149,10 @@ def check_solution(files):
     findings = verdict("solution", missing, ", ".join(FILES))
     if "solution/ckpt.pth" in files:
         try:
-            findings += verdict("checkpoint", [], count_checkpoint(files["solution/ckpt.pth"]))
+            others = [files[name] for name in files if name.startswith("solution/") and name != "solution/ckpt.pth"]
+            text, binary = (sum(len(data) for data in others if (b"\0" in data) == zeros) for zeros in (False, True))
+            more = (binary + max(0, text - MAX_TEXT)) // 2
+            findings += verdict("checkpoint", [], count_checkpoint(files["solution/ckpt.pth"], more))
         except (UserError, RuntimeError) as error:  # torch raises the latter for unusual tensors
             findings += verdict("checkpoint", [str(error)])
     return findings

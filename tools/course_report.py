@@ -6,7 +6,7 @@ python -m tools.course_report --name a --pdf       # print the draft, at most fi
 All figures come from the runs' files. The draft shows images of the dataset: hand it in, but do not publish it.
 """
 
-import re
+import os
 import shutil
 import subprocess
 import tempfile
@@ -20,15 +20,16 @@ from common import ArgumentParser, UserError, atomic, duration, read_json, requi
 from checkpoint import find_run, make_name
 from labels import HEX_COLOURS, NAMES
 from model import PARAM_LIMIT, build, count_parameters, parameter_table
-from options import network_arguments, strength
-from tools.leaderboard import changed_settings, settings_of
-from tools.report import TEMPLATE, fill_template, image_score, read_pictures, read_runs, write_page
+from options import from_record, network_arguments, strength
+from tools.leaderboard import changed_settings
+from tools.report import TEMPLATE, fill_template, find_scripts, image_score, read_pictures, read_runs, write_page
 from tools.report_zip import count_pages, matriculation
 
 EXPERIMENTS = 14  # rows that fit on five pages
 SETTINGS = (
     "recipe sizes batch optimiser lr schedule warmup weight_decay clip ema dropout ce dice dice_over augment seed"
 )
+SHOW = 'document.getElementById("results").append(curves(DATA.runs), bars(DATA.runs));'
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 STYLE = """@page { size: A4; margin: 17mm 20mm; }
 body { font: 10pt/1.3 Arial, "Liberation Sans", sans-serif; color: #111; margin: 0 auto; max-width: 170mm; }
@@ -104,18 +105,19 @@ def draft(folder, author, matric):
             "that scores it, and give report-zip REPORT=FILE"
         )
     record, row = read_json(folder / "args.json"), run["row"]
-    args = Namespace(**settings_of() | record["args"])
+    args = Namespace(**record["args"] | vars(from_record(record["args"], folder / "args.json")))
     model = build(args.model, **network_arguments(args))
     count = count_parameters(model)
     if row["parameters"] not in (0, count):
         raise UserError(f"this version builds another {args.model} than {folder}: check out {record['commit'][:12]}")
     scores = [image_score(f) for f in run["best"]["image_scores"].values()]
-    charts = re.search('<script id="charts">.*?</script>', TEMPLATE.read_text(encoding="utf-8"), re.DOTALL)[0]
+    charts = find_scripts(TEMPLATE.read_text(encoding="utf-8"))[0]
     faces = "synthetic faces, which say nothing about real ones" if row["synthetic"] else "CelebAMask-HQ portraits"
     start = f"starting from the weights of {args.start_from} (describe their training)"
     origin = start if args.start_from else "no pretrained weights"
     seen = "The weights were trained on all pairs, these images included; the score is of a training without them."
-    template = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Report</title><style>{STYLE}</style>
+    template = f"""<!doctype html><html lang="en"><meta charset="utf-8"><!--POLICY-->
+<title>Report</title><style>{STYLE}</style>
 <p class="screen">A draft from the run's files: check and complete it. Do not publish it: it shows the dataset.</p>
 <h1>Face parsing with {count:,} parameters</h1>
 <p>{escape(author or "Author: ________")} · {escape(matric or "matriculation number: ________")}</p>
@@ -133,10 +135,10 @@ images; masks are scored as they are.</p>
 <h2>4. Results</h2><div class="two" id="results"></div>
 <h2>5. Examples</h2>{examples(folder)}
 <h2>6. Experiments</h2>{experiments(run, runs, folder.parent)}
-<script type="application/json" id="data"><!--DATA--></script>{charts}
-<script>document.getElementById("results").append(curves(DATA.runs), bars(DATA.runs));</script></html>
+<script type="application/json" id="data"><!--DATA--></script><script>{charts}</script>
+<script>{SHOW}</script></html>
 """
-    return fill_template(template, {"runs": [run], "labels": NAMES, "colours": HEX_COLOURS})
+    return fill_template(template, {"runs": [run], "labels": NAMES, "colours": HEX_COLOURS}, [charts, SHOW])
 
 
 def browse(*flags):
@@ -145,8 +147,8 @@ def browse(*flags):
     if not browser:
         raise UserError("no Chromium or Chrome found: print report.html to report.pdf in any browser, A4, no headers")
     with tempfile.TemporaryDirectory() as profile:
-        # The sandbox does not work as root; the page is our own.
-        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}", *flags]
+        unsafe = ["--no-sandbox"] if os.geteuid() == 0 else []  # the sandbox does not work as root
+        command = [browser, "--headless", *unsafe, "--disable-gpu", f"--user-data-dir={profile}", *flags]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if done.returncode:
         raise UserError(f"{browser} failed: {done.stderr.strip()[-300:]}")

@@ -16,7 +16,7 @@ import warnings
 from pathlib import Path
 from statistics import median
 
-from common import ArgumentParser, UserError, atomic, make_folder, require_packages, run_main, write_text
+from common import ArgumentParser, UserError, atomic, check_target, make_folder, require_packages, run_main, write_text
 
 import torch
 from torch import nn
@@ -117,6 +117,7 @@ def compare(path, model, images, logits):
 def write_onnx(weights, out, logits, images):
     """Write the ONNX file. UserError if a package is missing or onnxruntime gives other labels than torch."""
     require_packages(*PACKAGES)
+    check_target(out, b"pytorch")
     model, info = checkpoint.load_model(weights)
     size = info["size"]
     with atomic(out) as temporary:
@@ -147,13 +148,13 @@ def write_release(weights, folder, overwrite=False):
         sources["validated.pt"] = own
     contents = {name: halve(path) for name, path in sources.items()}
     make_folder(release)
-    for name in ("args.json", "metrics.jsonl", "best.json", "validated.pt"):
-        (release / name).unlink(missing_ok=True)  # of the previous release
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, release / name)
-    for name, content in contents.items():
-        checkpoint.save(release / name, content)
-    write_text(release / "LICENCE.txt", LICENCE)
+    with checkpoint.replace_run(release) as made:
+        for name in ("args.json", "metrics.jsonl", "best.json"):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, made / name)
+        for name, content in contents.items():
+            checkpoint.save(made / name, content)
+        write_text(made / "LICENCE.txt", LICENCE)
     sizes = [f"{name} {(release / name).stat().st_size / 1e6:.1f} MB from {path}" for name, path in sources.items()]
     print(f"{release}: {', '.join(sizes)}")
 
@@ -177,7 +178,7 @@ def main():
     parser.add_argument("--images", default=ASTRONAUT, help="a photo, or a folder of portraits, for the comparison")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of the comparison; 0: torch's default")
     parser.switch("--release", help="create runs/release instead; needs --name")
-    parser.switch("--overwrite", help="with --release: replace it")
+    parser.switch("--overwrite", help="with --release: replace it, its report and zip too")
     args = parser.parse_args()
     if bool(args.out) == args.release or (args.release and not args.name):
         raise UserError("give the file to write, OUT=parser.onnx; `make release NAME=a` creates runs/release")

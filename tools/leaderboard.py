@@ -5,11 +5,11 @@ python -m tools.leaderboard --recipes
 """
 
 import functools
-import math
 import shlex
+import textwrap
 from pathlib import Path
 
-from common import ArgumentParser, UserError, print_message, read_json, run_main
+from common import ArgumentParser, print_message, printable, read_json, run_main
 
 import options
 from checkpoint import is_validated, load, make_name, read_metrics
@@ -20,8 +20,8 @@ NEUTRAL = options.NEUTRAL | {"name", "recipe", "overwrite"}
 
 def number(value):
     """`value` if it is a finite int or float, else ValueError: a run's files may contain anything."""
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"{value!r} is not a finite number")
+    if type(value) not in (int, float) or not -1e300 < value < 1e300:
+        raise ValueError(f"{textwrap.shorten(repr(value), 40)} is not a finite number")
     return value
 
 
@@ -42,7 +42,7 @@ def summary(folder):
         "date": str(record.get("started", "-"))[:10],
     }
     pairs = record.get("pairs") or {}
-    row |= {"synthetic": bool(pairs.get("drawn")), "images": pairs.get("validation")}
+    row |= {"synthetic": bool(pairs.get("drawn")), "images": number(pairs.get("validation") or 0)}
     row["lmsa"] = ("no", "yes")[args["lmsa"]] if args["model"] == "microsegformer" else "-"
     row["weights"] = ("yes" if is_validated(load(path)) else "all pairs") if path.is_file() else "-"
     return row | {"changed": changed_settings(args), "line": make_line(args)}
@@ -69,13 +69,17 @@ def make_line(args):
 
 
 def survey(runs, read=summary):
-    """(read(folder) of each run, without None; [(name, reason) of each run that cannot be read])."""
+    """(read(folder) of each run, without None; [(name, reason) of each run that cannot be read]).
+
+    The only place that catches what reading the files of others can raise: anything, from RecursionError to KeyError.
+    """
     found, unreadable = [], []
     for path in sorted(Path(runs).glob("*/args.json")):
         try:
             found.append(read(path.parent))
-        except (UserError, LookupError, TypeError, ValueError, AttributeError) as error:
-            unreadable.append((path.parent.name, f"damaged or of another version ({error})"))
+        except Exception as error:  # noqa: BLE001
+            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 150)
+            unreadable.append((path.parent.name, f"damaged or of another version ({reason})"))
     return [result for result in found if result is not None], unreadable
 
 
@@ -97,10 +101,11 @@ def leaderboard(rows):
     """The table of `make runs` as text: summaries with real faces first, then by score."""
     table = f"{'run':<24}official  batch32  images    epoch  parameters  minutes  date        weights    settings"
     for row in sorted(rows, key=lambda row: (row["synthetic"], -row["official"])):
-        table += f"\n{row['name']:<24}{row['official']:>8.4f}{row['batch32']:>9.4f}{row['images'] or '-':>8}"
-        table += f"{row['epoch']:>5}/{row['epochs']:<3}{row['parameters']:>12,}{row['minutes']:>9.1f}"
+        line = f"{row['name']:<24}{row['official']:>8.4f}{row['batch32']:>9.4f}{row['images'] or '-':>8}"
+        line += f"{row['epoch']:>5}/{row['epochs']:<3}{row['parameters']:>12,}{row['minutes']:>9.1f}"
         settings = " ".join([row["recipe"] or "defaults", *(f"{key}={value}" for key, value in row["changed"].items())])
-        table += f"  {row['date']:<12}{row['weights']:<11}{'synthetic faces; ' * row['synthetic']}{settings}"
+        line += f"  {row['date']:<12}{row['weights']:<11}{'synthetic faces; ' * row['synthetic']}{settings}"
+        table += "\n" + printable(line)
     return table
 
 
@@ -125,7 +130,7 @@ def main():
     rows, unreadable = survey(args.runs)
     for name, reason in unreadable:
         print_message(f"skipped {name}: {reason}")
-    lines = [recipe_table(rows)] if args.recipes else [leaderboard(rows), *survey(args.runs, remark)[0]]
+    lines = [recipe_table(rows)] if args.recipes else [leaderboard(rows), *map(printable, survey(args.runs, remark)[0])]
     print("\n".join(lines))
 
 

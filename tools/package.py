@@ -16,7 +16,7 @@ import time
 import zipfile
 from pathlib import Path
 
-from common import ArgumentParser, UserError, atomic, make_folder, run_main
+from common import ArgumentParser, UserError, atomic, check_target, make_folder, run_main
 
 import checkpoint
 from data import find_data_of, is_synthetic
@@ -26,6 +26,7 @@ from tools.check_submission import PYTHON, judge, show
 from views import parse_views
 
 ROOT = Path(__file__).resolve().parent.parent
+ZIP = rb"\APK\x03\x04....\x08\x00\x00\x00!\x00"  # how the zips of `write_zip` begin: dated 1980-01-01
 # The modules that run.py imports, directly or not.
 MODULES = ("common.py", "labels.py", "images.py", "views.py", "model.py", "checkpoint.py")
 
@@ -44,7 +45,8 @@ def write_solution(folder, content, views):
     folder.mkdir()
     for path in (ROOT / "tools" / "run.py", ROOT / "requirements.txt", *(ROOT / name for name in MODULES)):
         shutil.copy(path, folder)
-    settings = {key: content[key] for key in ("model", "model_args", "size")}
+    kept = ("model", "model_args", "size", "trained_on", "held_out")
+    settings = {key: content[key] for key in kept if key in content}
     checkpoint.save(folder / "ckpt.pth", {**settings, "views": views, "state_dict": dict(content["state_dict"])})
 
 
@@ -68,6 +70,7 @@ def make_submission(weights, images, phase, target, views=None, run=5):
     views = content.get("views", "") if views is None else views
     parse_views(views)
     images, target = Path(images).resolve(), Path(target)
+    check_target(target, ZIP)
     count = len(image_files(images))
     with tempfile.TemporaryDirectory(prefix="submission-") as folder:
         solution, masks, made = Path(folder, "solution"), Path(folder, "masks"), Path(folder, "made.zip")

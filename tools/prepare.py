@@ -8,22 +8,24 @@ command resumes an interrupted run.
 """
 
 import functools
+import hashlib
 import io
 import os
 import re
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from common import ArgumentParser, UserError, atomic, in_parallel, make_folder, positive, run_main
+from common import ArgumentParser, UserError, atomic, in_parallel, make_folder, positive, remove_unfinished, run_main
 
 import numpy as np
 from PIL import Image
 
 from data import SIZE
-from images import DECODE_ERRORS, IMAGE_SUFFIXES, labels_from_colours, mask_image, rgb_pixels
+from images import DECODE_ERRORS, IMAGE_SUFFIXES, is_turned, labels_from_colours, mask_image, palette_labels, rgb_pixels
 from labels import NAMES, NUM_CLASSES
 
 SPLITS = {"train": "train", "dev": "dev", "val": "dev", "test": "test"}
+MAX_BYTES = 2**26  # of an image file: a zip member of zeros can claim gigabytes
 PARTS = {name: label for label, name in enumerate(NAMES) if label}
 open_zip = functools.cache(zipfile.ZipFile)  # one handle per worker process
 
@@ -106,31 +108,32 @@ def plan(raw, data, count=None):
     return jobs
 
 
-def read(raw, name):
-    """(bytes, PIL image) of a file in RAW. UserError if it is damaged or a decompression bomb."""
+def read(raw, name, load=True):
+    """(bytes, PIL image, decoded if `load`) of a file in RAW. UserError if it is damaged or a decompression bomb."""
     try:
         with open(raw / name, "rb") if raw.is_dir() else open_zip(raw).open(name) as file:
-            content = file.read()
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
         image = Image.open(io.BytesIO(content))
-        image.load()
+        if load:
+            image.load()
     except (*DECODE_ERRORS, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read {name}: {error}; replace it, or remove it and its partner") from None
     return content, image
 
 
 def labels_from_image(image, name):
-    """Labels (H, W) uint8 of a mask image: its values (mode L or P) or the palette's colours. UserError otherwise."""
+    """Labels (H, W) uint8 of a mask image: its values (mode L or P) or the labels' colours. UserError otherwise."""
     if image.format == "JPEG":
         raise UserError(f"mask {name} is a JPEG, which destroys labels; a mask must be a PNG")
     if image.mode not in ("L", "P", "RGB", "RGBA"):
         raise UserError(f"mask {name} has mode {image.mode}; convert it to 8-bit values 0-{NUM_CLASSES - 1}")
-    values, colours = np.array(image), None if image.mode == "L" else labels_from_colours(image)
-    # PNG optimisers reorder palettes: if every value has the colour of another label, the colour counts.
-    if colours is not None and (values.ndim == 3 or len(np.unique(colours)) == len(np.unique(values))):
-        return colours
-    if values.ndim == 3 or values.max() >= NUM_CLASSES:
-        raise UserError(f"mask {name} has labels above {NUM_CLASSES - 1} or colours of no label; repair the mask")
-    return values
+    if image.mode in ("L", "P"):
+        return palette_labels(image, f"mask {name}")
+    if (labels := labels_from_colours(image)) is None:
+        raise UserError(f"mask {name} has colours of no label: label these pixels, or leave out the pair")
+    return labels
 
 
 def paint(raw, names):
@@ -144,9 +147,20 @@ def paint(raw, names):
     return labels
 
 
+def require_match(raw, image_name, mask):
+    """UserError unless an image and its mask, a PIL image, are upright and of one shape: both become squares."""
+    content, image = read(raw, image_name, load=False)
+    (width, height), (mask_width, mask_height) = image.size, mask.size
+    if width * mask_height != height * mask_width:
+        sizes = f"{width} x {height}, its mask {mask_width} x {mask_height}"
+        raise UserError(f"{image_name} is {sizes}: not the same picture; replace or remove the pair")
+    if is_turned(io.BytesIO(content)):
+        raise UserError(f"{image_name} has an EXIF orientation, its mask may not; turn the pixels and remove it")
+
+
 def convert(task):
     """Write one file unless it exists; runs in a worker process. Returns True if written."""
-    raw, source, path, size = task
+    raw, source, path, size, image_name = task
     if path.exists():
         return False
     buffer = io.BytesIO()
@@ -158,12 +172,26 @@ def convert(task):
             image = Image.fromarray(rgb_pixels(image)).resize((size, size), Image.Resampling.LANCZOS)
             image.save(buffer, "JPEG", quality=95)
     else:
-        labels = paint(raw, source) if isinstance(source, dict) else labels_from_image(read(raw, source)[1], source)
-        image = Image.fromarray(labels).resize((size, size), Image.Resampling.NEAREST)
-        mask_image(np.array(image)).save(buffer, "PNG")
+        mask = Image.fromarray(paint(raw, source)) if isinstance(source, dict) else read(raw, source)[1]
+        require_match(raw, image_name, mask)
+        labels = Image.fromarray(labels_from_image(mask, source))
+        mask_image(np.array(labels.resize((size, size), Image.Resampling.NEAREST))).save(buffer, "PNG")
     with atomic(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
     return True
+
+
+def require_same_source(raw, data, paths, size):
+    """Mark the folder `data` as made from RAW as it is now. UserError if its files are of another RAW, or may be."""
+    files = [raw / name for name in list_files(raw, data)] if raw.is_dir() else [raw]
+    state = size, [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    digest, marker = hashlib.sha256(ascii(state).encode()).hexdigest(), data / ".raw"
+    if marker.is_file() and marker.read_text() == digest:
+        return
+    if any(path.exists() for path in paths):
+        raise UserError(f"{data} was made from another RAW than {raw} is now; give another DATA, or remove it first")
+    with atomic(marker) as temporary:
+        temporary.write_text(digest)
 
 
 def prepare(raw, data, count=None, size=SIZE, workers=None):
@@ -175,15 +203,16 @@ def prepare(raw, data, count=None, size=SIZE, workers=None):
     if raw.is_dir() and raw.resolve().is_relative_to(data.resolve()):
         raise UserError(f"RAW {raw} lies in the output folder {data}; give another DATA")
     jobs = plan(raw, data, count)
-    tasks = [(raw, source, data / name, size) for name, source in jobs.items()]
-    paths = {path for _, _, path, _ in tasks}
+    images = {name: jobs.get(name.replace("/masks/", "/images/")[:-4] + ".jpg") for name in jobs}
+    tasks = [(raw, source, data / name, size, images[name]) for name, source in jobs.items()]
+    paths = {data / name for name in jobs}
     for folder in sorted({path.parent for path in paths}):
         make_folder(folder)
-        for unfinished in folder.glob(".*.tmp"):
-            unfinished.unlink()
+        remove_unfinished(folder, {path.name for path in paths})
         others = sorted(p.name for p in folder.iterdir() if p not in paths and not p.name.startswith("."))
         if others:
             raise UserError(f"{folder} has {len(others)} files not from {raw}, such as {others[0]}; give another DATA")
+    require_same_source(raw, data, paths, size)
     return jobs, sum(in_parallel(convert, tasks, workers, "preparing"))
 
 

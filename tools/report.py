@@ -7,21 +7,23 @@ The page and runs/*/pictures.json contain images of the dataset: git ignores the
 """
 
 import base64
+import hashlib
 import io
 import json
+import re
 import time
 from pathlib import Path
 
-from common import ArgumentParser, UserError, print_message, read_json, run_main, write_text
+from common import ArgumentParser, UserError, check_target, print_message, read_json, run_main, write_text
 
 import numpy as np
 import torch
 from PIL import Image
 
-from checkpoint import has_seen, load_model, read_metrics
+from checkpoint import load_model, read_metrics, seen
 from data import find_data_of, find_pairs, reversed_sides
 from device import select_device
-from images import mask_image, read_image, read_mask
+from images import image_hash, mask_image, read_image, read_mask
 from labels import HEX_COLOURS, NAMES, NUM_CLASSES
 from options import parse_sizes
 from tools.leaderboard import NEUTRAL, changed_settings, number, summary, survey
@@ -112,8 +114,12 @@ def read_pictures(folder):
     """pictures.json of a run; None if it is missing, damaged or of other weights."""
     try:
         content = read_json(folder / "pictures.json")
-        return content if content["version"] == weights_version(folder) else None
-    except (UserError, LookupError, TypeError):
+        pictures = content["pictures"]
+        figures = [content[key] for key in ("images", "reversed", "score_without_reversed")]
+        inside = all(uri.startswith("data:image/") for p in pictures for uri in p["panels"])
+        list(map(number, [*figures, *(p["score"] for p in pictures), *(f for p in pictures for _, f in p["lowest"])]))
+        return content if inside and content["version"] == weights_version(folder) else None
+    except (UserError, LookupError, TypeError, ValueError, AttributeError):
         return None
 
 
@@ -145,7 +151,7 @@ def draw_pictures(folder, device):
     each = min(EACH, (len(sound) + 1) // 2)
     groups = {"lowest": sound[:each], "highest": sound[each:][::-1][:EACH], "reversed": flawed[:EACH]}
     model, info = load_model(scored_weights(folder), device)
-    pictures, seen = [], has_seen(info, order)
+    pictures, keys = [], [(name, image_hash(read_image(pairs[name][0]).transpose(2, 0, 1)).hex()) for name in order]
     for group, name in ((group, name) for group, names in groups.items() for name in names):
         pixels, true = (read(path) for read, path in zip((read_image, read_mask), pairs[name], strict=True))
         images = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(device)
@@ -154,7 +160,8 @@ def draw_pictures(folder, device):
         lowest = sorted((f, NAMES[i]) for i, f in enumerate(rows[name]) if f is not None)[:3]
         picture = {"group": group, "name": name, "score": scores[name], "lowest": [[label, f] for f, label in lowest]}
         pictures.append(picture | {"panels": panels(pixels, true, predicted)})
-    content = {"version": version, "images": len(order), "reversed": len(flawed), "pictures": pictures, "seen": seen}
+    content = {"version": version, "images": len(order), "reversed": len(flawed), "pictures": pictures}
+    content["seen"] = any(seen(info, keys))
     content["score_without_reversed"] = float(np.mean([scores[name] for name in sound])) if sound else 0.0
     write_text(folder / "pictures.json", json.dumps(content))
     return content
@@ -179,13 +186,27 @@ def write_page(runs, name=None, device="auto"):
     data = {"runs": found, "unreadable": unreadable, "labels": NAMES, "colours": HEX_COLOURS}
     data["written"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     path = Path(runs, "index.html")
-    write_text(path, fill_template(TEMPLATE.read_text(encoding="utf-8"), data))
+    check_target(path, b"<title>Runs")
+    template = TEMPLATE.read_text(encoding="utf-8")
+    write_text(path, fill_template(template, data, find_scripts(template)))
     return path
 
 
-def fill_template(template, data):
-    """The template with `data` as JSON in place of <!--DATA-->; without "<", no text in it can end the script."""
-    return template.replace("<!--DATA-->", json.dumps(data).replace("<", "\\u003c"), 1)
+def fill_template(template, data, scripts):
+    """The template with `data` as JSON in place of <!--DATA-->; without "<", no text in it can end the script.
+
+    <!--POLICY--> becomes a content security policy: these scripts, known by their hashes, and images inside the page.
+    """
+    hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{value}'" for value in hashes)
+    rules = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
+    page = template.replace("<!--POLICY-->", f'<meta http-equiv="Content-Security-Policy" content="{rules}">', 1)
+    return page.replace("<!--DATA-->", json.dumps(data).replace("<", "\\u003c"), 1)
+
+
+def find_scripts(template):
+    """The text of each script in our own template, without its data."""
+    return re.findall(r'<script(?: id="charts")?>(.*?)</script>', template, re.DOTALL)
 
 
 def main():

@@ -10,7 +10,7 @@ import io
 import re
 from pathlib import Path
 
-from common import ArgumentParser, UserError, atomic, make_folder, read_json, require_packages, run_main
+from common import ArgumentParser, UserError, atomic, check_target, make_folder, read_json, require_packages, run_main
 
 import torch
 
@@ -19,7 +19,7 @@ from data import find_data_of, load_pairs
 from evaluate import evaluate, held_out, official_score
 from model import PARAM_LIMIT, count_parameters
 from tools.check_submission import judge, read_zip, show
-from tools.package import ROOT, make_submission, report_replacement, write_zip
+from tools.package import ROOT, ZIP, make_submission, report_replacement, write_zip
 from views import parse_views
 
 MAX_PAGES = 5
@@ -66,9 +66,11 @@ def describe_score(weights, content, data, views):
     """The official score of a loaded checkpoint with these views, or why it is unknown, as text."""
     if checkpoint.is_validated(content):
         pairs, model, device = load_pairs(data), checkpoint.restore(content, weights), torch.device("cpu")
-        indices = held_out(content, weights, pairs.names)
+        indices = held_out(content, weights, pairs.keys())
+        doubt = checkpoint.doubt(content, pairs.keys(indices))
         score = official_score(evaluate(model, pairs, indices, content["size"], device, views=parse_views(views))[0])
-        return f"{score:.4f}, the official score on the {len(indices)} pairs held out, from the views below"
+        unsure = f" ({weights.name} {doubt})" if doubt else ""
+        return f"{score:.4f}, the official score on the {len(indices)} pairs held out, from the views below{unsure}"
     best = checkpoint.best_score(weights.parent)
     known = f"the run in run/ has {best:.4f}, from one view per image" if best >= 0 else "not measured"
     return f"unknown, since the weights were trained on all pairs; {known}"
@@ -122,6 +124,7 @@ def main():
             remedy = f"edit and print it, or `make report OVERWRITE=1 AUTHOR= MATRIC= NAME={name}`"
             raise UserError(f"{draft} has blanks: {remedy}")
     pages = count_pages(report)
+    check_target(args.out / f"{args.matric}.zip", ZIP)
     data = find_data_of(weights, args.data)
     images = data / "test" / "images"
     submission = folder / "submission-test.zip"

@@ -24,6 +24,8 @@ def find_outputs(source, output):
     if not Path(source).is_dir():
         if output.is_dir():
             raise UserError(f"--output {output} is a folder; give a file for the mask of one image")
+        if output.resolve() == files[0].resolve():
+            raise UserError(f"--output {output} would replace the image; give another file")
         make_folder(output.parent)
         return [(files[0], output)]
     make_folder(output)

@@ -88,12 +88,12 @@ class Handler(BaseHTTPRequestHandler):
             while part := self.rfile.read(min(rest, 1 << 20)):  # clients send everything, then listen
                 rest -= len(part)
             raise Refused(413, f"the picture has more than {MAX_BYTES / 1e6:.0f} MB")
-        try:
-            pixels = decode_image(io.BytesIO(body), "this file")
-        except UserError as error:
-            raise Refused(415, str(error)) from None
         whole = self.path.endswith("whole")
-        with self.busy:
+        with self.busy:  # decoded one at a time: a picture of 81 megapixels takes a gigabyte
+            try:
+                pixels = decode_image(io.BytesIO(body), "this file")
+            except UserError as error:
+                raise Refused(415, str(error)) from None
             parsed = self.parser(pixels, whole=whole)
         png = io.BytesIO()
         mask_image(parsed.mask).save(png, format="PNG")
@@ -107,7 +107,8 @@ def make_server(parser, port):
     page = PAGE.read_text(encoding="utf-8").replace("<!--LABELS-->", labels).encode()
     handler = type("Handler", (Handler,), {"parser": staticmethod(parser), "page": page})
     try:
-        return ThreadingHTTPServer(("127.0.0.1", port), handler)
+        # The longer queue spares many connections at once from being reset.
+        return type("Server", (ThreadingHTTPServer,), {"request_queue_size": 128})(("127.0.0.1", port), handler)
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot serve on port {port} ({error}); choose another, PORT=8001") from None
 
