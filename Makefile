@@ -82,7 +82,7 @@ evaluate: $(READY) ## official score of run NAME on its held-out pairs
 
 # make check-params MODEL=microsegformer LMSA=0
 check-params: $(READY) ## parameters by module; fails at the challenge's limit
-	$(PY) model.py $(flags)
+	$(PY) -m tools.check_params $(flags)
 
 # make submit NAME=a PHASE=test VIEWS=flip ZIP=a.zip
 submit: $(READY) ## Codabench zip of run NAME, verified by running its run.py

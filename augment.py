@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from device import constant, to_device
-from images import resize, soft_labels
 from labels import FLIP
+from losses import soft_labels
+from views import resize
 
 Probability = Annotated[float, "probability"]
 Factor = Annotated[float, "factor 1 +- this"]

@@ -1,33 +1,21 @@
-"""Checkpoints and run folders: save and load safely, find a run and its weights.
+"""Checkpoint files: save and load them safely, and rebuild the network.
 
 A checkpoint is a dict. `best.pt` contains what inference needs (`state_dict`, `model`, `model_args`, `size`);
 `last.pt` adds the optimiser state that resuming needs. With --ema, best.pt has the averaged weights, last.pt the plain
 ones. Both list the pairs that the weights were `trained_on` and those `held_out` as (name, hash of the image's pixels).
 """
 
-import contextlib
-import json
-import os
-import shlex
-import shutil
-import tempfile
 import textwrap
 import zipfile
 from pathlib import Path
 
-from common import UserError, atomic, did_you_mean, read_json, remove_unfinished
+from common import UserError, atomic
 
 import torch
 
 from model import build, fold_batch_norm
 
 REQUIRED = {"state_dict": dict, "model": str, "model_args": dict, "size": int}
-RELEASE = Path(__file__).with_name("runs") / "release"
-# The files that we write into a run's folder; whatever else is there is the user's. args.json marks it as a run.
-RUN_FILES = (
-    *("args.json", "best.json", "pictures.json", "metrics.jsonl", "best.pt", "last.pt", "validated.pt", "LICENCE.txt"),
-    *("submission-test.zip", "submission-dev.zip", "report.html", "report.pdf"),
-)
 
 
 def save(path, content):
@@ -145,92 +133,3 @@ def doubt(content, keys):
         return "was trained on these pairs: its score is not of unseen images"
     known = all(known for _, known in pairs_in(content, "trained_on"))
     return "" if known else "names its pairs without hashes: its score is of unseen images unless files were renamed"
-
-
-def find_run(name, runs="runs"):
-    """The folder of a run, by name or path. UserError with the most similar names if there is none."""
-    for folder in (Path(runs, name), Path(name)):
-        if (folder / "args.json").is_file():
-            return folder
-    known = sorted(p.parent.name for p in Path(runs).glob("*/args.json"))
-    what = f"no such file or run: {name}" if "/" in name or "." in name else f"no run {name} in {runs}"
-    raise UserError(f"{what}; {did_you_mean(known, *Path(name).parts) or '`make runs` lists them'}")
-
-
-def find_weights(text=None, runs="runs"):
-    """The checkpoint file for `text`: a file, or a run's name or folder. Default: the release, else the best run."""
-    if text is None:
-        if (RELEASE / "best.pt").is_file():
-            return RELEASE / "best.pt"
-        scored = [(best_score(p.parent), p) for p in Path(runs).glob("*/best.pt")]
-        if not scored:
-            raise UserError(f"no trained weights in {runs}; train with `make train` or pass --weights FILE")
-        return max(scored)[1]
-    if Path(text).is_file():
-        return Path(text)
-    path = find_run(text, runs) / "best.pt"
-    if not path.is_file():
-        latest = f"; the latest are in {path.parent}/last.pt" if path.with_name("last.pt").is_file() else ""
-        raise UserError(f"{path.parent} has no best.pt: its weights were not kept, or no epoch has finished{latest}")
-    return path
-
-
-def delete_run(folder):
-    """Delete a run's files, args.json first; whatever else is in its folder stays."""
-    for name in RUN_FILES:
-        (folder / name).unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def replace_run(folder):
-    """Yield an empty folder to write a run's files to, which then replace the older run's in `folder`.
-
-    On failure the older files stay. args.json goes first and comes last: no mixture of two runs counts as one.
-    """
-    remove_unfinished(folder, RUN_FILES)
-    made = Path(tempfile.mkdtemp(dir=folder, prefix=".args.json.", suffix=".tmp"))
-    try:
-        yield made
-        delete_run(folder)
-        for path in sorted(made.iterdir(), key=lambda path: path.name == "args.json"):
-            os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(made)
-
-
-def run_record(path):
-    """The args.json next to a file in a run's folder, as a dict; {} if there is none."""
-    record = Path(path).with_name("args.json")
-    return read_json(record) if record.is_file() else {}
-
-
-def run_arguments(folder):
-    """The arguments in a run's args.json as a dict. UserError if the file is damaged."""
-    try:
-        arguments = dict(read_json(folder / "args.json")["args"])
-        arguments["model"], arguments["sizes"]
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{folder}/args.json contains no arguments: restore it, or start a new run") from None
-    return arguments
-
-
-def make_name(folder):
-    """A run as make's NAME= takes it, quoted for the shell; a run outside runs/ by its path."""
-    return shlex.quote(folder.name if folder.parent.resolve() == Path("runs").resolve() else str(folder))
-
-
-def best_score(folder):
-    """Best official score of a run, -1 if it was never validated."""
-    scores = (line.get("official") for line in read_metrics(folder))
-    return max((score for score in scores if type(score) in (int, float) and 0 <= score <= 1), default=-1.0)
-
-
-def read_metrics(folder):
-    """The lines of metrics.jsonl as dicts; a line cut off by a crash ends the list."""
-    metrics = []
-    try:
-        for line in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            metrics.append(dict(json.loads(line)))
-    except (OSError, ValueError, TypeError, RecursionError):
-        pass
-    return metrics

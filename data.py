@@ -15,10 +15,10 @@ from common import UserError, in_parallel, print_message
 import numpy as np
 import torch
 
-from checkpoint import run_record
 from device import to_device
 from images import image_files, image_hash, is_turned, read_image, read_mask, require_file
 from labels import FLIP, NUM_CLASSES, SIDES
+from register import run_record
 
 SIZE = 512  # side of every stored image and mask
 IMAGE_BYTES, MASK_BYTES = 3 * SIZE * SIZE, SIZE * SIZE

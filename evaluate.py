@@ -17,12 +17,13 @@ import numpy as np
 import torch
 
 import checkpoint
+import register
 from data import find_data_of, is_synthetic, load_pairs, split
 from device import amp_dtype, autocast, select_device, to_device
-from images import area, image_files, read_mask, soft_labels
+from images import image_files, read_mask
 from labels import NAMES, NUM_CLASSES
-from losses import segmentation_loss
-from views import ONE_VIEW, check_size, label_map, log_probabilities, parse_views
+from losses import segmentation_loss, soft_labels
+from views import ONE_VIEW, area, check_size, label_map, log_probabilities, parse_views
 
 
 def confusion(pred, true):
@@ -135,7 +136,7 @@ def held_out(content, path, keys):
     held = [i for name, known in pairs for i in index.get(known or (name, None), [])]
     if held := list(dict.fromkeys(held)) or [i for i, known in enumerate(checkpoint.seen(content, keys)) if not known]:
         return np.array(held)
-    args = checkpoint.run_record(path).get("args", {})
+    args = register.run_record(path).get("args", {})
     return split(len(keys), args.get("val_split") or 0.1, args.get("split_seed", 42))[1]
 
 
@@ -183,7 +184,7 @@ def main():
         return
     views, device = parse_views(args.views), select_device(args.device, args.threads)
     check_size(args.size or 32)
-    path = checkpoint.find_weights(args.weights)
+    path = register.find_weights(args.weights)
     data = find_data_of(path, args.data)
     synthetic = " (synthetic faces)" if is_synthetic(data) else ""
     name = f"{path}{'' if args.weights else ' (no NAME given)'}"

@@ -1,4 +1,4 @@
-"""Images and masks: read files of any kind, write palette PNGs, resize tensors."""
+"""Image files: read them as pixels or labels, write palette PNGs."""
 
 import hashlib
 import re
@@ -10,8 +10,6 @@ from pathlib import Path
 from common import UserError
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from labels import COLOURS, NUM_CLASSES, PALETTE
@@ -169,44 +167,3 @@ def image_files(path):
     if not files:
         raise UserError(f"no images in {path} (looked for {' '.join(IMAGE_SUFFIXES)})")
     return files
-
-
-def area(x, size):
-    """Resize maps (B, C, H, W) to `size` = (h, w) by averaging over each pixel's area."""
-    if x.device.type == "mps":  # MPS supports integer factors only
-        return F.interpolate(x.cpu(), tuple(size), mode="area").to(x.device)
-    return F.interpolate(x, tuple(size), mode="area")
-
-
-def resize(images, height, width):
-    """Resize uint8 images (B, 3, H, W) to float (B, 3, height, width), values 0..1: area average down, bilinear up."""
-    (down_y, rest_y), (down_x, rest_x) = divmod(images.shape[2], height), divmod(images.shape[3], width)
-    if rest_y or rest_x or not down_y or not down_x:
-        shrinks = height * width < images.shape[2] * images.shape[3]
-        images = images.float() / 255
-        return area(images, (height, width)) if shrinks else F.interpolate(images, (height, width), mode="bilinear")
-    if down_y == down_x == 1:
-        return images.float().div_(255)
-    # Sum integer factors as integers, several times faster than pooling floats.
-    counts = torch.int16 if 255 * down_y * down_x < 2**15 else torch.int32
-    rows = images[:, :, ::down_y].to(counts)
-    for i in range(1, down_y):
-        rows += images[:, :, i::down_y]
-    cells = rows[..., ::down_x].clone()
-    for i in range(1, down_x):
-        cells += rows[..., i::down_x]
-    return cells.float().div_(255 * down_y * down_x)
-
-
-def soft_labels(masks, stride=1, others=None, lam=None):
-    """uint8 masks (B, H, W) to the fraction of each label in every stride x stride cell: (B, 19, H/stride, W/stride).
-
-    With `lam` (B,) 0..1, `others` (B, H, W) are blended in with weight 1 - lam.
-    """
-    count, height, width = masks.shape
-    soft = torch.zeros(count, NUM_CLASSES, height // stride, width // stride, device=masks.device)
-    whole = torch.full((count,), 1 / stride**2, device=masks.device)
-    for part, weight in [(masks, whole)] if lam is None else [(masks, whole * lam), (others, whole * (1 - lam))]:
-        cells = F.pixel_unshuffle(part[:, None], stride).long()  # (B, stride^2, H/stride, W/stride)
-        soft.scatter_add_(1, cells, weight[:, None, None, None].expand_as(cells))
-    return soft

@@ -79,6 +79,20 @@ def _weighted(log_p, p, focal, class_weights):
     return terms if class_weights is None else terms * class_weights[:, None, None]
 
 
+def soft_labels(masks, stride=1, others=None, lam=None):
+    """uint8 masks (B, H, W) to the fraction of each label in every stride x stride cell: (B, 19, H/stride, W/stride).
+
+    With `lam` (B,) 0..1, `others` (B, H, W) are blended in with weight 1 - lam.
+    """
+    count, height, width = masks.shape
+    soft = torch.zeros(count, NUM_CLASSES, height // stride, width // stride, device=masks.device)
+    whole = torch.full((count,), 1 / stride**2, device=masks.device)
+    for part, weight in [(masks, whole)] if lam is None else [(masks, whole * lam), (others, whole * (1 - lam))]:
+        cells = F.pixel_unshuffle(part[:, None], stride).long()  # (B, stride^2, H/stride, W/stride)
+        soft.scatter_add_(1, cells, weight[:, None, None, None].expand_as(cells))
+    return soft
+
+
 def training_loss(logits, target, **settings):
     """`segmentation_loss` of logits (B, 19, h, w) upsampled to the target's size: same value, same gradient.
 

@@ -1,16 +1,12 @@
 """The networks: MicroSegFormer (the reference) and MicroUNet, each from an image to 19 logits per pixel.
 
-python model.py --model microsegformer --no-lmsa     # parameters by module; fails at the challenge's limit
-python model.py --recipe release                     # takes the flags of train.py; --name: the network of this run
-
 Both take float images (B, 3, H, W) with values 0..1, sides multiples of 32, and return logits (B, 19, H, W).
 """
 
 import inspect
-import sys
 import warnings
 
-from common import UserError, run_main
+from common import UserError
 
 import torch
 import torch.nn.functional as F
@@ -393,32 +389,3 @@ def check_logits(model):
 def count_parameters(model):
     """Number of parameters as the challenge counts: frozen ones included, buffers not."""
     return sum(p.numel() for p in model.parameters())
-
-
-def parameter_table(model):
-    """Parameters by top-level module and in total, as text."""
-    rows = [(name, count_parameters(module)) for name, module in model.named_children()]
-    rows = [(name, count) for name, count in rows if count] + [("total", count_parameters(model))]
-    return "\n".join(f"{name:<18}{count:>12,}" for name, count in rows)
-
-
-def main():
-    from checkpoint import find_run, run_arguments  # these import this module
-    from options import from_record, network_arguments, parse
-
-    args, _ = parse(sys.argv[1:])
-    if args.name:
-        folder = find_run(args.name, args.runs)
-        args = from_record(run_arguments(folder), folder / "args.json")
-    model = build(args.model, **network_arguments(args))
-    check_logits(model)
-    print(f"{args.model}\n{parameter_table(model)}")
-    if count_parameters(model) >= PARAM_LIMIT:
-        print(f"FAIL: a submission must have fewer than {PARAM_LIMIT:,}", file=sys.stderr)
-        return 1
-    print(f"ok: fewer than {PARAM_LIMIT:,}")
-    return 0
-
-
-if __name__ == "__main__":
-    run_main(main)

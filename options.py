@@ -6,7 +6,6 @@ python train.py --recipe lmsa_gpu_aug --dice 2     # a recipe; further flags ove
 
 import argparse
 import json
-import math
 import tomllib
 from pathlib import Path
 
@@ -272,44 +271,3 @@ def parse_sizes(text, epochs):
     if any(length < 1 for _, length in phases) or (len(phases) > 1 and str(text).count(":") < len(phases)):
         raise UserError(f"--sizes {text}: each size needs its epochs, at least 1, as in 128:36,256:12")
     return phases
-
-
-def size_at(phases, epoch):
-    """Image size of an epoch, counted from 0."""
-    for size, length in phases:
-        if epoch < length:
-            return size
-        epoch -= length
-    raise ValueError("epoch beyond the last phase")
-
-
-def compute(phases, epoch):
-    """Compute spent before `epoch` (a float): the squared image side, summed over epochs."""
-    spent = 0.0
-    for size, length in phases:
-        spent += min(max(epoch, 0), length) * size * size
-        epoch -= length
-    return spent
-
-
-def learning_rate(args, phases, epoch):
-    """Learning rate at `epoch`, a float that counts finished epochs.
-
-    Linear warm-up, then constant; or "cosine" to 0 over the compute spent (arXiv 1608.03983), so that epochs at small
-    sizes take a small part of it; or "restarts": the cosine over periods of `restart_period` epochs, growing.
-    """
-    length = sum(epochs for _, epochs in phases)
-    warmup = min(args.warmup, length / 2)
-    if epoch < warmup:
-        return args.lr * epoch / warmup
-    if args.schedule == "constant":
-        return args.lr
-    if args.schedule == "cosine":
-        start, end = compute(phases, warmup), compute(phases, length)
-        progress = (compute(phases, epoch) - start) / max(end - start, 1)
-    else:
-        inside, period = epoch - warmup, args.restart_period
-        while inside - period > 1e-9:  # a step's rate is that of its end: the last one of a period takes 0
-            inside, period = inside - period, period * args.restart_growth
-        progress = inside / period
-    return args.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))

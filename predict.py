@@ -38,11 +38,12 @@ from common import (
 import numpy as np
 from PIL import Image
 
-from checkpoint import find_weights, load_model
+from checkpoint import load_model
 from device import select_device
 from images import MASK, image_files, mask_image, overlay, read_image, rgb_pixels
 from labels import NAMES
 from photo import cut_out, describe, parse_labels, parse_photos
+from register import find_weights
 from views import check_size, parse_views
 
 

@@ -12,7 +12,6 @@ From top to bottom: the run's folder, set-up, one step, validation, the loop, wh
 
 import argparse
 import copy
-import fcntl
 import json
 import math
 import os
@@ -36,9 +35,8 @@ import torch.distributed as dist
 from torch import nn
 
 import checkpoint
-import options
+import register
 from augment import augment, draw, slice_batch
-from checkpoint import find_run, find_weights, make_name, read_metrics, run_arguments
 from data import Batches, find_data, is_synthetic, load_pairs, split
 from device import amp_dtype, autocast, device_name, select_device
 from evaluate import batch_score, evaluate, f_scores, label_scores, official_score
@@ -46,7 +44,8 @@ from labels import NUM_CLASSES
 from losses import training_loss
 from model import PARAM_LIMIT, build, check_logits, count_parameters
 from muon import Muon
-from options import NEUTRAL, compute, flag, from_record, learning_rate, network_arguments, parse, size_at, strength
+from options import NEUTRAL, flag, from_record, network_arguments, parse, parse_sizes, strength
+from register import find_run, find_weights, lock, make_name, read_metrics, run_arguments
 
 HERE = Path(__file__).parent
 LONG_HOURS = 2  # a run estimated to take longer prints a warning
@@ -89,7 +88,7 @@ def open_run(args):
             kept = (folder / "best.pt").is_file()
             raise UserError(f"{folder} has no last.pt to resume{starts if kept else ', only records of a training'}")
         lock(folder)
-        remove_unfinished(folder, checkpoint.RUN_FILES)
+        remove_unfinished(folder, register.RUN_FILES)
         return folder
     name, number = args.name, 1
     while name is None:
@@ -104,8 +103,8 @@ def open_run(args):
         # A training was killed while its files replaced those of an older run.
         torn = not (folder / "args.json").is_file() and any(folder.glob(".args.json.*.tmp/args.json"))
         if torn:
-            checkpoint.delete_run(folder)
-        remove_unfinished(folder, checkpoint.RUN_FILES)
+            register.delete_run(folder)
+        remove_unfinished(folder, register.RUN_FILES)
         if not torn and any(path.name != ".lock" for path in folder.iterdir()):
             if not (folder / "args.json").is_file():
                 raise UserError(f"{folder} exists and is no run: choose another NAME, or move its files away")
@@ -116,35 +115,6 @@ def open_run(args):
     except OSError as error:
         raise UserError(f"cannot use {folder}: {error.strerror}; see --runs") from None
     return folder
-
-
-_locks = []  # open files: the system releases their locks when the process ends, even if it is killed
-
-
-def lock(folder):
-    """Hold the run for this process. UserError if another training does."""
-    try:
-        number = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)  # a link is another's file
-        file = open(number, "w")  # noqa: SIM115 - stays open
-    except OSError as error:
-        raise UserError(f"cannot write {folder}/.lock: {error.strerror}; remove it if no training runs") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another training is writing {folder}; wait for it or choose another NAME") from None
-    _locks.append(file)
-
-
-def is_running(folder):
-    """True if a training holds the run."""
-    try:
-        with open(Path(folder, ".lock")) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def write_metrics(folder, lines):
@@ -191,7 +161,7 @@ def set_up(args):
     batch = min(args.batch, len(train_indices) // unit * unit)
     if not batch or batch % unit:
         raise UserError(f"--batch {args.batch} of {len(train_indices)} pairs is not a multiple of {unit}; try NPROC=1")
-    phases = options.parse_sizes(args.sizes, args.epochs)
+    phases = parse_sizes(args.sizes, args.epochs)
     if batch == 1 and any(size == 32 for size, _ in phases):
         raise UserError("batch norm needs more than one value: use a larger --batch or size than 1 image of 32 pixels")
 
@@ -258,7 +228,7 @@ def set_up(args):
         record = {"args": vars(args), "parameters": count_parameters(model), "pairs": used, "processes": processes}
         record |= {"device": device.type, "device_name": device_name(device), "amp": str(dtype or torch.float32)[6:]}
         record |= {"tf32": torch.get_float32_matmul_precision() == "high", "command": sys.argv, **environment()}
-        with checkpoint.replace_run(folder) as run.folder:  # an older run stays until this one is on the disk
+        with register.replace_run(folder) as run.folder:  # an older run stays until this one is on the disk
             save_last(run)
             write_metrics(run.folder, [])
             write_text(run.folder / "args.json", json.dumps(record, indent=1) + "\n")
@@ -387,6 +357,47 @@ def catch_signals(rank=0):
     signal.set_wakeup_fd(writer)
     threading.Thread(target=watch, daemon=True).start()
     return signals
+
+
+def size_at(phases, epoch):
+    """Image size of an epoch, counted from 0."""
+    for size, length in phases:
+        if epoch < length:
+            return size
+        epoch -= length
+    raise ValueError("epoch beyond the last phase")
+
+
+def pixels_before(phases, epoch):
+    """Pixels of an image in all epochs before `epoch` (a float): a measure of the compute spent."""
+    spent = 0.0
+    for size, length in phases:
+        spent += min(max(epoch, 0), length) * size * size
+        epoch -= length
+    return spent
+
+
+def learning_rate(args, phases, epoch):
+    """Learning rate at `epoch`, a float that counts finished epochs.
+
+    Linear warm-up, then constant; or "cosine" to 0 over the compute spent (arXiv 1608.03983), so that epochs at small
+    sizes take a small part of it; or "restarts": the cosine over periods of `restart_period` epochs, growing.
+    """
+    length = sum(epochs for _, epochs in phases)
+    warmup = min(args.warmup, length / 2)
+    if epoch < warmup:
+        return args.lr * epoch / warmup
+    if args.schedule == "constant":
+        return args.lr
+    if args.schedule == "cosine":
+        start, end = pixels_before(phases, warmup), pixels_before(phases, length)
+        progress = (pixels_before(phases, epoch) - start) / max(end - start, 1)
+    else:
+        inside, period = epoch - warmup, args.restart_period
+        while inside - period > 1e-9:  # a step's rate is that of its end: the last one of a period takes 0
+            inside, period = inside - period, period * args.restart_growth
+        progress = inside / period
+    return args.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
 
 
 def label_weights(args, pairs, indices, device):
@@ -588,7 +599,7 @@ def is_finished(run):
 def train(run):
     """Train the remaining epochs; returns the number of the signal that stopped them, or 0."""
     clock = saved = time.monotonic()
-    session, total = 0, compute(run.phases, run.epochs)
+    session, total = 0, pixels_before(run.phases, run.epochs)
     lag = 1 if run.device.type == "cuda" else 0  # a GPU has the next step to do while the loss of one is read
     run.model.train()
     for epoch in range(run.progress["epoch"], run.epochs):
@@ -607,7 +618,7 @@ def train(run):
             run.progress["seconds"] += now - clock
             clock = now
             run.progress["step"] = step + 1
-            session, spent = session + 1, compute(run.phases, epoch + (step + 1) / run.steps)
+            session, spent = session + 1, pixels_before(run.phases, epoch + (step + 1) / run.steps)
             if session <= 2:  # not representative: the first steps fill caches
                 warm_time, warm_spent, left = now, spent, None
             else:

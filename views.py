@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from common import UserError
 
 import torch
+import torch.nn.functional as F
 
-from images import resize
 from labels import FLIP
 from model import upsample
 
@@ -56,6 +56,33 @@ def input_size(height, width, size, scale=1.0):
     """(height, width) of the network's input: the image's aspect ratio, about (size * scale)^2 pixels, sides of 32s."""
     aspect = math.sqrt(height / width)
     return tuple(max(32, round(size * scale * side / 32) * 32) for side in (aspect, 1 / aspect))
+
+
+def area(x, size):
+    """Resize maps (B, C, H, W) to `size` = (h, w) by averaging over each pixel's area."""
+    if x.device.type == "mps":  # MPS supports integer factors only
+        return F.interpolate(x.cpu(), tuple(size), mode="area").to(x.device)
+    return F.interpolate(x, tuple(size), mode="area")
+
+
+def resize(images, height, width):
+    """Resize uint8 images (B, 3, H, W) to float (B, 3, height, width), values 0..1: area average down, bilinear up."""
+    (down_y, rest_y), (down_x, rest_x) = divmod(images.shape[2], height), divmod(images.shape[3], width)
+    if rest_y or rest_x or not down_y or not down_x:
+        shrinks = height * width < images.shape[2] * images.shape[3]
+        images = images.float() / 255
+        return area(images, (height, width)) if shrinks else F.interpolate(images, (height, width), mode="bilinear")
+    if down_y == down_x == 1:
+        return images.float().div_(255)
+    # Sum integer factors as integers, several times faster than pooling floats.
+    counts = torch.int16 if 255 * down_y * down_x < 2**15 else torch.int32
+    rows = images[:, :, ::down_y].to(counts)
+    for i in range(1, down_y):
+        rows += images[:, :, i::down_y]
+    cells = rows[..., ::down_x].clone()
+    for i in range(1, down_x):
+        cells += rows[..., i::down_x]
+    return cells.float().div_(255 * down_y * down_x)
 
 
 def predict_logits(model, images):

@@ -26,6 +26,7 @@ import checkpoint
 import evaluate
 import options
 import predict
+import register
 import train
 from checks.test_data_tools import LABELS, challenge, encoded, jpeg, run_prepare, write
 from checks.test_report import save_weights, write_run
@@ -254,7 +255,7 @@ def test_a_run_is_replaced_once_the_new_one_is_written(copy, monkeypatch):
         if killed:  # while the new files replaced the old ones
             (folder / ".args.json.a1b2c3d4.tmp").mkdir()
             (folder / "args.json").rename(folder / ".args.json.a1b2c3d4.tmp/args.json")
-        train._locks.clear()
+        register._locks.clear()
         set_up(copy, f"--name=whole --overwrite --seed=1 {FLAGS}")
         assert {path.name for path in folder.iterdir()} == {".lock", "args.json", "metrics.jsonl", "last.pt"} | mine
 
@@ -277,7 +278,7 @@ def test_the_cache_keeps_other_files_and_a_lock_is_no_link(copy):
     (copy / "runs/whole/.lock").unlink()
     (copy / "runs/whole/.lock").symlink_to(copy / "cache/notes.tmp")
     with pytest.raises(UserError, match=".lock"):
-        train.lock(copy / "runs/whole")
+        register.lock(copy / "runs/whole")
     assert (copy / "cache/notes.tmp").read_text() == "mine"
 
 
@@ -363,7 +364,7 @@ def test_one_damaged_run_does_not_stop_the_others(tmp_path, capsys, name, conten
     (write_run(tmp_path, "bad", [0.6]) / name).write_text(content)
     assert command(leaderboard.main, f"--runs={tmp_path}") == 0 and "sound" in capsys.readouterr().out
     report.write_page(tmp_path)
-    assert checkpoint.best_score(tmp_path / "bad") <= 0.6
+    assert register.best_score(tmp_path / "bad") <= 0.6
     assert command(train.main, f"--runs={tmp_path}", "--resume=bad", f"--data={tmp_path}/none") == 2
 
 

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from augment import PRESETS, Strength, augment, colour, draw, mix, slice_batch, warp
-from images import resize, soft_labels
 from labels import COLOURS, FLIP
+from losses import soft_labels
+from views import resize
 
 COLOUR_TABLE = torch.tensor(COLOURS, dtype=torch.uint8)
 LUMA = torch.tensor([0.299, 0.587, 0.114])[:, None, None]

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 
 from data import Pairs, split
 from evaluate import batch_score, compare_folders, confusion, evaluate, held_out, label_scores, main, official_score
-from images import mask_image, resize
+from images import mask_image
 from labels import FLIP
 from model import build
-from views import Views, input_size, label_map, log_probabilities, parse_views
+from views import Views, input_size, label_map, log_probabilities, parse_views, resize
 
 
 def test_confusion_counts_pixels():

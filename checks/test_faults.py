@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from augment import Strength, augment, draw, mix, warp
 from evaluate import confusion, official_score
 from labels import COLOURS, FLIP, NUM_CLASSES
-from options import build_parser, learning_rate, parse, parse_sizes
+from options import build_parser, parse, parse_sizes
+from train import learning_rate
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 10))
 few = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)

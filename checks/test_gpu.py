@@ -19,11 +19,11 @@ SEGFORMER = "--dropout=0 --augment=strong --sizes=64:1 --class-weights=balanced"
 PHOTO, RELEASE = "docs/astronaut.jpg", "runs/release/best.pt"
 LAST = f"""
 from concurrent.futures import ThreadPoolExecutor
-import sys, pathlib, checkpoint, images, predict, tools.export
+import sys, pathlib, images, predict, register, tools.export
 out = pathlib.Path(sys.argv[1])
 parser = predict.FaceParser()  # in a thread, as the page's server calls it
 images.mask_image(ThreadPoolExecutor(1).submit(parser, "{PHOTO}").result().mask).save(out / "page.png")
-checkpoint.RELEASE, run = out / "release", checkpoint.RELEASE
+register.RELEASE, run = out / "release", register.RELEASE
 tools.export.write_release(run / "best.pt", run)
 """
 

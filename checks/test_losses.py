@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import losses
-from images import soft_labels
-from losses import segmentation_loss, training_loss
+from losses import segmentation_loss, soft_labels, training_loss
 from model import upsample
 
 WEIGHTS = torch.linspace(0.1, 2, 19)

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from checks.references import plain_forward
-from model import PARAM_LIMIT, MicroSegFormer, MicroUNet, build, check_logits, count_parameters, fold_batch_norm, main
+from model import PARAM_LIMIT, MicroSegFormer, MicroUNet, build, check_logits, count_parameters, fold_batch_norm
 from options import json_object
+from tools.check_params import main
 
 REFERENCE = Path(__file__).with_name("reference")
 # The reference's names of weights, as patterns, and ours; numbered modules count from 1 there.
@@ -94,10 +95,13 @@ def test_network_equals_its_baseline(kind, settings, training):
 
 
 def test_parameters_of_a_training_are_shown(monkeypatch, capsys):
-    for flags, count in [("--no-lmsa", "1,721,939"), ("--recipe=search", "1,558,355"), ("--name=release", "1,758,835")]:
-        monkeypatch.setattr(sys, "argv", ["model.py", flags])
+    own = ("--no-lmsa", "1,721,939"), ("--recipe=search", "1,558,355"), ("--name=release", "1,758,835")
+    for flags, count in [*own, ("", "microunet of /")]:  # alone: the weights that a submission would have
+        monkeypatch.setattr(sys, "argv", ["check_params", *flags.split()])
         assert main() == 0 and count in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["model.py", "--model=microunet", '--model-args={"widths": [99, 99, 99, 99, 99]}'])
+    monkeypatch.setattr(
+        sys, "argv", ["check_params", "--model=microunet", '--model-args={"widths": [99, 99, 99, 99, 99]}']
+    )
     assert main() == 1 and "FAIL" in capsys.readouterr().err
 
 

@@ -22,10 +22,11 @@ from images import mask_image, read_mask
 from labels import NUM_CLASSES
 from model import build
 from options import parse
+from register import lock
 from tools import course_report, report
 from tools.leaderboard import leaderboard, make_line, recipe_table, remark, summary, survey
 from tools.synth import make_dataset
-from train import lock, rounded
+from train import rounded
 
 HELD_OUT = {"validated": True, "trained_on": ["another"]}
 NASTY = """<b>"O'Neil" & co #1%<!--<script>"""

@@ -15,12 +15,14 @@ import torch
 
 import checkpoint
 import evaluate
+import register
 import train
 from checks.references import difference, metrics
 from data import load_pairs
 from losses import training_loss
-from options import learning_rate, load_recipes, parse
+from options import load_recipes, parse
 from tools.synth import make_dataset
+from train import learning_rate
 
 # Two sizes, Muon, EMA, dropout, mixing: everything that has a state or draws random numbers.
 FLAGS = "--sizes=32:2,64:1 --batch=2 --optimiser=muon --ema=0.9 --augment=advanced --lr=1e-3 --warmup=1"
@@ -54,7 +56,7 @@ def set_up(place, flags):
 def train_here(place, flags):
     """Train in this process, which saves the start of another."""
     train.train(set_up(place, flags))
-    train._locks.clear()
+    register._locks.clear()
 
 
 def values(place, name, *keys):
@@ -229,6 +231,6 @@ def test_loss_that_is_nan_stops_and_keeps_the_last_save(place, monkeypatch):
 
 def test_second_training_of_a_run_is_refused(place):
     run = set_up(place, f"--name=busy {FLAGS}")
-    assert train.is_running(run.folder)
+    assert register.is_running(run.folder)
     with pytest.raises(UserError, match="another training"):
         set_up(place, "--resume=busy")

@@ -17,10 +17,10 @@ from statistics import pstdev
 
 from common import ArgumentParser, UserError, atomic, duration, read_json, require_packages, run_main, write_text
 
-from checkpoint import find_run, make_name
 from labels import HEX_COLOURS, NAMES
 from model import PARAM_LIMIT, build, count_parameters, parameter_table
 from options import from_record, network_arguments, strength
+from register import find_run, make_name
 from tools.leaderboard import changed_settings
 from tools.report import TEMPLATE, fill_template, find_scripts, image_score, read_pictures, read_runs, write_page
 from tools.report_zip import count_pages, matriculation

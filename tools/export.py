@@ -22,11 +22,12 @@ import torch
 from torch import nn
 
 import checkpoint
+import register
 from augment import Strength, draw, warp
 from device import select_device
-from images import image_files, read_image, resize
+from images import image_files, read_image
 from labels import HEX_COLOURS, NAMES
-from views import label_map, predict_logits
+from views import label_map, predict_logits, resize
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 SAME = 0.9999  # least fraction of pixels to which torch and onnxruntime give the same label
@@ -138,7 +139,7 @@ def write_release(weights, folder, overwrite=False):
 
     If other weights than the run's are given, its own become validated.pt, with which anyone can check the score.
     """
-    release, own = checkpoint.RELEASE, folder / "best.pt"
+    release, own = register.RELEASE, folder / "best.pt"
     if (release / "best.pt").is_file() and not overwrite:
         raise UserError(f"{release} exists, the weights that every command uses by default: OVERWRITE=1 replaces them")
     if folder.resolve() == release.resolve():
@@ -148,7 +149,7 @@ def write_release(weights, folder, overwrite=False):
         sources["validated.pt"] = own
     contents = {name: halve(path) for name, path in sources.items()}
     make_folder(release)
-    with checkpoint.replace_run(release) as made:
+    with register.replace_run(release) as made:
         for name in ("args.json", "metrics.jsonl", "best.json"):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, made / name)
@@ -182,9 +183,9 @@ def main():
     args = parser.parse_args()
     if bool(args.out) == args.release or (args.release and not args.name):
         raise UserError("give the file to write, OUT=parser.onnx; `make release NAME=a` creates runs/release")
-    weights = checkpoint.find_weights(args.weights or args.name, args.runs)
+    weights = register.find_weights(args.weights or args.name, args.runs)
     if args.release:
-        write_release(weights, checkpoint.find_run(args.name, args.runs), args.overwrite)
+        write_release(weights, register.find_run(args.name, args.runs), args.overwrite)
     else:
         select_device("cpu", args.threads)
         write_onnx(weights, args.out, args.logits, args.images)

@@ -12,8 +12,8 @@ from pathlib import Path
 from common import ArgumentParser, print_message, printable, read_json, run_main
 
 import options
-from checkpoint import is_validated, load, make_name, read_metrics
-from train import is_running
+from checkpoint import is_validated, load
+from register import is_running, make_name, read_metrics
 
 NEUTRAL = options.NEUTRAL | {"name", "recipe", "overwrite"}
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from common import ArgumentParser, UserError, atomic, check_target, make_folder, run_main
 
 import checkpoint
+import register
 from data import find_data_of, is_synthetic
 from images import image_files
 from model import PARAM_LIMIT, count_parameters
@@ -102,9 +103,9 @@ def main():
     parser.add_argument("--views", help="views to average, such as flip,scales; default those in the checkpoint")
     parser.add_argument("--run", type=int, default=5, help="images on which run.py is checked")
     args = parser.parse_args()
-    weights = checkpoint.find_weights(args.weights)
+    weights = register.find_weights(args.weights)
     path = os.path.relpath(weights) if weights.is_relative_to(Path.cwd()) else weights
-    default = "the release, " if weights.parent == checkpoint.RELEASE else "the best run, "
+    default = "the release, " if weights.parent == register.RELEASE else "the best run, "
     print(f"weights: {'' if args.weights else default}{path}", flush=True)
     folder = Path(path).parent
     folder = folder if (folder / "args.json").is_file() else Path("build")

@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from checkpoint import load_model, read_metrics, seen
+from checkpoint import load_model, seen
 from data import find_data_of, find_pairs, reversed_sides
 from device import select_device
 from images import image_hash, mask_image, read_image, read_mask
 from labels import HEX_COLOURS, NAMES, NUM_CLASSES
 from options import parse_sizes
+from register import is_running, read_metrics
 from tools.leaderboard import NEUTRAL, changed_settings, number, summary, survey
-from train import is_running
 from views import Views, label_map, log_probabilities
 
 TEMPLATE = Path(__file__).with_name("page.html")

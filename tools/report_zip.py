@@ -15,6 +15,7 @@ from common import ArgumentParser, UserError, atomic, check_target, make_folder,
 import torch
 
 import checkpoint
+import register
 from data import find_data_of, load_pairs
 from evaluate import evaluate, held_out, official_score
 from model import PARAM_LIMIT, count_parameters
@@ -71,7 +72,7 @@ def describe_score(weights, content, data, views):
         score = official_score(evaluate(model, pairs, indices, content["size"], device, views=parse_views(views))[0])
         unsure = f" ({weights.name} {doubt})" if doubt else ""
         return f"{score:.4f}, the official score on the {len(indices)} pairs held out, from the views below{unsure}"
-    best = checkpoint.best_score(weights.parent)
+    best = register.best_score(weights.parent)
     known = f"the run in run/ has {best:.4f}, from one view per image" if best >= 0 else "not measured"
     return f"unknown, since the weights were trained on all pairs; {known}"
 
@@ -112,8 +113,8 @@ def main():
     parser.add_argument("--data", help="folder with train/ and test/; default that of the training, else ./data")
     parser.add_argument("--out", default="build", type=Path, help="folder for the zip")
     args = parser.parse_args()
-    weights = checkpoint.find_weights(args.name)
-    folder, name = weights.parent, checkpoint.make_name(weights.parent)
+    weights = register.find_weights(args.name)
+    folder, name = weights.parent, register.make_name(weights.parent)
     report, draft = args.report or folder / "report.pdf", folder / "report.html"
     if not report.is_file():
         raise UserError(f"no {report}: `make report NAME={name}`, then `make report-pdf NAME={name}`; or REPORT=FILE")
