@@ -134,6 +134,7 @@ class MicroSegFormer(nn.Module):
 
     WIDTHS, DEPTHS, RATIOS, EMBED = (32, 64, 128, 192), (1, 2, 2, 2), (8, 4, 2, 1), 128
     stride = 4  # of the logits computed before the last upsampling
+    ends = "embeddings.0", "classifier"  # first and last layer, which Muon leaves to AdamW
 
     def __init__(self, *, lmsa=True, dropout=0.15):
         super().__init__()
@@ -263,6 +264,7 @@ class MicroUNet(nn.Module):
     """
 
     stride = 2
+    ends = "encoder.0.0", "classifier"
 
     def __init__(
         self,
@@ -376,6 +378,8 @@ def check_logits(model):
     """UserError unless the network gives logits of the image's size, with full_size=False at its `stride`."""
     if not hasattr(model, "stride") or "full_size" not in inspect.signature(model.forward).parameters:
         raise UserError(f"{type(model).__name__} needs an attribute stride and forward(image, full_size=True)")
+    if not hasattr(model, "ends"):
+        raise UserError(f'{type(model).__name__} needs an attribute ends, its first and last layers: ("conv1", "head")')
     image, training = torch.zeros(1, 3, 64, 64, device=next(model.parameters()).device), model.training
     model.eval()
     for full_size, side in ((True, 64), (False, 64 // model.stride)):

@@ -12,6 +12,7 @@ From top to bottom: the run's folder, set-up, one step, validation, the loop, wh
 
 import argparse
 import copy
+import functools
 import json
 import math
 import os
@@ -23,8 +24,8 @@ import sys
 import threading
 import time
 from collections import deque
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 from common import UserError, duration, print_message, read_json, remove_unfinished, run_main, show_line, write_text
 
@@ -36,8 +37,8 @@ from torch import nn
 
 import checkpoint
 import register
-from augment import augment, draw, slice_batch
-from data import Batches, find_data, is_synthetic, load_pairs, split
+from augment import Strength, augment, draw, slice_batch
+from data import Batches, Pairs, find_data, is_synthetic, load_pairs, split
 from device import amp_dtype, autocast, device_name, select_device
 from evaluate import batch_score, evaluate, f_scores, label_scores, official_score
 from labels import NUM_CLASSES
@@ -48,6 +49,7 @@ from options import NEUTRAL, flag, from_record, network_arguments, parse, parse_
 from register import find_run, find_weights, lock, make_name, read_metrics, run_arguments
 
 HERE = Path(__file__).parent
+START = {"epoch": 0, "step": 0, "loss": 0.0, "best": -1.0, "best_epoch": 0, "seconds": 0.0}  # a Training's progress
 LONG_HOURS = 2  # a run estimated to take longer prints a warning
 LOWER = "start again with a lower --lr, and --overwrite or another --name"
 
@@ -141,130 +143,190 @@ def environment():
     return {"commit": commit, "versions": versions, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
+@dataclass
+class Training:
+    """A training in progress: what a step, a validation and a save need."""
+
+    args: argparse.Namespace
+    folder: Path  # of the run; rank 0 alone writes
+    device: torch.device
+    rank: int
+    processes: int
+    pairs: Pairs
+    batches: Batches
+    val_indices: np.ndarray  # (V,), of the pairs held out
+    names: dict  # pairs `trained_on`, also by the weights it started from, and `held_out`: [(name, hash), ...] each
+    phases: list  # [(size, epochs), ...]
+    strength: Strength
+    batch: int  # images per step, over all processes
+    model: nn.Module
+    network: nn.Module  # the model as it is called: compiled, or itself
+    average: nn.Module | None  # EMA of the model
+    optimiser: torch.optim.Optimizer
+    amp_dtype: torch.dtype | None  # None: float32
+    scaler: torch.amp.GradScaler  # does nothing unless amp_dtype is float16
+    loss: dict  # keyword arguments of the loss
+    signals: list  # numbers of the signals received
+    # The next epoch and step, the summed loss of this epoch, the best score and its epoch, seconds so far.
+    progress: dict = field(default_factory=lambda: START.copy())
+    unread: deque = field(default_factory=deque)  # results of `train_step` that a GPU still computes
+
+    @property
+    def steps(self):
+        """Steps per epoch."""
+        return len(self.batches.indices) // self.batch
+
+    @property
+    def epochs(self):
+        """Epochs of the whole training."""
+        return sum(length for _, length in self.phases)
+
+    @functools.cached_property
+    def averaged(self):
+        """The tensors of the EMA, and the model's in the same order."""
+        states = (model.state_dict().values() for model in (self.average, self.model))
+        return [[value for value in state if value.is_floating_point()] for state in states]
+
+
 def set_up(args):
-    """Everything a training needs, new or resumed (progress, networks, optimiser and scaler from last.pt)."""
+    """The Training of these arguments, new or resumed from last.pt; all input is validated before a run is created."""
     device = select_device(args.device, args.threads)
-    rank, processes = join_processes(args, device)
-    start = "" if args.resume else args.start_from or ""
-    if start.startswith("runs/NAME/"):
-        raise UserError(f"recipe {args.recipe} continues another run: add FROM={start} with its name")
-    source = find_weights(start, args.runs) if start else None
     torch.backends.cudnn.benchmark = device.type == "cuda"
+    rank, processes = join_processes(args, device)
     data = on_rank_0(rank, find_data, args.data)
-    on_rank_0(rank, load_pairs, data, args.cache)  # creates the cache
+    if processes > 1:
+        on_rank_0(rank, create_cache, data, args.cache)
     pairs = load_pairs(data, args.cache)
     train_indices, val_indices = split(len(pairs.names), args.val_split, args.split_seed, pairs.hashes[:, 0])
-    trained_on, held = pairs.keys(train_indices), pairs.keys(val_indices)
-    augmentation = strength(args)
-    # MixUp and CutMix blend neighbours, so each process needs an even number of images.
-    unit = 1 if processes == 1 else processes * (2 if augmentation.mixup or augmentation.cutmix else 1)
-    batch = min(args.batch, len(train_indices) // unit * unit)
-    if not batch or batch % unit:
-        raise UserError(f"--batch {args.batch} of {len(train_indices)} pairs is not a multiple of {unit}; try NPROC=1")
-    phases = parse_sizes(args.sizes, args.epochs)
-    if batch == 1 and any(size == 32 for size, _ in phases):
-        raise UserError("batch norm needs more than one value: use a larger --batch or size than 1 image of 32 pixels")
-
+    names = {"trained_on": pairs.keys(train_indices), "held_out": pairs.keys(val_indices)}
+    batch = batch_size(args, len(train_indices), processes)
     torch.manual_seed(args.seed)
     model = build(args.model, **network_arguments(args)).to(device, memory_format=torch.channels_last)
     check_logits(model)
-    if source:
-        content = checkpoint.load(source)
-        if (other := content["model"]) != args.model:
-            raise UserError(f"{source} is a {other}; use MODEL={other} (--model {other})")
-        doubt = checkpoint.doubt(content, held)
-        if any(checkpoint.seen(content, held)):
-            remedy = (
-                "this run would hold them out, its scores would be too high; VAL_SPLIT=0 trains on all, without scores"
-            )
-            raise UserError(f"{source} {doubt}; {remedy}")
-        if doubt and held:
-            print_message(f"{source} {doubt}")
-        trained_on = sorted({*trained_on, *checkpoint.pairs_in(content, "trained_on")}, key=str)
-        checkpoint.load_state(model, content["state_dict"], source)
-        if not rank:
-            after = content.get("epoch") or (content.get("progress") or {}).get("epoch", "?")
-            print(f"weights from {source}, after its epoch {after}")
+    if args.start_from and not args.resume:
+        start_from(model, args, names, rank)
     average = copy.deepcopy(model).requires_grad_(False) if args.ema else None
     if processes > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     dtype = amp_dtype(args.amp, device)
-    # All input is validated by now: create or reopen the run.
-    folder = on_rank_0(rank, open_run, args)
-    run = SimpleNamespace(
+    loss = dict(ce=args.ce, dice=args.dice, focal=args.focal, smoothing=args.smoothing, dice_over=args.dice_over)
+    loss["class_weights"] = label_weights(args, pairs, train_indices, device)
+    training = Training(
         args=args,
-        folder=folder,  # rank 0 alone writes
+        folder=on_rank_0(rank, open_run, args),
         device=device,
         rank=rank,
         processes=processes,
         pairs=pairs,
         batches=Batches(pairs, train_indices, device, args.fix_sides),
         val_indices=val_indices,
-        names={"trained_on": trained_on, "held_out": held},  # trained_on: by this run, or the weights it started from
-        phases=phases,  # [(size, epochs), ...]
-        epochs=sum(length for _, length in phases),
-        strength=augmentation,
-        batch=batch,  # images per step, over all processes
-        steps=len(train_indices) // batch,  # per epoch
+        names=names,
+        phases=parse_sizes(args.sizes, args.epochs),
+        strength=strength(args),
+        batch=batch,
         model=model,
         network=torch.compile(model, dynamic=False) if args.compile else model,  # compiled for each size
-        average=average,  # EMA of the model, or None
-        averaged=[[v for v in m.state_dict().values() if v.is_floating_point()] for m in (average, model) if average],
+        average=average,
         optimiser=make_optimiser(model, args, device),
         amp_dtype=dtype,
         scaler=torch.amp.GradScaler(device.type, enabled=dtype is torch.float16),
-        loss=dict(ce=args.ce, dice=args.dice, focal=args.focal, smoothing=args.smoothing, dice_over=args.dice_over),
-        # The next epoch and step, the summed loss of this epoch, the best score and its epoch, seconds so far.
-        progress={"epoch": 0, "step": 0, "loss": 0.0, "best": -1.0, "best_epoch": 0, "seconds": 0.0},
-        signals=catch_signals(rank),  # numbers of the signals received
-        unread=deque(),  # results of `train_step` on their way
+        loss=loss,
+        signals=catch_signals(rank),
     )
-    run.loss["class_weights"] = label_weights(args, pairs, train_indices, device)
     used = {"training": len(train_indices), "validation": len(val_indices), "content": pairs.digest}
     used["drawn"] = is_synthetic(data)
     if args.resume:
-        restore(run, used)
+        resume(training, used)
     elif not rank:
-        record = {"args": vars(args), "parameters": count_parameters(model), "pairs": used, "processes": processes}
-        record |= {"device": device.type, "device_name": device_name(device), "amp": str(dtype or torch.float32)[6:]}
-        record |= {"tf32": torch.get_float32_matmul_precision() == "high", "command": sys.argv, **environment()}
-        with register.replace_run(folder) as run.folder:  # an older run stays until this one is on the disk
-            save_last(run)
-            write_metrics(run.folder, [])
-            write_text(run.folder / "args.json", json.dumps(record, indent=1) + "\n")
-        run.folder = folder
-    return run
+        create_run(training, used)
+    return training
 
 
-def restore(run, used):
-    """Load the state of last.pt into the run. UserError if it was trained on other pairs or does not fit."""
-    folder = find_run(run.args.resume, run.args.runs)
+def create_cache(data, cache):
+    """Decode the pairs into the cache, unless it has them."""
+    load_pairs(data, cache)
+
+
+def batch_size(args, count, processes):
+    """Images per step of `count` pairs, over all processes. UserError if they cannot be shared among these."""
+    # MixUp and CutMix blend neighbours, so each process needs an even number of images.
+    augmentation = strength(args)
+    unit = 1 if processes == 1 else processes * (2 if augmentation.mixup or augmentation.cutmix else 1)
+    batch = min(args.batch, count // unit * unit)
+    if not batch or batch % unit:
+        raise UserError(f"--batch {args.batch} of {count} pairs is not a multiple of {unit}; try NPROC=1")
+    if batch == 1 and any(size == 32 for size, _ in parse_sizes(args.sizes, args.epochs)):
+        raise UserError("batch norm cannot train on one 32-pixel image; raise --batch or --sizes")
+    return batch
+
+
+def start_from(model, args, names, rank):
+    """Load the weights of --from, and add the pairs that they were trained on to names["trained_on"].
+
+    UserError if they are of another network, or have seen a pair that is held out here.
+    """
+    if args.start_from.startswith("runs/NAME/"):
+        raise UserError(f"recipe {args.recipe} continues another run: add FROM={args.start_from} with its name")
+    source = find_weights(args.start_from, args.runs)
+    content, held = checkpoint.load(source), names["held_out"]
+    if (other := content["model"]) != args.model:
+        raise UserError(f"{source} is a {other}; use MODEL={other} (--model {other})")
+    doubt = checkpoint.doubt(content, held)
+    if any(checkpoint.seen(content, held)):
+        remedy = "this run would hold them out, its scores would be too high; VAL_SPLIT=0 trains on all, without scores"
+        raise UserError(f"{source} {doubt}; {remedy}")
+    if doubt and held:
+        print_message(f"{source} {doubt}")
+    names["trained_on"] = sorted({*names["trained_on"], *checkpoint.pairs_in(content, "trained_on")}, key=str)
+    checkpoint.load_state(model, content["state_dict"], source)
+    if not rank:
+        after = content.get("epoch") or (content.get("progress") or {}).get("epoch", "?")
+        print(f"weights from {source}, after its epoch {after}")
+
+
+def create_run(training, used):
+    """Write the first files of a new run; those of an older run stay until these are on the disk."""
+    args, device, folder = training.args, training.device, training.folder
+    record = {"args": vars(args), "parameters": count_parameters(training.model), "pairs": used}
+    record |= {"processes": training.processes, "device": device.type, "device_name": device_name(device)}
+    record |= {"amp": str(training.amp_dtype or torch.float32).removeprefix("torch.")}
+    record |= {"tf32": torch.get_float32_matmul_precision() == "high", "command": sys.argv, **environment()}
+    with register.replace_run(folder) as training.folder:
+        save_last(training)
+        write_metrics(training.folder, [])
+        write_text(training.folder / "args.json", json.dumps(record, indent=1) + "\n")
+    training.folder = folder
+
+
+def resume(training, used):
+    """Load the state of last.pt into the training. UserError if it was trained on other pairs or does not fit."""
+    folder = find_run(training.args.resume, training.args.runs)
     recorded = read_json(folder / "args.json").get("pairs") or {}
     if any(recorded.get(key, value) != value for key, value in used.items()):
         remedy = "give its data folder with DATA=, or start a new run"
-        raise UserError(f"{folder} was trained on other pairs than {run.args.data or 'data'} has now; {remedy}")
+        raise UserError(f"{folder} was trained on other pairs than {training.args.data or 'data'} has now; {remedy}")
     source = folder / "last.pt"
     state = checkpoint.load(source)
     try:
-        checkpoint.load_state(run.model, state["state_dict"], source)
-        if run.average:
-            checkpoint.load_state(run.average, state["average"], source)
-        run.optimiser.load_state_dict(state["optimiser"])
+        checkpoint.load_state(training.model, state["state_dict"], source)
+        if training.average:
+            checkpoint.load_state(training.average, state["average"], source)
+        training.optimiser.load_state_dict(state["optimiser"])
         if state["scaler"]:  # empty unless it was saved in fp16
-            run.scaler.load_state_dict(state["scaler"])
-        run.progress |= dict(state["progress"])
+            training.scaler.load_state_dict(state["scaler"])
+        training.progress |= dict(state["progress"])
         held = checkpoint.pairs_in(state, "held_out")
-        if "held_out" in state and {name for name, _ in held} != {name for name, _ in run.names["held_out"]}:
+        if "held_out" in state and {name for name, _ in held} != {name for name, _ in training.names["held_out"]}:
             raise UserError(f"{folder}/args.json holds out other pairs than {source}: restore it, or start a new run")
-        for key, own in run.names.items():  # an old run's names get their hashes
+        for key, own in training.names.items():  # an old run's names get their hashes
             hashes = dict(own)
-            run.names[key] = [
+            training.names[key] = [
                 (name, known or hashes.get(name)) for name, known in checkpoint.pairs_in(state, key)
             ] or own
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{source} is of another run or version ({error}); start a new run") from None
-    if run.rank == 0:
-        done = run.progress["epoch"]
+    if training.rank == 0:
+        done = training.progress["epoch"]
         lines = read_metrics(folder)[:done]
         if [line.get("epoch") for line in lines] != list(range(1, done + 1)):
             raise UserError(f"{folder}/metrics.jsonl is damaged: restore it, or start a new run")
@@ -418,9 +480,11 @@ def make_optimiser(model, args, device):
     rest = {"params": vectors, "weight_decay": args.weight_decay if args.decay_all else 0.0}
     if args.optimiser == "adamw":
         return torch.optim.AdamW([{"params": matrices}, rest], **settings)
-    # The first layer, depthwise filters (few inputs) and the classifier (labels as rows) are not hidden matrices.
-    hidden = [p for p in matrices if p.shape[1] > 5 and p.shape[0] != NUM_CLASSES]
-    others = [p for p in matrices if all(p is not h for h in hidden)]
+    # Hidden matrices are not the first layer, the classifier or depthwise filters, which have one input.
+    ends, hidden, others = tuple(f"{name}." for name in model.ends), [], []
+    for name, p in model.named_parameters():
+        if p.dim() >= 2:
+            (others if name.startswith(ends) or p.shape[1] == 1 else hidden).append(p)
     return Muon([{"params": hidden, "orthogonal": True}, {"params": others}, rest], **settings)
 
 
@@ -444,71 +508,72 @@ def average_gradients(gradients):
     torch._foreach_copy_(gradients, [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)])
 
 
-def load_batch(run, epoch, order, step):
+def load_batch(training, epoch, order, step):
     """This process's images and targets, augmented, of a step in an epoch whose pairs are in `order`."""
-    start, stop = (r * run.batch // run.processes for r in (run.rank, run.rank + 1))
-    params = slice_batch(draw(run.batch, run.strength, (run.args.seed, epoch, step)), start, stop)
-    images, masks = run.batches.read(order[step * run.batch :][start:stop])
-    stride = 1 if run.args.loss_grid == "image" else run.model.stride
-    return augment(images, masks, params, size_at(run.phases, epoch), stride, run.args.exchange_sides)
+    start, stop = (r * training.batch // training.processes for r in (training.rank, training.rank + 1))
+    params = slice_batch(draw(training.batch, training.strength, (training.args.seed, epoch, step)), start, stop)
+    images, masks = training.batches.read(order[step * training.batch :][start:stop])
+    stride = 1 if training.args.loss_grid == "image" else training.model.stride
+    return augment(images, masks, params, size_at(training.phases, epoch), stride, training.args.exchange_sides)
 
 
-def train_step(run, epoch, step, images, target):
+def train_step(training, epoch, step, images, target):
     """One step: a tensor of its loss, gradient norm and the fraction of processes with a signal.
 
     On a GPU the step is only launched here; `read_status` waits for it.
     """
-    args = run.args
-    for group in run.optimiser.param_groups:
-        group["lr"] = learning_rate(args, run.phases, epoch + (step + 1) / run.steps)
+    args = training.args
+    for group in training.optimiser.param_groups:
+        group["lr"] = learning_rate(args, training.phases, epoch + (step + 1) / training.steps)
     # Dropout draws from the step's own seed, so that a resumed run draws the same.
-    torch.manual_seed(int(np.random.SeedSequence((args.seed, epoch, step, run.rank)).generate_state(1)[0]))
-    with autocast(run.device, run.amp_dtype):
-        logits = run.network(images, full_size=False)
-    loss = training_loss(logits.float(), target, **run.loss)
-    run.optimiser.zero_grad(set_to_none=True)
-    run.scaler.scale(loss).backward()
-    if run.processes > 1:
-        average_gradients([p.grad for p in run.model.parameters() if p.grad is not None])
+    torch.manual_seed(int(np.random.SeedSequence((args.seed, epoch, step, training.rank)).generate_state(1)[0]))
+    with autocast(training.device, training.amp_dtype):
+        logits = training.network(images, full_size=False)
+    loss = training_loss(logits.float(), target, **training.loss)
+    training.optimiser.zero_grad(set_to_none=True)
+    training.scaler.scale(loss).backward()
+    if training.processes > 1:
+        average_gradients([p.grad for p in training.model.parameters() if p.grad is not None])
     if args.clip:
-        run.scaler.unscale_(run.optimiser)
-    norm = nn.utils.clip_grad_norm_(run.model.parameters(), args.clip or math.inf)
-    run.scaler.step(run.optimiser)
-    run.scaler.update()
-    if run.average:
-        update_average(*run.averaged, args.ema, epoch * run.steps + step)
-    status = torch.stack([loss.detach(), norm, torch.full_like(norm, float(bool(run.signals)))])
-    return all_sum(status).div_(run.processes)
+        training.scaler.unscale_(training.optimiser)
+    norm = nn.utils.clip_grad_norm_(training.model.parameters(), args.clip or math.inf)
+    training.scaler.step(training.optimiser)
+    training.scaler.update()
+    if training.average:
+        update_average(*training.averaged, args.ema, epoch * training.steps + step)
+    status = torch.stack([loss.detach(), norm, torch.full_like(norm, float(bool(training.signals)))])
+    return all_sum(status).div_(training.processes)
 
 
-def read_status(run, status, epoch, step):
+def read_status(training, status, epoch, step):
     """(loss, True if any process received a signal) of a step. UserError if the loss or the gradient is not finite."""
     loss, norm, signalled = status.tolist()
     where = f"in epoch {epoch + 1}, step {step + 1}; {LOWER}"
     if not math.isfinite(loss):
         raise UserError(f"the loss is {loss} {where}")
-    if not (math.isfinite(norm) or run.scaler.is_enabled()):  # the scaler skips such a step itself
+    if not (math.isfinite(norm) or training.scaler.is_enabled()):  # the scaler skips such a step itself
         raise UserError(f"the gradient norm is {norm} {where}")
     return loss, signalled > 0
 
 
-def scored(run, indices, size):
+def scored(training, indices, size):
     """Confusions (N, 19, 19) and mean loss of some pairs, each process evaluating its fraction of them."""
-    shared = {"ranks": (run.rank, run.processes), "stop": lambda: bool(run.signals), "batch": run.args.val_batch}
-    confusions, loss = evaluate(run.average or run.model, run.pairs, indices, size, run.device, **shared)
-    confusions = all_sum(torch.from_numpy(confusions).to(run.device)).cpu().numpy()
-    return confusions, float(all_sum(torch.tensor(loss, device=run.device)))
+    shared = {"ranks": (training.rank, training.processes), "stop": lambda: bool(training.signals)}
+    model, device, batch = training.average or training.model, training.device, training.args.val_batch
+    confusions, loss = evaluate(model, training.pairs, indices, size, device, batch=batch, **shared)
+    confusions = all_sum(torch.from_numpy(confusions).to(device)).cpu().numpy()
+    return confusions, float(all_sum(torch.tensor(loss, device=device)))
 
 
-def validate(run, size):
+def validate(training, size):
     """Scores of the EMA (of the plain weights without --ema) on the held-out pairs: (metrics, confusions).
 
     Returns None if interrupted.
     """
-    confusions, loss = scored(run, run.val_indices, size)
-    sample = min(run.args.train_score, len(run.val_indices))
-    train_confusions = scored(run, run.batches.indices[:sample], size)[0] if sample else None
-    if all_sum(torch.tensor(float(bool(run.signals)), device=run.device)) > 0:
+    confusions, loss = scored(training, training.val_indices, size)
+    sample = min(training.args.train_score, len(training.val_indices))
+    train_confusions = scored(training, training.batches.indices[:sample], size)[0] if sample else None
+    if all_sum(torch.tensor(float(bool(training.signals)), device=training.device)) > 0:
         return None
     if not math.isfinite(loss):
         raise UserError(f"the validation loss is {loss}; {LOWER}")
@@ -519,137 +584,139 @@ def validate(run, size):
     return metrics, confusions
 
 
-def finish_epoch(run, epoch, line):
+def finish_epoch(training, epoch, line):
     """Validate if due, then write metrics.jsonl, best.pt, best.json and last.pt.
 
     Returns False if interrupted: the epoch is not recorded then, and the resumed run validates.
     """
-    size, confusions = size_at(run.phases, epoch), None
+    size, confusions = size_at(training.phases, epoch), None
     begin = time.monotonic()
-    if len(run.val_indices) and ((epoch + 1) % run.args.val_every == 0 or epoch + 1 == run.epochs):
-        validated = validate(run, size)
+    if len(training.val_indices) and ((epoch + 1) % training.args.val_every == 0 or epoch + 1 == training.epochs):
+        validated = validate(training, size)
         if not validated:
             return False
         metrics, confusions = validated
         line |= metrics
-    run.progress["seconds"] += time.monotonic() - begin
-    line["minutes"] = round(run.progress["seconds"] / 60, 2)
+    training.progress["seconds"] += time.monotonic() - begin
+    line["minutes"] = round(training.progress["seconds"] / 60, 2)
     # Without validation the last epoch counts as the best.
-    score = line.get("official", -1.0) if len(run.val_indices) else float(epoch)
-    better = score > run.progress["best"]
+    score = line.get("official", -1.0) if len(training.val_indices) else float(epoch)
+    better = score > training.progress["best"]
     if better:
-        run.progress |= {"best": score, "best_epoch": epoch + 1}
-    run.progress |= {"epoch": epoch + 1, "step": 0, "loss": 0.0}
-    if run.rank == 0:
-        require_finite(run)
-        write_metrics(run.folder, [*read_metrics(run.folder), line])
+        training.progress |= {"best": score, "best_epoch": epoch + 1}
+    training.progress |= {"epoch": epoch + 1, "step": 0, "loss": 0.0}
+    if training.rank == 0:
+        require_finite(training)
+        write_metrics(training.folder, [*read_metrics(training.folder), line])
         if better:
-            content = describe_network(run, run.average or run.model, size)
-            content |= {"epoch": epoch + 1, "official": line.get("official"), "validated": bool(len(run.val_indices))}
-            checkpoint.save(run.folder / "best.pt", content)
+            content = describe_network(training, training.average or training.model, size)
+            content |= {"epoch": epoch + 1, "official": line.get("official")}
+            content |= {"validated": bool(len(training.val_indices))}
+            checkpoint.save(training.folder / "best.pt", content)
             if confusions is not None:
-                write_best(run, line, confusions)
+                write_best(training, line, confusions)
         show_line("", sys.stdout)
-        print(epoch_line(line, run.epochs, better), flush=True)
-    save_last(run)
+        print(epoch_line(line, training.epochs, better), flush=True)
+    save_last(training)
     return True
 
 
-def describe_network(run, model, size):
+def describe_network(training, model, size):
     """The entries of a checkpoint that rebuild the network; `size` is the side of its images."""
-    content = {"model": run.args.model, "model_args": network_arguments(run.args), "size": size}
-    return content | run.names | {"state_dict": model.state_dict()}
+    content = {"model": training.args.model, "model_args": network_arguments(training.args), "size": size}
+    return content | training.names | {"state_dict": model.state_dict()}
 
 
-def write_best(run, line, confusions):
+def write_best(training, line, confusions):
     """Write best.json: the epoch's scores by label and by image, and its confusion matrix."""
     f, images = label_scores(confusions)
-    names = [run.pairs.names[i] for i in run.val_indices]
+    names = [training.pairs.names[i] for i in training.val_indices]
     record = {key: line[key] for key in ("epoch", "official", "batch32")}
     record |= {"labels": rounded(f), "images_with_label": images.tolist(), "confusion": confusions.sum(0).tolist()}
     record["image_scores"] = {name: rounded(row) for name, row in zip(names, f_scores(confusions), strict=True)}
-    write_text(run.folder / "best.json", json.dumps(record) + "\n")
+    write_text(training.folder / "best.json", json.dumps(record) + "\n")
 
 
-def require_finite(run):
+def require_finite(training):
     """UserError if the weights contain infinities or NaN."""
-    if not all(checkpoint.is_finite(m) for m in (run.model, run.average) if m is not None):
+    if not all(checkpoint.is_finite(m) for m in (training.model, training.average) if m is not None):
         raise UserError(f"the weights are no longer finite; {LOWER}")
 
 
-def save_last(run):
+def save_last(training):
     """Write last.pt, from which --resume continues exactly."""
-    if run.rank == 0:
-        require_finite(run)
-        content = describe_network(run, run.model, run.phases[-1][0])
-        loss = run.progress["loss"] + sum(float(status[0]) for status in run.unread)
-        content |= {"average": run.average.state_dict() if run.average else None}
-        content |= {"progress": run.progress | {"loss": loss}}
-        content |= {"optimiser": run.optimiser.state_dict(), "scaler": run.scaler.state_dict()}
-        checkpoint.save(run.folder / "last.pt", content)
+    if training.rank == 0:
+        require_finite(training)
+        content = describe_network(training, training.model, training.phases[-1][0])
+        loss = training.progress["loss"] + sum(float(status[0]) for status in training.unread)
+        content |= {"average": training.average.state_dict() if training.average else None}
+        content |= {"progress": training.progress | {"loss": loss}}
+        content |= {"optimiser": training.optimiser.state_dict(), "scaler": training.scaler.state_dict()}
+        checkpoint.save(training.folder / "last.pt", content)
 
 
-def is_finished(run):
+def is_finished(training):
     """True once all epochs are done, the target is met, or early stopping applies."""
-    stale = run.progress["epoch"] - run.progress["best_epoch"]
-    stopped = 0 < run.args.target <= run.progress["best"] or 0 < run.args.patience <= stale
-    return stopped or run.progress["epoch"] == run.epochs
+    stale = training.progress["epoch"] - training.progress["best_epoch"]
+    stopped = 0 < training.args.target <= training.progress["best"] or 0 < training.args.patience <= stale
+    return stopped or training.progress["epoch"] == training.epochs
 
 
-def train(run):
+def train(training):
     """Train the remaining epochs; returns the number of the signal that stopped them, or 0."""
     clock = saved = time.monotonic()
-    session, total = 0, pixels_before(run.phases, run.epochs)
-    lag = 1 if run.device.type == "cuda" else 0  # a GPU has the next step to do while the loss of one is read
-    run.model.train()
-    for epoch in range(run.progress["epoch"], run.epochs):
-        if is_finished(run):
+    session, total = 0, pixels_before(training.phases, training.epochs)
+    lag = 1 if training.device.type == "cuda" else 0  # a GPU has the next step to do while the loss of one is read
+    training.model.train()
+    for epoch in range(training.progress["epoch"], training.epochs):
+        if is_finished(training):
             break
-        order = np.random.default_rng((run.args.seed, epoch)).permutation(len(run.batches.indices))
-        begin, first, signalled = time.monotonic(), run.progress["step"], False
-        batch = load_batch(run, epoch, order, first) if first < run.steps else None
-        for step in range(first, run.steps):
-            run.unread.append(train_step(run, epoch, step, *batch))
-            batch = load_batch(run, epoch, order, step + 1) if step + 1 < run.steps else None
-            while len(run.unread) > (lag if batch else 0):
-                loss, signalled = read_status(run, run.unread.popleft(), epoch, step - len(run.unread))
-                run.progress["loss"] += loss
+        order = np.random.default_rng((training.args.seed, epoch)).permutation(len(training.batches.indices))
+        begin, first, signalled = time.monotonic(), training.progress["step"], False
+        batch = load_batch(training, epoch, order, first) if first < training.steps else None
+        for step in range(first, training.steps):
+            training.unread.append(train_step(training, epoch, step, *batch))
+            batch = load_batch(training, epoch, order, step + 1) if step + 1 < training.steps else None
+            while len(training.unread) > (lag if batch else 0):
+                loss, signalled = read_status(training, training.unread.popleft(), epoch, step - len(training.unread))
+                training.progress["loss"] += loss
             now = time.monotonic()
-            run.progress["seconds"] += now - clock
+            training.progress["seconds"] += now - clock
             clock = now
-            run.progress["step"] = step + 1
-            session, spent = session + 1, pixels_before(run.phases, epoch + (step + 1) / run.steps)
+            training.progress["step"] = step + 1
+            session, spent = session + 1, pixels_before(training.phases, epoch + (step + 1) / training.steps)
             if session <= 2:  # not representative: the first steps fill caches
                 warm_time, warm_spent, left = now, spent, None
             else:
                 left = (total - spent) * (now - warm_time) / (spent - warm_spent)
-            if run.rank == 0:
-                speed = (step + 1 - first) * run.batch / (now - begin)
-                show_line(step_line(run, epoch, step, speed, spent / total, left), sys.stdout)
+            if training.rank == 0:
+                speed = (step + 1 - first) * training.batch / (now - begin)
+                show_line(step_line(training, epoch, step, speed, spent / total, left), sys.stdout)
                 if session == 4 and left > LONG_HOURS * 3600:
                     print_message(f"this run takes about {duration(left)}; RECIPE=cpu takes half an hour on one core")
             if signalled:
-                save_last(run)
-                return run.signals[0] if run.signals else signal.SIGTERM
-            if run.rank == 0 and now - saved > 60 * run.args.save_minutes:
-                save_last(run)
+                save_last(training)
+                return training.signals[0] if training.signals else signal.SIGTERM
+            if training.rank == 0 and now - saved > 60 * training.args.save_minutes:
+                save_last(training)
                 saved = now
-        line = {"epoch": epoch + 1, "size": size_at(run.phases, epoch), "loss": run.progress["loss"] / run.steps}
-        line["lr"] = learning_rate(run.args, run.phases, epoch + 1)
-        line["images_per_s"] = round((run.steps - first) * run.batch / (time.monotonic() - begin), 2) or None
-        if not finish_epoch(run, epoch, line):
-            save_last(run)
-            return run.signals[0] if run.signals else signal.SIGTERM
+        line = {"epoch": epoch + 1, "size": size_at(training.phases, epoch)}
+        line["loss"] = training.progress["loss"] / training.steps
+        line["lr"] = learning_rate(training.args, training.phases, epoch + 1)
+        line["images_per_s"] = round((training.steps - first) * training.batch / (time.monotonic() - begin), 2) or None
+        if not finish_epoch(training, epoch, line):
+            save_last(training)
+            return training.signals[0] if training.signals else signal.SIGTERM
         clock = saved = time.monotonic()
     return 0
 
 
-def step_line(run, epoch, step, speed, done, left):
+def step_line(training, epoch, step, speed, done, left):
     """The progress line after a step; `left` is the estimated seconds to the end, None if unknown."""
-    loss = run.progress["loss"] / max(1, step + 1 - len(run.unread))
+    loss = training.progress["loss"] / max(1, step + 1 - len(training.unread))
     return (
-        f"epoch {epoch + 1}/{run.epochs} {size_at(run.phases, epoch)}px step {step + 1}/{run.steps} loss {loss:.4f} "
-        f"{speed:.1f} images/s {done:.0%}{f' {duration(left)} left' if left else ''}"
+        f"epoch {epoch + 1}/{training.epochs} {size_at(training.phases, epoch)}px step {step + 1}/{training.steps} "
+        f"loss {loss:.4f} {speed:.1f} images/s {done:.0%}{f' {duration(left)} left' if left else ''}"
     )
 
 
@@ -661,14 +728,14 @@ def epoch_line(line, epochs, better):
     return text + f" {line['images_per_s'] or '-'} images/s {line['minutes']:.1f} min"
 
 
-def summary(run, stopped):
+def summary(training, stopped):
     """The closing lines: best epoch and score, files, next commands. `stopped`: a signal ended the training."""
-    name, done = make_name(run.folder), run.progress["epoch"]
-    epochs = f"{done} epoch{'s' * (done != 1)} in {duration(run.progress['seconds'])}"
+    name, done = make_name(training.folder), training.progress["epoch"]
+    epochs = f"{done} epoch{'s' * (done != 1)} in {duration(training.progress['seconds'])}"
     if stopped:
         return f"stopped in epoch {done + 1}, saved; {epochs}\nnext: make resume NAME={name}"
-    score = f"official score {run.progress['best']:.4f} in " if len(run.val_indices) else ""
-    best = f"best: {score}epoch {run.progress['best_epoch']}; {epochs}; weights: {run.folder}/best.pt"
+    score = f"official score {training.progress['best']:.4f} in " if len(training.val_indices) else ""
+    best = f"best: {score}epoch {training.progress['best_epoch']}; {epochs}; weights: {training.folder}/best.pt"
     return f"{best}\nnext: make report, make predict NAME={name} IN=photos OUT=masks, make submit NAME={name}"
 
 
@@ -676,30 +743,31 @@ def main():
     args = resumed_args(*parse(sys.argv[1:]))
     start_processes(args)
     begin = time.monotonic()
-    run = set_up(args)
-    run.progress["seconds"] += time.monotonic() - begin  # a run's minutes include its cache and set-up
-    count = count_parameters(run.model)
-    if run.rank == 0:
-        threads = f", {torch.get_num_threads()} threads" if run.device.type == "cpu" else ""
-        devices = f"{run.device}{threads}" + (f", {run.processes} processes" if run.processes > 1 else "")
+    training = set_up(args)
+    training.progress["seconds"] += time.monotonic() - begin  # a run's minutes include its cache and set-up
+    count = count_parameters(training.model)
+    if training.rank == 0:
+        devices = str(training.device)
+        devices += f", {torch.get_num_threads()} threads" if training.device.type == "cpu" else ""
+        devices += f", {training.processes} processes" if training.processes > 1 else ""
         print(
-            f"{run.folder}: {run.args.model} {count:,} parameters, "
-            f"{len(run.batches.indices)} training and {len(run.val_indices)} validation pairs, {run.epochs} epochs x "
-            f"{run.steps} steps of {run.batch} images, {devices}; the first step is slow",
+            f"{training.folder}: {training.args.model} {count:,} parameters, {len(training.batches.indices)} training "
+            f"and {len(training.val_indices)} validation pairs, {training.epochs} epochs x {training.steps} steps of "
+            f"{training.batch} images, {devices}; the first step is slow",
             flush=True,
         )
         if count >= PARAM_LIMIT:
             print_message(f"{count:,} parameters: a submission must have fewer than {PARAM_LIMIT:,}")
-        if args.resume and not is_finished(run):
-            print(f"resuming at epoch {run.progress['epoch'] + 1}, step {run.progress['step'] + 1}")
-    if is_finished(run):
+        if args.resume and not is_finished(training):
+            print(f"resuming at epoch {training.progress['epoch'] + 1}, step {training.progress['step'] + 1}")
+    if is_finished(training):
         print(f"already finished; `make train FROM={args.resume} NAME=...` starts a new run from its weights")
         return 0
-    number = train(run)
-    if run.rank == 0:
+    number = train(training)
+    if training.rank == 0:
         show_line("", sys.stdout)
-        print(summary(run, number), flush=True)
-    if run.processes > 1:
+        print(summary(training, number), flush=True)
+    if training.processes > 1:
         dist.destroy_process_group()
     return 128 + number if number else 0
 

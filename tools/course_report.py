@@ -18,9 +18,10 @@ from statistics import pstdev
 from common import ArgumentParser, UserError, atomic, duration, read_json, require_packages, run_main, write_text
 
 from labels import HEX_COLOURS, NAMES
-from model import PARAM_LIMIT, build, count_parameters, parameter_table
+from model import PARAM_LIMIT, build, count_parameters
 from options import from_record, network_arguments, strength
 from register import find_run, make_name
+from tools.check_params import parameter_table
 from tools.leaderboard import changed_settings
 from tools.report import TEMPLATE, fill_template, find_scripts, image_score, read_pictures, read_runs, write_page
 from tools.report_zip import count_pages, matriculation
