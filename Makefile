@@ -127,8 +127,7 @@ faults: $(READY) ## kill trainings; feed damaged disks, images, checkpoints and 
 	$(PY) -m pip install --quiet --disable-pip-version-check -r checks/requirements.txt
 	OMP_WAIT_POLICY=PASSIVE $(PY) -m checks.faults $(flags)
 
-# make bench ONLY=network,views
-bench: $(READY) ## throughput, memory and scaling against the baseline
+bench: $(READY) ## speed and memory of MicroSegFormer against its layers one by one
 	$(PY) -m checks.bench $(flags)
 
 clean: ## remove the environment and caches; never runs/ or data

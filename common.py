@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import difflib
 import importlib.util
 import json
@@ -13,16 +14,19 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-for _package in ("torch", "numpy", "PIL"):
-    if importlib.util.find_spec(_package) is None:
-        _other = " (or use .venv/bin/python)" if os.path.exists(".venv/bin/python") else ""
-        _install = f"{sys.executable} -m pip install -r requirements.txt{_other}"
-        print(f"error: {_package} is not installed: {_install}", file=sys.stderr)
-        sys.exit(2)
+_main, _here = Path(getattr(sys.modules["__main__"], "__file__", None) or ""), Path(__file__).parent
+if _main.resolve().parent in (_here, _here / "tools", _here / "checks"):  # a script, not someone's program
+    for _package in ("torch", "numpy", "PIL"):
+        if importlib.util.find_spec(_package) is None:
+            _other = " (or use .venv/bin/python)" if os.path.exists(".venv/bin/python") else ""
+            _install = f"{sys.executable} -m pip install -r requirements.txt{_other}"
+            print(f"error: {_package} is not installed: {_install}", file=sys.stderr)
+            sys.exit(2)
 # OpenMP threads that spin for long while they wait are several times slower when another process uses a core.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -100,6 +104,12 @@ def run_main(main):
 
     Ctrl-C exits with status 130, SIGTERM with 143. Any other exception is a bug and keeps its traceback.
     """
+    # Pillow warns about damaged metadata in lines of its own source; the pixels are still readable.
+    warnings.filterwarnings("ignore", module="PIL")
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # Let glibc keep freed memory: returning large tensors to the system and faulting them in again is slow.
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
     # As an exception, SIGTERM removes temporary files and ends worker processes.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:

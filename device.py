@@ -1,11 +1,9 @@
 """The device: choose it, its mixed precision, and copy to it without waiting."""
 
 import contextlib
-import ctypes
 import functools
 import os
 import platform
-import sys
 
 from common import UserError
 
@@ -33,10 +31,6 @@ def select_device(name="auto", threads=0):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    if device.type == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # Let glibc keep freed memory: returning large tensors to the system and faulting them in again is slow.
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
     return device
 
 

@@ -1,9 +1,9 @@
 """Image files: read them as pixels or labels, write palette PNGs."""
 
 import hashlib
+import math
 import re
 import struct
-import warnings
 import zlib
 from pathlib import Path
 
@@ -17,14 +17,10 @@ from labels import COLOURS, NUM_CLASSES, PALETTE
 MASK = b"PLTE" + re.escape(bytes(PALETTE))  # in the first bytes of our masks, for common.check_target
 # Pillow cannot read the last two; listed, so that such files are an error instead of being skipped.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".heif")
-# A small file can claim huge dimensions (a decompression bomb): an error, not a warning.
-warnings.simplefilter("error", Image.DecompressionBombWarning)
-# Pillow warns about damaged metadata in lines of its own source; the pixels are still readable.
-warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 # What Pillow's decoders raise for damaged bytes.
 DECODE_ERRORS = (
     *(OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError, struct.error, zlib.error),
-    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
+    Image.DecompressionBombError,
 )
 
 
@@ -43,14 +39,22 @@ def read_image(path):
     return decode_image(path, f"image {path}")
 
 
+def open_image(source, **settings):
+    """Image.open, where a small file that claims huge dimensions (a decompression bomb) is an error, not a warning."""
+    image = Image.open(source, **settings)
+    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise Image.DecompressionBombError
+    return image
+
+
 def decode_image(source, name):
     """`read_image` of a path or a binary stream; `name` is what the error calls it."""
     try:
-        with Image.open(source) as image:
+        with open_image(source) as image:
             return rgb_pixels(image)
     except UnidentifiedImageError:
         raise UserError(f"cannot read {name}: not an image, or of an unknown format; convert it to JPEG") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except Image.DecompressionBombError:
         limit = Image.MAX_IMAGE_PIXELS / 1e6
         raise UserError(f"cannot read {name}: more than {limit:.0f} megapixels; reduce it") from None
     except DECODE_ERRORS as error:
@@ -76,7 +80,7 @@ def image_hash(image):
 
 def is_turned(source):
     """True if an image, a path or stream, has an EXIF orientation other than upright: its mask may not have it."""
-    with Image.open(source) as image:
+    with open_image(source) as image:
         return image.getexif().get(0x0112, 1) in range(2, 9)
 
 
@@ -97,7 +101,7 @@ def read_mask(path):
     """
     require_file(path)
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             if image.format == "JPEG":
                 raise UserError(f"{path} is a JPEG, which destroys labels; a mask must be a PNG")
             if image.mode in ("RGB", "RGBA") and labels_from_colours(image) is not None:

@@ -402,7 +402,7 @@ def pass_bad_flags(place):
     cases += [[*place.evaluate, place.cache, flag] for flag in ("--size=31", "--views=x", "--data=x")]
     cases += [["tools.check_submission", "--data", place.data, "--zip", path] for path in ("z" * 5000, place.root)]
     cases += [["tools.prepare", "--raw", path] for path in ("r" * 5000, place.root)]
-    cases += [["tools.synth", "--size=-1"], ["tools.audit", "--data=x"], ["model", "--model-args={"]]
+    cases += [["tools.synth", "--size=-1"], ["tools.audit", "--data=x"], ["tools.check_params", "--model-args={"]]
     for command in place.some(cases, 6):
         yield f"{command[0]} {str(command[-1])[:60]}", run(*command).lost("error")
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from augment import Strength, augment, draw, mix, warp
+from augment import Strength, augment, draw, exchange, mix, warp
 from evaluate import confusion, official_score
 from labels import COLOURS, FLIP, NUM_CLASSES
 from options import build_parser, parse, parse_sizes
@@ -42,8 +42,10 @@ def test_attacks_cause_no_loss():
 def test_fuzz_image_and_mask_move_together(seed, size, flip, rotate, scale, shift):
     params = draw(2, Strength(flip=flip, rotate=rotate, scale=scale, shift=shift), (seed,))
     moved, labels = warp(*painted(2, 256, seed), params["theta"], size)
-    # A mirrored image keeps its colours, but its labels change sides.
-    labels = torch.where(params["flip"].bool()[:, None, None], torch.tensor(FLIP)[labels.long()], labels.long())
+    # A mirrored image keeps its colours, but its labels change sides, and back.
+    mirrored = torch.where(params["flip"].bool()[:, None, None], torch.tensor(FLIP)[labels.long()], labels.long())
+    assert torch.equal(exchange(labels, params["flip"]).long(), mirrored)
+    labels = labels.long()
     wrong = (moved - TABLE[labels].permute(0, 3, 1, 2)).abs().amax(1) > 0.05
     # Within a pixel of an edge between labels, colours blend.
     neighbours = F.unfold(F.pad(labels[:, None].float(), (1, 1, 1, 1), mode="replicate"), 3).view(2, 9, size, size)

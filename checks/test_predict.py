@@ -1,6 +1,7 @@
 """Masks of image files of every kind, and the files, images and checkpoints that are refused."""
 
 import json
+import subprocess
 import sys
 
 from common import UserError, run_main
@@ -179,3 +180,14 @@ def test_a_list_is_parsed_as_one_batch(run, weights):
     assert parser([]) == [] and parser.names[17] == "neck"
     with pytest.raises(UserError, match="one size"):
         parser([images[0], images[1][1:]])
+
+
+def test_as_a_library_predict_changes_nothing_of_its_host():
+    script = (
+        "import warnings, torch; before = warnings.filters[:]; import predict; assert warnings.filters == before\n"
+        "predict.FaceParser(device='cpu')('docs/astronaut.jpg', whole=True); assert warnings.filters == before"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    blocked = "import sys; sys.modules['torch'] = None; sys.modules['numpy'] = None\nimport predict"
+    done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True)
+    assert done.returncode == 1 and "ImportError" in done.stderr or "ModuleNotFoundError" in done.stderr

@@ -12,10 +12,9 @@ from pathlib import Path
 from common import ArgumentParser, UserError, in_parallel, printable, run_main
 
 import numpy as np
-from PIL import Image
 
 from data import SIZE, find_data, reversed_sides
-from images import DECODE_ERRORS, image_files, image_hash, is_turned, palette_labels, rgb_pixels
+from images import DECODE_ERRORS, image_files, image_hash, is_turned, open_image, palette_labels, rgb_pixels
 from labels import NAMES, NUM_CLASSES
 
 REVERSED = "left and right reversed"
@@ -24,7 +23,7 @@ REVERSED = "left and right reversed"
 def inspect(path):
     """Check one file: (faults, digest of an image's pixels or None, pixels (19,) of each label of a mask or None)."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             image.load()
     except DECODE_ERRORS:
         return ["unreadable"], None, None

@@ -19,11 +19,11 @@ from common import ArgumentParser, UserError, printable, run_main, show_line
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from checkpoint import leaves, restore
 from data import find_data_of
-from images import DECODE_ERRORS, image_files, read_image, require_file
+from images import DECODE_ERRORS, image_files, open_image, read_image, require_file
 from labels import NUM_CLASSES, PALETTE
 from model import MODELS, PARAM_LIMIT, count_parameters
 
@@ -83,7 +83,7 @@ def check_folders(files, phase):
 def read_labels(data, height, width):
     """Labels (height, width) uint8 of a mask file's bytes. UserError if it is not as the challenge requires."""
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        with open_image(io.BytesIO(data), formats=("PNG",)) as image:
             if image.size != (width, height):
                 raise UserError(f"is {image.width} x {image.height}, but its image {width} x {height}")
             if image.mode != "P":

@@ -21,7 +21,16 @@ import numpy as np
 from PIL import Image
 
 from data import SIZE
-from images import DECODE_ERRORS, IMAGE_SUFFIXES, is_turned, labels_from_colours, mask_image, palette_labels, rgb_pixels
+from images import (
+    DECODE_ERRORS,
+    IMAGE_SUFFIXES,
+    is_turned,
+    labels_from_colours,
+    mask_image,
+    open_image,
+    palette_labels,
+    rgb_pixels,
+)
 from labels import NAMES, NUM_CLASSES
 
 SPLITS = {"train": "train", "dev": "dev", "val": "dev", "test": "test"}
@@ -115,7 +124,7 @@ def read(raw, name, load=True):
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
-        image = Image.open(io.BytesIO(content))
+        image = open_image(io.BytesIO(content))
         if load:
             image.load()
     except (*DECODE_ERRORS, zipfile.BadZipFile) as error:
