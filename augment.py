@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from device import constant, to_device
 from labels import FLIP
 from losses import soft_labels
-from views import resize
+from views import area, resize
 
 Probability = Annotated[float, "probability"]
 Factor = Annotated[float, "factor 1 +- this"]
@@ -113,9 +113,9 @@ def warp(images, masks, theta, size):
     """Flip, rotate, scale and shift in one resampling.
 
     uint8 images (B, 3, S, S), uint8 masks (B, M, M), S and M >= size, theta (B, 2, 3) -> float images (B, 3, size,
-    size), values 0..1, and uint8 masks (B, size, size). Images are reduced to at most twice the size, then sampled
-    bilinearly; for the identity this equals the area average of prediction if S is size or 2 * size. Masks are sampled
-    at full resolution, to the nearest pixel. Pixels outside the image are reflected.
+    size), values 0..1, and uint8 masks (B, size, size). Images are sampled bilinearly from twice the size, so that the
+    identity is the area average of prediction; masks at full resolution, to the nearest pixel. Pixels outside the image
+    are reflected.
     """
     device, count = images.device, len(images)
     across, down, shift = theta[..., None, None].unbind(2)  # (B, 2, 1, 1): x and y
@@ -124,8 +124,8 @@ def warp(images, masks, theta, size):
     # Reflection at the edges -1 and 1: the distance from the nearest of ..., -5, -1, 3, ...
     turns = (points + 1) / 4
     place = (turns - turns.round()).abs_().mul_(2)  # 0..1 from the left and from the top
-    source_size = min(images.shape[-1], 2 * size)
-    source = resize(images, source_size, source_size)
+    double = 2 * size if size < images.shape[-1] else size
+    source = area(images / 255, (double, double)) if images.shape[-1] % double else resize(images, double, double)
     where = (place * 2 - 1).permute(0, 2, 3, 1)
     warped = F.grid_sample(source, where, padding_mode="border", align_corners=False)
 

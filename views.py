@@ -3,6 +3,7 @@
 One model applied to several views is still one model by the challenge's rules.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -59,10 +60,17 @@ def input_size(height, width, size, scale=1.0):
 
 
 def area(x, size):
-    """Resize maps (B, C, H, W) to `size` = (h, w) by averaging over each pixel's area."""
-    if x.device.type == "mps":  # MPS supports integer factors only
-        return F.interpolate(x.cpu(), tuple(size), mode="area").to(x.device)
-    return F.interpolate(x, tuple(size), mode="area")
+    """Resize maps (B, C, H, W) to `size` = (h, w): the exact average over each new pixel's area."""
+    down, across = (area_weights(old, new, x.device) for old, new in zip(x.shape[2:], size, strict=True))
+    return down @ (x @ across.T)
+
+
+@functools.cache
+def area_weights(old, new, device):
+    """(new, old): the fraction of each new pixel that each old one covers."""
+    edges, pixels = torch.arange(new + 1, dtype=torch.float64) * old / new, torch.arange(old)
+    covered = torch.minimum(edges[1:, None], pixels + 1) - torch.maximum(edges[:-1, None], pixels)
+    return (covered.clamp_min(0) * new / old).float().to(device)
 
 
 def resize(images, height, width):

@@ -29,7 +29,7 @@ def test_flip_mirrors_the_image_and_exchanges_sides(exchange):
     assert torch.equal(labels, torch.tensor(FLIP)[mirrored.long()] if exchange else mirrored.long())
 
 
-@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("size", [24, 32, 64, 80, 96, 128])
 def test_no_augmentation_equals_the_resizing_of_prediction(size):
     images, masks = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8), torch.zeros(2, 128, 128).byte()
     warped, _ = warp(images, masks, draw(2, Strength(), (0,))["theta"], size)
