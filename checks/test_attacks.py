@@ -223,7 +223,7 @@ def test_a_damaged_cache_is_not_trusted(copy, start):
 def test_the_last_step_of_a_warm_restart_takes_no_rate(period, end):
     flags = "--schedule=restarts", "--warmup=0", f"--restart-period={period}", "--restart-growth=1"
     args = options.parse(flags)[0]
-    last, first = (options.learning_rate(args, [(64, 31)], end + step) / args.lr for step in (0, 0.01))
+    last, first = (train.learning_rate(args, [(64, 31)], end + step) / args.lr for step in (0, 0.01))
     assert last < 1e-6 and first > 0.99
 
 
@@ -261,7 +261,7 @@ def test_a_run_is_replaced_once_the_new_one_is_written(copy, monkeypatch):
 
 
 def test_a_release_that_fails_keeps_the_old_one(copy, monkeypatch):
-    monkeypatch.setattr(checkpoint, "RELEASE", copy / "release")
+    monkeypatch.setattr(register, "RELEASE", copy / "release")
     export.write_release(copy / "runs/whole/best.pt", copy / "runs/whole")
     before = contents(copy / "release")
     (copy / "runs/whole/args.json").write_text("{}")

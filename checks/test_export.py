@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import checkpoint
+import register
 from model import build
 from tools import export
 
@@ -69,7 +70,7 @@ def test_release_is_the_run_in_half_precision(untrained, tmp_path, monkeypatch):
     made = tmp_path / "release"
     made.mkdir()
     (made / "best.json").write_text("of the previous release")
-    monkeypatch.setattr(checkpoint, "RELEASE", made)
+    monkeypatch.setattr(register, "RELEASE", made)
     state = checkpoint.load(untrained / "best.pt")["state_dict"]
     assert exit_status(monkeypatch, "--release", "--name", "a", "--runs", untrained.parent) == 0
     assert {path.name for path in made.iterdir()} == {"best.pt", "args.json", "metrics.jsonl", "LICENCE.txt"}

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 import checkpoint
+import register
 from data import Pairs
 from evaluate import confusion, official_score
 from images import mask_image
@@ -134,7 +135,7 @@ def test_default_weights_are_named(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     monkeypatch.setattr(package, "make_submission", lambda weights, images, phase, target, *rest: print(target))
     for name in ("none", "a"):
-        monkeypatch.setattr(checkpoint, "RELEASE", place / "runs" / name)
+        monkeypatch.setattr(register, "RELEASE", place / "runs" / name)
         assert exit_status(monkeypatch, package.main, "--data", "data") == 0
     lines, target = capsys.readouterr().out.splitlines(), "runs/a/submission-test.zip"
     assert lines == ["weights: the best run, runs/a/best.pt", target, "weights: the release, runs/a/best.pt", target]
