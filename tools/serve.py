@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common import ArgumentParser, UserError, run_main
 
-from images import decode_image, mask_image
+from images import decode_picture, mask_image
 from labels import HEX_COLOURS, NAMES
 from predict import FaceParser
 
@@ -89,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
                 rest -= len(part)
             raise Refused(413, f"the picture has more than {MAX_BYTES / 1e6:.0f} MB")
         try:
-            pixels = decode_image(io.BytesIO(body), "this file")
+            pixels, _ = decode_picture(io.BytesIO(body), "this file")
         except UserError as error:
             raise Refused(415, str(error)) from None
         whole = self.path.endswith("whole")
