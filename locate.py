@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageStat
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 import checkpoint
 from data import find_data, load_pairs, split
@@ -31,10 +32,10 @@ SIDES = 24, 176  # pixels of the portraits in training
 LEVEL = 4  # reduction from one look to the next
 CENTRE = 0.56  # height of a face's centre (the bridge of the nose to the lips) in its portrait, from the top
 MAX_PIXELS = 1_600_000  # of the first look: larger photos are reduced
-HEAT = 0.1  # minimum of a candidate
+HEAT = 0.25  # minimum of a candidate
 CANVAS = 192  # side of the training images
-BATCH = 32
-LEARNING_RATE = 3e-3
+BATCH = 16
+LEARNING_RATE = 2e-3
 
 
 class Block(nn.Module):
@@ -122,7 +123,7 @@ def find_candidates(locator, pixels, device):
     return torch.cat(found).numpy()
 
 
-class Scenes:
+class Scenes(IterableDataset):
     """Training images: portraits pasted onto clutter made of parts of portraits without a face, and their faces."""
 
     def __init__(self, pairs, indices, seed):
@@ -141,14 +142,14 @@ class Scenes:
         """A piece of some portrait around its face (hair, cloth, background), stretched to width x height."""
         rng = self.rng
         portrait = self.portraits[rng.integers(len(self.portraits))].convert("RGB")
-        if self.chance(0.15):  # or of the face, too close to be one
-            side = rng.uniform(20, 50)
-            x, y = rng.uniform(70, 186 - side, 2)
+        if self.chance(0.35):  # or one eye, ear, nostril, pattern: too close to be a face
+            side = rng.uniform(10, 50)
+            x, y = rng.uniform(0, 256 - side, 2)
         else:
             side = rng.uniform(24, 80)
             x, y = rng.uniform(0, 256 - side, 2)
             if 60 - side < x < 190 and 80 - side < y < 210:
-                x = x % (60 if side < 60 else 1) if self.chance(0.5) else 256 - side
+                x = rng.choice([0, 256 - side])
         across, down = width, height
         if self.chance(0.3):  # repeated, for fine texture
             across, down = rng.integers(4, 40, 2).tolist()
@@ -172,14 +173,39 @@ class Scenes:
             if self.chance(0.5):
                 piece, shape = (part.rotate(rng.uniform(0, 90), Image.Resampling.BILINEAR) for part in (piece, shape))
             canvas.paste(piece, tuple(rng.integers(-20, CANVAS - 5, 2).tolist()), shape)
+        for _ in range(rng.integers(0, 6)):
+            canvas = self.doodle(canvas)
         return canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0, 3))) if self.chance(0.4) else canvas
+
+    def doodle(self, canvas):
+        """Draw a letter, arc, ring, line or dot, turned, as signs, jewellery and buttons are."""
+        rng = self.rng
+        size = int(rng.integers(8, 70))
+        shape = Image.new("L", (size, size))
+        draw, box, wide = (
+            ImageDraw.Draw(shape),
+            (1, 1, size - 2, int(rng.integers(4, size - 1))),
+            int(rng.integers(1, 7)),
+        )
+        kind = rng.integers(5)
+        if kind == 0:
+            draw.text((1, 0), chr(rng.integers(33, 127)) * int(rng.integers(1, 4)), fill=255, font_size=size * 0.8)
+        elif kind == 1:
+            draw.arc(box, *rng.uniform(0, 360, 2).tolist(), fill=255, width=wide)
+        elif kind == 2:
+            draw.line(box, fill=255, width=wide)
+        else:
+            draw.ellipse(box, fill=255 if kind == 3 else None, outline=255, width=wide)
+        shape = shape.rotate(rng.uniform(0, 360), Image.Resampling.BILINEAR)
+        canvas.paste(tuple(rng.integers(0, 256, 3).tolist()), tuple(rng.integers(0, CANVAS - 8, 2).tolist()), shape)
+        return canvas
 
     def paste(self, canvas, faces):
         """Paste a portrait and append its (x, y, side, roll in radians) to `faces`, if there is a place for it."""
         rng = self.rng
         portrait = self.portraits[rng.integers(len(self.portraits))]
         side = round(np.exp(rng.uniform(*np.log(SIDES))))
-        roll = rng.normal(0, 0.25) if self.chance(0.6) else rng.uniform(-np.pi, np.pi)
+        roll = rng.normal(0, 0.25) if self.chance(0.5) else rng.uniform(-np.pi, np.pi)
         x, y = rng.uniform(0, CANVAS, 2)
         if any(math.hypot(x - a, y - b) < 0.35 * (side + other) for a, b, other, _ in faces):
             return
@@ -259,6 +285,10 @@ class Scenes:
                 target[:, nearer] = np.stack(values)[:, nearer]
         return images, torch.from_numpy(targets)
 
+    def __iter__(self):
+        while True:
+            yield self.batch(BATCH)
+
 
 def _extend(image, body):
     """The portrait RGBA with half its height of `body` below its neck."""
@@ -283,14 +313,15 @@ def locator_loss(output, target):
     return (missed + false) / count + (near * error).sum() / near.sum().clamp_min(1)
 
 
-def train(scenes, steps):
-    """A Locator trained for `steps` batches: AdamW, one-cycle cosine, bfloat16."""
-    locator = Locator().to(memory_format=torch.channels_last)
+def train(locator, scenes, steps):
+    """Train a Locator for `steps` batches: AdamW, one-cycle cosine, bfloat16."""
+    locator.to(memory_format=torch.channels_last).train()
     optimiser = torch.optim.AdamW(locator.parameters(), LEARNING_RATE, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     begin, mean = time.monotonic(), 0.0
+    batches = iter(DataLoader(scenes, batch_size=None, num_workers=1))
     for step in range(steps):
-        images, targets = scenes.batch(BATCH)
+        images, targets = next(batches)
         with torch.autocast("cpu", torch.bfloat16):
             output = locator(images.contiguous(memory_format=torch.channels_last))
         loss = locator_loss(output.float(), targets)
@@ -303,7 +334,7 @@ def train(scenes, steps):
         if step % 100 == 99:
             print(f"step {step + 1}  loss {mean:.3f}  {time.monotonic() - begin:.0f} s", flush=True)
         show_progress("training", step + 1, steps, time.monotonic() - begin)
-    return locator.eval()
+    locator.eval()
 
 
 def main():
@@ -311,14 +342,16 @@ def main():
     parser.add_argument("--data", help="folder with train/; default ./data, else synthetic faces")
     parser.add_argument("--cache", default="build/cache", help="folder of the decoded copies")
     parser.add_argument("--output", "--out", type=Path, default=checkpoint.RELEASE / "locator.pt", help="file to write")
-    parser.add_argument("--steps", type=positive, default=4000, help=f"batches of {BATCH} images")
+    parser.add_argument("--start", "--from", type=Path, help="weights to start from")
+    parser.add_argument("--steps", type=positive, default=2400, help=f"batches of {BATCH} images")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
     args = parser.parse_args()
     checkpoint.select_device("cpu", args.threads)
     torch.manual_seed(args.seed)
     pairs = load_pairs(find_data(args.data), args.cache)
-    locator = train(Scenes(pairs, split(len(pairs.names))[0], args.seed), args.steps)
+    locator = load_locator(path=args.start) if args.start else Locator()
+    train(locator, Scenes(pairs, split(len(pairs.names))[0], args.seed), args.steps)
     checkpoint.save(args.output, {name: value.half() for name, value in locator.state_dict().items()})
     count = sum(p.numel() for p in locator.parameters())
     print(f"{args.output}: {count:,} parameters, {args.output.stat().st_size / 1e6:.2f} MB")

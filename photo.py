@@ -17,6 +17,7 @@ from common import UserError
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from labels import NAMES
@@ -36,19 +37,24 @@ LAYOUT = {
     "eye_g": (0.502, 0.490, 0.230),  # replaces the eyes that glasses hide
 }
 PARTS = tuple(NAMES.index(name) for name in LAYOUT)
+FACE_LABELS = list(range(1, 13))  # skin to lower lip
 PLACE_TOLERANCE = 0.06  # of a part's centre, as a fraction of the side
 SIZE_TOLERANCE = 0.7  # of the logarithm of a part's size
 FACE_SCORE = 0.5  # minimum score of a face
+PORTRAIT_SCORE = 0.35  # minimum score of a photo that is one portrait: its size and place are evidence, too
 CANDIDATE_SCORE = 0.1  # minimum score of a candidate that gets a second look
 LEVEL = 10  # degrees of roll up to which a portrait is parsed as it is: the network was trained on turned ones
+LIKENESS = 0.3  # minimum IoU of face and usual face to parse a photo as a portrait; at least 0.37 in the data set
 MIN_SIDE = 24  # pixels of the smallest portrait
-SEARCH_SIDE = 192  # network input for candidates
+SEARCH_SIDE = 256  # network input for candidates: larger inputs find no more faces
 BATCH = 4
 PORTRAIT_OVERLAP = 0.5  # minimum IoU of a photo and the portrait found in it to parse the photo as that portrait
 MAX_PIXELS = 1 << 22  # parsed at once: larger windows are reduced, which bounds memory
-SMALL_INPUT = 256  # network input for windows of so few pixels; larger ones get up to the models' own
+SMALL_INPUT = 256  # network input for windows of at most so many pixels; larger ones get up to the models' own
 FEATHER = 0.1  # width of the transition from a parse to its surroundings, as a fraction of its side
-GROWTH = 1.5, 2.0  # factors from a portrait to the window around it, and from that to the next
+GROWTH = 1.5, 1.5  # from a portrait to the window around it, and to the next; in larger ones the network errs
+BUST = 0.42, 0.08  # half width and centre, in the largest window, of the ellipse that ends what reaches beyond it
+FAR = np.float32(99)  # beyond all distances
 REACH = 0.02  # minimum fraction of a window's border that must be labelled to parse a larger one
 
 GROUPS = {"head": tuple(name for name in NAMES if name not in ("background", "neck_l", "neck", "cloth"))}
@@ -188,11 +194,19 @@ def find_faces(models, locator, pixels, size, device):
     given to the network.
     """
     candidates = distinct([(heat, tuple(place)) for heat, *place in find_candidates(locator, pixels, device).tolist()])
-    candidates = [(heat, place) for heat, place in candidates if place[2] >= MIN_SIDE]
-    found = look(models, pixels, [place for _, place in candidates], size, device)
-    found = distinct([item for item in found if item[0] >= CANDIDATE_SCORE and item[1][2] >= MIN_SIDE])
-    found = look(models, pixels, [place for _, place in found], size, device)
+    places = [place for _, place in candidates if place[2] >= MIN_SIDE]
+    first = list(zip(places, look(models, pixels, places, size, device), strict=True))
+    first = [(place, item) for place, item in first if item[0] >= CANDIDATE_SCORE and item[1][2] >= MIN_SIDE]
+    found = [item for place, item in first if close(place, item[1])]
+    again = distinct([item for place, item in first if not close(place, item[1])])
+    found += look(models, pixels, [place for _, place in again], size, device)
     return [(score, square(*place)) for score, place in distinct([f for f in found if f[0] >= FACE_SCORE])]
+
+
+def close(a, b):
+    """True if two places (x, y, side, angle) are so close that a second look would score alike."""
+    turn = abs((a[3] - b[3] + 180) % 360 - 180)
+    return math.dist(a[:2], b[:2]) < 0.1 * b[2] and abs(math.log(a[2] / b[2])) < 0.2 and turn < LEVEL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +273,7 @@ def _search(pixels, log_p, models, size, views, device, locator):
     def fills(window):
         return overlap(window, everything) >= PORTRAIT_OVERLAP and abs(window.angle) <= LEVEL
 
-    score, clear = scores.item(), fills(square(*places[0].tolist())) and scores.item() >= FACE_SCORE
+    score, clear = scores.item(), fills(square(*places[0].tolist())) and scores.item() >= PORTRAIT_SCORE
     faces = [] if clear else find_faces(models, locator, pixels, min(size, SEARCH_SIDE), device)
     # The search may confirm a portrait in which the face is hard to see.
     if clear or (faces and fills(faces[0][1])):
@@ -280,14 +294,38 @@ def parse_face(models, pixels, window, size, views, device):
 
     Returns the Window parsed and its log-probabilities (1, 19, h, w).
     """
-    log_p = parse_window(models, [pixels], window, _input_side(window, size), views, device)
+    log_p, more = parse_window(models, [pixels], window, _input_side(window, size), views, device), True
     for growth in GROWTH:
         window = window.scaled(growth)
         around = parse_window(models, [pixels], window, _input_side(window, size), views, device)
         log_p = surround(log_p, around, growth)
-        if not continues(around, window, *pixels.shape[:2]):
+        more = continues(around, window, *pixels.shape[:2])
+        if not more:
             break
-    return window, log_p
+    return window, confine(log_p, more)
+
+
+def confine(log_p, rounded):
+    """Make background certain in log-probabilities (1, 19, n, n) where labels are not connected to those at the centre.
+
+    If `rounded`, also outside the ellipse BUST, which touches the lower edge: what continues ends in a curve.
+    """
+    labels = log_p.argmax(1, keepdim=True)
+    along = (torch.arange(labels.shape[-1], device=log_p.device) + 0.5) / labels.shape[-1] - 0.5
+    allowed = labels > 0
+    if rounded:
+        allowed &= torch.hypot(along / BUST[0], (along[:, None] - BUST[1]) / (0.5 - BUST[1])) < 1
+    # Grow from the centre in steps of 4 cells.
+    coarse = F.max_pool2d(allowed.float(), 4, ceil_mode=True)
+    middle = F.max_pool2d((torch.hypot(along, along[:, None]) < 0.1).float()[None, None], 4, ceil_mode=True)
+    reached, grown = torch.zeros_like(coarse), coarse * middle
+    while not grown.equal(reached):
+        reached = grown
+        for _ in range(8):
+            grown = F.max_pool2d(grown, 3, 1, 1) * coarse
+    kept = F.interpolate(reached, scale_factor=4)[..., : len(along), : len(along)] * allowed
+    log_p[:, 0] += 50 * (1 - kept[:, 0])
+    return log_p
 
 
 def _input_side(window, size):
@@ -306,7 +344,11 @@ def continues(log_p, window, height, width):
 
 
 def resembles_portrait(log_p):
-    return False
+    """True if skin and the parts of a face (log-probabilities (1, 19, h, w)) lie where they do in a portrait."""
+    face = log_p[0, FACE_LABELS].exp().sum(0)
+    y, x = ((torch.arange(n, device=face.device) + 0.5) / n for n in face.shape)
+    usual = (torch.hypot((x - 0.5) / 0.22, (y[:, None] - 0.56) / 0.36) < 1).float()  # 0.5 of the mean mask and more
+    return (torch.minimum(face, usual).sum() / torch.maximum(face, usual).sum()).item() >= LIKENESS
 
 
 def overlap(a, b):
@@ -365,8 +407,8 @@ def surround(inner, outer, growth):
 def paste(height, width, portraits, cutout=None):
     """Parsed of portraits [(score, Window, Window parsed around it, its log-probabilities, or None), ...].
 
-    In an overlap a pixel belongs to the portrait whose centre is nearer, relative to its side. Outside all windows the
-    label is background and the owner -1.
+    In an overlap a pixel belongs to the portrait whose centre is nearer, relative to its side, of those in which it is
+    not background, if there are any. Outside all windows the label is background and the owner -1.
     """
     mask, owner = np.zeros((height, width), np.uint8), np.full((height, width), -1, np.int16)
     alpha = np.zeros((height, width), np.uint8) if cutout else None
@@ -381,13 +423,14 @@ def paste(height, width, portraits, cutout=None):
             owner[place] = index
             continue
         rows, columns, distance = _inside(around, place)
-        distance *= np.float32(around.width / window.width)
-        nearer = (distance < nearest[place]) & (rows >= 0) & (rows < around.height)
-        nearer &= (columns >= 0) & (columns < around.width)
+        inside = (rows >= 0) & (rows < around.height) & (columns >= 0) & (columns < around.width)
         rows, columns = rows.clip(0, around.height - 1), columns.clip(0, around.width - 1)
+        labels = labels_at(log_p, around.height, around.width)[rows, columns]
+        distance = distance * np.float32(around.width / window.width) + FAR * (labels == 0)
+        nearer = inside & (distance < nearest[place])
         nearest[place][nearer] = distance[nearer]
         owner[place][nearer] = index
-        mask[place][nearer] = labels_at(log_p, around.height, around.width)[rows, columns][nearer]
+        mask[place][nearer] = labels[nearer]
         if cutout:
             alpha[place][nearer] = opacity_at(log_p, cutout, around.height, around.width)[rows, columns][nearer]
     faces = []
