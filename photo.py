@@ -41,11 +41,11 @@ FACE_LABELS = list(range(1, 13))  # skin to lower lip
 PLACE_TOLERANCE = 0.06  # of a part's centre, as a fraction of the side
 SIZE_TOLERANCE = 0.7  # of the logarithm of a part's size
 FACE_SCORE = 0.5  # minimum score of a face
-PORTRAIT_SCORE = 0.35  # minimum score of a photo that is one portrait: its size and place are evidence, too
-CANDIDATE_SCORE = 0.1  # minimum score of a candidate that gets a second look
+PORTRAIT_SCORE = 0.35  # minimum match of a photo that is one portrait: its size and place are evidence, too
+WIDER = 1.4  # factor of the second look: in chance patterns the network sees a face only if they fill its input
 LEVEL = 10  # degrees of roll up to which a portrait is parsed as it is: the network was trained on turned ones
 LIKENESS = 0.3  # minimum IoU of face and usual face to parse a photo as a portrait; at least 0.37 in the data set
-MIN_SIDE = 24  # pixels of the smallest portrait
+MIN_SIDE = 44  # pixels of the smallest portrait: a face of about 32
 SEARCH_SIDE = 256  # network input for candidates: larger inputs find no more faces
 BATCH = 4
 PORTRAIT_OVERLAP = 0.5  # minimum IoU of a photo and the portrait found in it to parse the photo as that portrait
@@ -190,23 +190,17 @@ def distinct(found):
 def find_faces(models, locator, pixels, size, device):
     """The faces in uint8 pixels (H, W, 3): [(score, Window), ...], the best first.
 
-    A window is where a portrait like those of the training would be cropped. `size` is the side of the square images
-    given to the network.
+    A window is where a portrait like those of the training would be cropped. The score is the mean of the locator's
+    and of the matches of two parses, the second of a larger square. `size` is the side of the network's input.
     """
     candidates = distinct([(heat, tuple(place)) for heat, *place in find_candidates(locator, pixels, device).tolist()])
-    places = [place for _, place in candidates if place[2] >= MIN_SIDE]
-    first = list(zip(places, look(models, pixels, places, size, device), strict=True))
-    first = [(place, item) for place, item in first if item[0] >= CANDIDATE_SCORE and item[1][2] >= MIN_SIDE]
-    found = [item for place, item in first if close(place, item[1])]
-    again = distinct([item for place, item in first if not close(place, item[1])])
-    found += look(models, pixels, [place for _, place in again], size, device)
-    return [(score, square(*place)) for score, place in distinct([f for f in found if f[0] >= FACE_SCORE])]
-
-
-def close(a, b):
-    """True if two places (x, y, side, angle) are so close that a second look would score alike."""
-    turn = abs((a[3] - b[3] + 180) % 360 - 180)
-    return math.dist(a[:2], b[:2]) < 0.1 * b[2] and abs(math.log(a[2] / b[2])) < 0.2 and turn < LEVEL
+    looks = look(models, pixels, [place for _, place in candidates], size, device)
+    likely = [(heat, *first) for (heat, _), first in zip(candidates, looks, strict=True)]
+    likely = [item for item in likely if item[0] + item[1] >= FACE_SCORE and item[2][2] >= MIN_SIDE]
+    wide = [(x, y, WIDER * side, angle) for _, _, (x, y, side, angle) in likely]
+    looks = look(models, pixels, wide, size, device)
+    found = [((heat + one + two) / 3, place) for (heat, one, _), (two, place) in zip(likely, looks, strict=True)]
+    return [(score, square(*place)) for score, place in distinct(found) if score >= FACE_SCORE and place[2] >= MIN_SIDE]
 
 
 @dataclass(frozen=True, kw_only=True)
