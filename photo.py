@@ -41,14 +41,13 @@ FACE_LABELS = list(range(1, 13))  # skin to lower lip
 PLACE_TOLERANCE = 0.06  # of a part's centre, as a fraction of the side
 SIZE_TOLERANCE = 0.7  # of the logarithm of a part's size
 FACE_SCORE = 0.5  # minimum score of a face
-PORTRAIT_SCORE = 0.35  # minimum match of a photo that is one portrait: its size and place are evidence, too
 WIDER = 1.4  # factor of the second look: in chance patterns the network sees a face only if they fill its input
 LEVEL = 10  # degrees of roll up to which a portrait is parsed as it is: the network was trained on turned ones
 LIKENESS = 0.3  # minimum IoU of face and usual face to parse a photo as a portrait; at least 0.37 in the data set
 MIN_SIDE = 44  # pixels of the smallest portrait: a face of about 32
-SEARCH_SIDE = 256  # network input for candidates: larger inputs find no more faces
+SEARCH_SIDE = 256  # network input for candidates: at 384 fewer small faces are confirmed, in twice the time
 BATCH = 4
-PORTRAIT_OVERLAP = 0.5  # minimum IoU of a photo and the portrait found in it to parse the photo as that portrait
+PORTRAIT_OVERLAP = 0.55  # minimum IoU of a photo and the portrait found in it to parse the photo as that portrait
 MAX_PIXELS = 1 << 22  # parsed at once: larger windows are reduced, which bounds memory
 SMALL_INPUT = 256  # network input for windows of at most so many pixels; larger ones get up to the models' own
 FEATHER = 0.1  # width of the transition from a parse to its surroundings, as a fraction of its side
@@ -267,7 +266,7 @@ def _search(pixels, log_p, models, size, views, device, locator):
     def fills(window):
         return overlap(window, everything) >= PORTRAIT_OVERLAP and abs(window.angle) <= LEVEL
 
-    score, clear = scores.item(), fills(square(*places[0].tolist())) and scores.item() >= PORTRAIT_SCORE
+    score, clear = scores.item(), fills(square(*places[0].tolist())) and scores.item() >= FACE_SCORE
     faces = [] if clear else find_faces(models, locator, pixels, min(size, SEARCH_SIDE), device)
     # The search may confirm a portrait in which the face is hard to see.
     if clear or (faces and fills(faces[0][1])):
@@ -496,7 +495,7 @@ def label_regions(mask, left=0, top=0):
 def describe(parsed):
     """A Parsed as numbers for JSON: the regions of the whole photo, and of each face from left to right.
 
-    `face_found` is null with `box`, or with `whole` unless the photo is clearly a portrait.
+    `face_found` is null with `box` or `whole`. A face's `window` is turned clockwise by `angle` degrees.
     """
     height, width = parsed.mask.shape
     faces = []
