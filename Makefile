@@ -13,7 +13,7 @@ PY := '$(subst ','\'',$(if $(VENV),$(VENV)/bin/python,$(PYTHON)))'
 READY := $(if $(VENV),$(VENV)/.ready)
 
 TARGETS := help install data check-data train resume sweep speedrun recipes runs predict evaluate check-params submit \
-	check-submission report report-pdf report-zip release export try demo test faults bench clean
+	check-submission report report-pdf report-zip release locator export try demo test faults bench clean
 .DEFAULT_GOAL := help
 .PHONY: $(TARGETS)
 STRAY := $(firstword $(filter-out $(TARGETS) $(READY),$(MAKECMDGOALS)))
@@ -104,6 +104,9 @@ report-zip: $(READY) ## course zip of run NAME: report, masks, code, checkpoint
 
 release: $(READY) ## copy run NAME to runs/release, the default weights, in half precision
 	$(call needs,NAME,make release NAME=a)$(PY) -m tools.export --release $(flags)
+
+locator: $(READY) ## train the network that finds faces in photos, runs/release/locator.pt, on the pairs
+	$(PY) locate.py $(flags)
 
 export: $(READY) ## one ONNX file of run NAME, compared with torch; needs tools/requirements.txt
 	$(call needs,OUT,make export NAME=a OUT=parser.onnx)$(PY) -m tools.export $(flags)

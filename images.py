@@ -1,6 +1,7 @@
 """Image files: read them as pixels or labels, write palette PNGs."""
 
 import hashlib
+import io
 import math
 import re
 import struct
@@ -10,7 +11,7 @@ from pathlib import Path
 from common import UserError
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from labels import COLOURS, NUM_CLASSES, PALETTE
 
@@ -31,12 +32,17 @@ def require_file(path):
 
 
 def read_image(path):
-    """Read an image file as uint8 RGB (H, W, 3), upright by its EXIF orientation; the first frame if animated.
+    """Read an image file as uint8 RGB (H, W, 3) in sRGB, upright by its EXIF orientation; the first frame if animated.
 
     16-bit and float greys are scaled to 0..255, transparency is blended over white. UserError if unreadable.
     """
+    return read_picture(path)[0]
+
+
+def read_picture(path):
+    """(`read_image`, opacity uint8 (H, W), or None if the file is opaque)."""
     require_file(path)
-    return decode_image(path, f"image {path}")
+    return decode_picture(path, f"image {path}")
 
 
 def open_image(source, **settings):
@@ -47,11 +53,16 @@ def open_image(source, **settings):
     return image
 
 
-def decode_image(source, name):
-    """`read_image` of a path or a binary stream; `name` is what the error calls it."""
+def decode_picture(source, name):
+    """`read_picture` of a path or a binary stream; `name` is what the error calls it."""
     try:
         with open_image(source) as image:
-            return rgb_pixels(image)
+            try:
+                return _picture(image)
+            except OSError:
+                if image.format != "JPEG":
+                    raise
+        return _unended_jpeg(source)
     except UnidentifiedImageError:
         raise UserError(f"cannot read {name}: not an image, or of an unknown format; convert it to JPEG") from None
     except Image.DecompressionBombError:
@@ -61,16 +72,48 @@ def decode_image(source, name):
         raise UserError(f"cannot read {name}: {error}") from None
 
 
+def _unended_jpeg(source):
+    """`_picture` of a JPEG that lacks only its end mark; OSError if the pixels depend on what follows the file."""
+    if hasattr(source, "seek"):
+        source.seek(0)
+        data = source.read()
+    else:
+        data = Path(source).read_bytes()
+    ends = [io.BytesIO(data + filler * 99 + b"\xff\xd9") for filler in (b"\x00", b"\x55")]
+    first, second = (_picture(Image.open(end)) for end in ends)
+    if not np.array_equal(first[0], second[0]):
+        raise OSError("the file is truncated")
+    return first
+
+
 def rgb_pixels(image):
     """A PIL image of any mode as uint8 RGB (H, W, 3); one of DECODE_ERRORS if damaged."""
+    return _picture(image)[0]
+
+
+def _picture(image):
+    """(uint8 sRGB (H, W, 3), opacity uint8 (H, W) or None) of a PIL image."""
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _scale_grey(np.asarray(image))
+        return _scale_grey(np.asarray(image)), None
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB"))
+        opacity = image.convert("RGBA").getchannel("A")
+        colours = Image.new("RGB", image.size, "white")
+        colours.paste(_to_srgb(image.convert("RGBA").convert("RGB"), image), mask=opacity)
+        return np.array(colours), np.array(opacity)
+    return np.array(_to_srgb(image.convert("RGB") if image.mode in ("P", "1") else image, image).convert("RGB")), None
+
+
+def _to_srgb(image, source):
+    """A PIL image converted to sRGB from the ICC profile of `source`; as it is without a valid one."""
+    if profile := source.info.get("icc_profile"):
+        try:
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+            pass
+    return image
 
 
 def image_hash(image):
@@ -85,8 +128,8 @@ def is_turned(source):
 
 
 def _scale_grey(values):
-    """Integer or float greys (H, W) as uint8 RGB. The maximum decides the range: 8 or 16 bits, 0..1, or itself."""
-    limits = (1, 255) if values.dtype.kind == "f" else (255, 65535)
+    """Integer or float greys (H, W) as uint8 RGB. The maximum decides the range: 8 to 16 bits, 0..1, or itself."""
+    limits = (1, 255) if values.dtype.kind == "f" else (255, 1023, 4095, 16383, 65535)
     values = np.nan_to_num(values.astype(np.float64))
     top = values.max(initial=0)
     white = next((limit for limit in limits if top <= limit), top)
@@ -167,7 +210,8 @@ def image_files(path):
         return [path]
     if not path.is_dir():
         raise UserError(f"no such file or folder: {path}")
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    named = (p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    files = sorted(p for p in named if not p.is_dir())
     if not files:
         raise UserError(f"no images in {path} (looked for {' '.join(IMAGE_SUFFIXES)})")
     return files

@@ -1,23 +1,27 @@
-"""Masks of any photo: find the faces with the parsing network, parse each as a portrait, paste the results.
+"""Masks of any photo: find the faces, parse each as a portrait, paste the results.
 
 python predict.py --input group.jpg --output masks --json --cutout hair,hat
 
 The network was trained on portraits cropped as in CelebA-HQ (arXiv 1710.10196): square, the eyes level and at fixed
-places. It still parses a face of half that size anywhere in its input, so a coarse pyramid of windows is enough. The
-eyes, brows, nose and lips found in a window are matched with their usual layout by scale and shift: the agreement is
-the window's score, and the match tells where the portrait would have been cropped. A second look there decides.
+places. A small second network (locate.py) proposes where in the photo such portraits are, at any size and roll. Each
+proposal is parsed, and the eyes, brows, nose and lips found there are matched with their usual layout by scale, shift
+and rotation: the agreement is the score, and the match gives the exact portrait. A face is parsed once more there, and
+around it until its hair and clothes end.
 """
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from common import UserError
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from labels import NAMES
+from locate import find_candidates
 from model import upsample
 from views import ONE_VIEW, label_map, log_probabilities
 
@@ -33,22 +37,55 @@ LAYOUT = {
     "eye_g": (0.502, 0.490, 0.230),  # replaces the eyes that glasses hide
 }
 PARTS = tuple(NAMES.index(name) for name in LAYOUT)
+FACE_LABELS = list(range(1, 13))  # skin to lower lip
 PLACE_TOLERANCE = 0.06  # of a part's centre, as a fraction of the side
 SIZE_TOLERANCE = 0.7  # of the logarithm of a part's size
 FACE_SCORE = 0.5  # minimum score of a face
-CANDIDATE_SCORE = 0.02  # minimum score of a window that gets a second look
-HINT_SCORE = 0.28  # minimum score of a photo without a face that is parsed as a portrait all the same
-WINDOW_STEP = 0.6  # between neighbouring windows, as a fraction of the side
-MIN_SIDE = 48  # pixels of the smallest portrait searched for
-LEVELS = 3  # window sizes, each half of the one before; the first is the photo's shorter side
-MAX_FACES = 64
-SEARCH_SIDE = 384  # network input for the search: larger inputs find as many faces in twice the time
+WIDER = 1.4  # factor of the second look: in chance patterns the network sees a face only if they fill its input
+LEVEL = 10  # degrees of roll up to which a portrait is parsed as it is: the network was trained on turned ones
+LIKENESS = 0.3  # minimum IoU of face and usual face to parse a photo as a portrait; at least 0.37 in the data set
+MIN_SIDE = 44  # pixels of the smallest portrait: a face of about 32
+SEARCH_SIDE = 384  # network input for candidates: fewer faces are confirmed at 256 than at 384 or 512
 BATCH = 4
-PORTRAIT_OVERLAP = 0.5  # minimum IoU of a photo and the portrait found in it to parse the photo as that portrait
+PORTRAIT_OVERLAP = 0.55  # minimum IoU of a photo and the portrait found in it to parse the photo as that portrait
 MAX_PIXELS = 1 << 22  # parsed at once: larger windows are reduced, which bounds memory
-FEATHER = 0.1  # width of the transition from a portrait's parse to its surroundings, as a fraction of its side
+SMALL_INPUT = 384  # network input for windows of at most so many pixels; larger ones get up to the models' own
+FEATHER = 0.1  # width of the transition from a parse to its surroundings, as a fraction of its side
+GROWTH = 1.5, 1.5  # from a portrait to the window around it, and to the next; in larger ones the network errs
+BUST = 0.42, 0.08  # half width and centre, in the largest window, of the ellipse that ends what reaches beyond it
+FAR = np.float32(99)  # beyond all distances
+REACH = 0.02  # minimum fraction of a window's border that must be labelled to parse a larger one
 
 GROUPS = {"head": tuple(name for name in NAMES if name not in ("background", "neck_l", "neck", "cloth"))}
+
+
+class Window(NamedTuple):
+    """A rectangle of a photo in pixels, turned clockwise by `angle` degrees around its centre; may reach beyond it."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+    angle: float = 0.0
+
+    def photo_points(self, u, v):
+        """x, y in the photo of points u, v (fractions of the sides, 0.5 the centre)."""
+        cos, sin = math.cos(math.radians(self.angle)), math.sin(math.radians(self.angle))
+        u, v = (u - 0.5) * self.width, (v - 0.5) * self.height
+        return self.left + self.width / 2 + cos * u - sin * v, self.top + self.height / 2 + sin * u + cos * v
+
+    def scaled(self, factor):
+        """The window around the same centre with sides `factor` times as long."""
+        width, height = round(self.width * factor), round(self.height * factor)
+        left, top = self.left - (width - self.width) // 2, self.top - (height - self.height) // 2
+        return Window(left, top, width, height, self.angle)
+
+
+def square(x, y, side, angle):
+    """The Window around x, y with a side of `side` rounded to a multiple of 8, level if it nearly is."""
+    side = max(8, round(side / 8) * 8)
+    angle = (angle + 180) % 360 - 180
+    return Window(round(x - side / 2), round(y - side / 2), side, side, 0.0 if abs(angle) < LEVEL / 2 else angle)
 
 
 def measure(log_p):
@@ -70,35 +107,44 @@ def measure(log_p):
 
 
 def match_layout(parts):
-    """Match the parts (B, 8, 4) of `measure` with LAYOUT: (scores (B,), windows (B, 3)).
+    """Match the parts (B, 8, 4) of `measure` with LAYOUT: (scores (B,), portraits (B, 4)).
 
     Score, 0..1: mean over eyes, brows, nose and lips of the agreement with the usual place and size after the best
-    scale and shift, times the certainty. Window: left, top and side of the portrait, in the parts' unit of length.
+    scale, rotation and shift (Umeyama 1991), times the certainty. Portrait: x and y of its centre and its side in the
+    parts' unit of length, and its roll in degrees, clockwise.
     """
     layout = torch.tensor(list(LAYOUT.values()), device=parts.device)
-    place, extent = parts[..., :2], parts[..., 2]
+    place, extent = torch.view_as_complex(parts[..., :2].contiguous()), parts[..., 2]
+    usual = torch.complex(layout[:, 0], layout[:, 1])
     present = (extent > 0).float()
     weight = present
     # Least squares, repeated twice with less weight on the parts that did not agree.
     for _ in range(3):
-        fraction = (weight / weight.sum(1, keepdim=True).clamp_min(1e-6))[..., None]
-        layout_middle, middle = (fraction * layout[:, :2]).sum(1, keepdim=True), (fraction * place).sum(1, keepdim=True)
-        wanted, actual = layout[:, :2] - layout_middle, place - middle
-        scale = (fraction * wanted * actual).sum((1, 2)) / (fraction * wanted**2).sum((1, 2)).clamp_min(1e-6)
-        scale = scale.clamp_min(1e-3)[:, None]
-        error = (actual / scale[..., None] - wanted).square().sum(2) / PLACE_TOLERANCE**2
+        fraction = weight / weight.sum(1, keepdim=True).clamp_min(1e-6)
+        usual_middle, middle = (fraction * usual).sum(1, keepdim=True), (fraction * place).sum(1, keepdim=True)
+        wanted, actual = usual - usual_middle, place - middle
+        turn = (fraction * wanted.conj() * actual).sum(1) / (fraction * wanted.abs() ** 2).sum(1).clamp_min(1e-6)
+        scale = turn.abs().clamp_min(1e-3)[:, None]
+        turn = scale * torch.exp(1j * turn.angle()[:, None])
+        error = (actual / turn - wanted).abs().square() / PLACE_TOLERANCE**2
         error = error + (extent.clamp_min(1e-6) / scale / layout[:, 2]).log().square() / SIZE_TOLERANCE**2
         agreement = present * torch.exp(-error / 2)
         weight = present * agreement.clamp_min(1e-3)
-    corner = middle[:, 0] - scale * layout_middle[:, 0]
+    centre = middle + turn * (0.5 + 0.5j - usual_middle)
     known = agreement * parts[..., 3]
     eyes = torch.maximum(known[:, :2], known[:, 7:])
-    return torch.cat([eyes, known[:, 2:7]], 1).mean(1), torch.cat([corner, scale], 1)
+    scores = torch.cat([eyes, known[:, 2:7]], 1).mean(1)
+    return scores, torch.cat([torch.view_as_real(centre[:, 0]), scale, turn.angle().rad2deg()], 1)
 
 
 def crop(pixels, window):
-    """Pixels (height, width, 3) of a window (left, top, width, height); the edge repeats beyond the photo."""
-    left, top, width, height = window
+    """Pixels (height, width, 3) of a Window; the edge repeats beyond the photo."""
+    left, top, width, height, angle = window
+    if angle:
+        margin = math.ceil((math.hypot(width, height) - min(width, height)) / 2)
+        around = crop(pixels, Window(left - margin, top - margin, width + 2 * margin, height + 2 * margin))
+        turned = Image.fromarray(np.ascontiguousarray(around)).rotate(angle, Image.Resampling.BILINEAR)
+        return np.asarray(turned)[margin : margin + height, margin : margin + width]
     if 0 <= left <= pixels.shape[1] - width and 0 <= top <= pixels.shape[0] - height:
         return pixels[top : top + height, left : left + width]
     rows = np.arange(top, top + height).clip(0, pixels.shape[0] - 1)
@@ -106,70 +152,69 @@ def crop(pixels, window):
     return pixels[np.ix_(rows, columns)]
 
 
-def pyramid(height, width):
-    """Square windows (left, top, side, side) to search, from the largest size to the smallest.
-
-    The first, of the longer side, is for a face cut off by the photo's edges.
-    """
-    short, long = min(height, width), max(height, width)
-    windows = [((width - long) // 2, (height - long) // 2, long, long)] if short < long <= 2 * short else []
-    for side in (short >> level for level in range(LEVELS)):
-        if (side < 2 * MIN_SIDE and windows) or side < MIN_SIDE:
-            break
-        tops, lefts = (
-            np.linspace(0, length - side, math.ceil((length - side) / (WINDOW_STEP * side)) + 1).round().astype(int)
-            for length in (height, width)
-        )
-        windows += [(left, top, side, side) for top in tops.tolist() for left in lefts.tolist()]
-    return windows
-
-
-def score_windows(models, pixels, windows, size, device):
-    """Parse square windows: [(score, window of the matched portrait (left, top, side, side)), ...]."""
-    found = []
-    for start in range(0, len(windows), BATCH):
-        chunk = windows[start : start + BATCH]
-        crops = [Image.fromarray(crop(pixels, window)) for window in chunk]
-        # Area average down, bilinear up, like all other input of the network.
-        kinds = [Image.Resampling.BOX if view.width > size else Image.Resampling.BILINEAR for view in crops]
-        crops = [np.asarray(view.resize((size, size), kind)) for view, kind in zip(crops, kinds, strict=True)]
-        images = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).to(device)
+def look(models, pixels, places, size, device):
+    """Parse the squares at places [(x, y, side, angle), ...]: [(score, (x, y, side, angle) of the match), ...]."""
+    found, reduced = [], {1: pixels}
+    for start in range(0, len(places), BATCH):
+        crops = []
+        for x, y, side, angle in places[start : start + BATCH]:
+            factor = 1 << max(0, int(math.log2(side / size)))
+            if factor not in reduced:
+                reduced[factor] = np.asarray(Image.fromarray(pixels).reduce(factor))
+            window = square(x / factor, y / factor, side / factor, angle)
+            view = Image.fromarray(np.ascontiguousarray(crop(reduced[factor], window)))
+            # Area average down, bilinear up, like all other input of the network.
+            kind = Image.Resampling.BOX if window.width > size else Image.Resampling.BILINEAR
+            crops.append((np.asarray(view.resize((size, size), kind)), window, factor))
+        images = torch.from_numpy(np.stack([view for view, *_ in crops])).permute(0, 3, 1, 2).to(device)
         scores, portraits = match_layout(measure(log_probabilities(models, images, size, ONE_VIEW)))
-        for (left, top, side, _), score, (x, y, scale) in zip(chunk, scores.tolist(), portraits.tolist(), strict=True):
-            own = round(scale * side)
-            found.append((score, (round(left + x * side), round(top + y * side), own, own)))
-    return [(score, window) for score, window in found if window[2] >= MIN_SIDE]
+        rows = zip(crops, scores.tolist(), portraits.tolist(), strict=True)
+        for (_, window, factor), score, (x, y, scale, roll) in rows:
+            x, y = window.photo_points(x, y)
+            side = scale * window.width
+            found.append((score, (factor * x, factor * y, factor * side, window.angle + roll)))
+    return found
 
 
 def distinct(found):
-    """Of [(score, window), ...] the best first, without those whose centre lies in the face of a better one."""
+    """Of [(score, (x, y, side, ...)), ...] the best first, without those whose centre lies in the face of a better."""
     kept = []
-    for score, (left, top, side, _) in sorted(found, key=lambda item: -item[0]):
+    for score, place in sorted(found, key=lambda item: -item[0]):
         # A face is the inner half of a portrait.
-        if all(
-            max(abs(left - x + (side - other) / 2), abs(top - y + (side - other) / 2)) > max(side, other) / 4
-            for _, (x, y, other, _) in kept
-        ):
-            kept.append((score, (left, top, side, side)))
+        if all(math.dist(place[:2], other[:2]) > max(place[2], other[2]) / 4 for _, other in kept):
+            kept.append((score, place))
     return kept
 
 
-def find_faces(models, pixels, size, device):
-    """The faces in uint8 pixels (H, W, 3): [(score, window (left, top, side, side)), ...], the best first.
+def find_faces(models, locator, pixels, size, device):
+    """The faces in uint8 pixels (H, W, 3): [(score, Window), ...], the best first.
 
-    A window is where a portrait like those of the training would be cropped, and may reach beyond the photo. `size` is
-    the side of the square images given to the network.
+    A window is where a portrait like those of the training would be cropped. The score is the mean of the locator's
+    and of the matches of two parses, the second of a larger square. `size` is the side of the network's input.
     """
-    height, width = pixels.shape[:2]
-    # Reduce a large photo to the resolution that the smallest windows need.
-    factor = max(1, (min(height, width) >> LEVELS - 1) // size)
-    small = np.asarray(Image.fromarray(pixels).reduce(factor)) if factor > 1 else pixels
-    found = score_windows(models, small, pyramid(*small.shape[:2]), size, device)
-    for minimum in (CANDIDATE_SCORE, FACE_SCORE / 2):
-        candidates = distinct([item for item in found if item[0] >= minimum])[:MAX_FACES]
-        found = score_windows(models, small, [window for _, window in candidates], size, device)
-    faces = distinct([item for item in found if item[0] >= FACE_SCORE])
-    return [(score, tuple(factor * value for value in window)) for score, window in faces]
+    candidates = distinct([(heat, tuple(place)) for heat, *place in find_candidates(locator, pixels, device).tolist()])
+    looks = look(models, pixels, [place for _, place in candidates], size, device)
+    likely = [(heat, *first) for (heat, _), first in zip(candidates, looks, strict=True)]
+    likely = [item for item in likely if item[0] + item[1] >= FACE_SCORE and item[2][2] >= MIN_SIDE]
+    wide = [(x, y, WIDER * side, angle) for _, _, (x, y, side, angle) in likely]
+    looks = look(models, pixels, wide, round(size * WIDER / 32) * 32, device)  # the face as large as before
+    found = [((heat + one + two) / 3, place) for (heat, one, _), (two, place) in zip(likely, looks, strict=True)]
+    return [(score, square(*place)) for score, place in distinct(found) if score >= FACE_SCORE and place[2] >= MIN_SIDE]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Face:
+    """A face of a photo: its label map (h, w) uint8 inside `box` (left, top, w, h), 0 where the photo is not its own.
+
+    `window` (left, top, width, height) turned clockwise around its centre by `angle` degrees is the portrait that was
+    parsed, with its surroundings. `score` 0..1 is the agreement with a face's usual layout, None if not computed.
+    """
+
+    mask: np.ndarray
+    box: tuple
+    window: tuple
+    angle: float
+    score: float | None
 
 
 @dataclass(kw_only=True)
@@ -177,68 +222,130 @@ class Parsed:
     """The label map of a photo, and the face each pixel belongs to."""
 
     mask: np.ndarray  # uint8 (H, W)
-    owner: np.ndarray  # int8 (H, W), index into faces, -1 far from any face
-    faces: list  # [(score, or None if it was not computed, window (left, top, width, height)), ...], left to right
+    owner: np.ndarray  # int16 (H, W), index into faces, -1 far from any face
+    faces: list  # of Face, left to right
     missed: bool = False  # no face was found
+    alpha: np.ndarray | None = None  # uint8 (H, W): 255 times the probability of the labels asked for
+    searched: bool = True  # False with `box` or `whole`
 
 
-def parse_photos(models, photos, size, views, device, whole=False, box=None):
+def parse_photos(models, photos, size, views, device, whole=False, box=None, locator=None, cutout=None):
     """Parse photos of one size, a list of uint8 pixels (H, W, 3), in one batch: [Parsed, ...].
 
     A photo that is one portrait, like those of the training, or any photo with `whole`, is parsed as one portrait;
-    otherwise each face found is parsed. Without a face, a photo with a hint of one is parsed as one portrait, any other
-    becomes background. `box` (left, top, width, height) is parsed as the only portrait instead; UserError if it lies
-    outside the photos. `size` is the side the models were trained on.
+    otherwise each face found with `locator` is parsed. Without a face, a photo that has skin and hair as a portrait
+    does is parsed as one, any other becomes background. `box` (left, top, width, height) is parsed as the only portrait
+    instead; UserError if it lies outside the photos. `size` is the side the models were trained on. `cutout`: labels
+    (ids) whose probability becomes `alpha`.
     """
     if not photos:
         return []
     height, width = photos[0].shape[:2]
-    everything = (0, 0, width, height)
+    everything = Window(0, 0, width, height)
     if box and (not overlap(box, everything) or max(box[2:]) > 2 * max(height, width)):
         raise UserError(f"the box {box} lies outside the image of {width} x {height} pixels, or is far larger")
-    batch = parse_window(models, photos, box or everything, size, views, device).split(1)
-    if box:
-        pasted = [paste(height, width, [(labels_at(log_p, box[3], box[2]), box)]) for log_p in batch]
-        return [Parsed(mask=mask, owner=owner, faces=[(None, box)]) for mask, owner in pasted]
-    settings = models, size, views, device, whole
-    return [_parse_photo(pixels, log_p, *settings) for pixels, log_p in zip(photos, batch, strict=True)]
+    window, parsed = Window(*box) if box else everything, []
+    batch = parse_window(models, photos, window, size, views, device).split(1)
+    for pixels, log_p in zip(photos, batch, strict=True):
+        portraits, missed = [(None, window, window, log_p)], False
+        if not (box or whole):
+            portraits, missed = _search(pixels, log_p, models, size, views, device, locator)
+        parsed.append(paste(height, width, portraits, cutout))
+        parsed[-1].missed, parsed[-1].searched = missed, not (box or whole)
+    return parsed
 
 
-def _parse_photo(pixels, log_p, models, size, views, device, whole):
-    """Parsed of one photo; `log_p` are its log-probabilities as one portrait."""
+def _search(pixels, log_p, models, size, views, device, locator):
+    """(portraits as `paste` takes them, True if no face was found); `log_p` is the photo's parse as one portrait."""
     height, width = pixels.shape[:2]
-    everything = (0, 0, width, height)
+    everything = Window(0, 0, width, height)
     # Convert fractions of the sides to pixels; a portrait is square in pixels.
     units = torch.tensor([width, height, math.sqrt(width * height), 1], device=log_p.device)
-    scores, (window,) = match_layout(measure(log_p) * units)
-    left, top, side = window.tolist()
-    fills = overlap((left, top, side, side), everything) >= PORTRAIT_OVERLAP
-    clear = fills and scores.item() >= FACE_SCORE
-    faces = [] if whole or clear else find_faces(models, pixels, min(size, SEARCH_SIDE), device)
+    scores, places = match_layout(measure(log_p) * units)
+
+    def fills(window):
+        return overlap(window, everything) >= PORTRAIT_OVERLAP and abs(window.angle) <= LEVEL
+
+    score, clear = scores.item(), fills(square(*places[0].tolist())) and scores.item() >= FACE_SCORE
+    faces = [] if clear else find_faces(models, locator, pixels, min(size, SEARCH_SIDE), device)
     # The search may confirm a portrait in which the face is hard to see.
-    portrait = clear or (fills and faces and overlap(faces[0][1], everything) >= PORTRAIT_OVERLAP)
-    if portrait or not faces:
-        background = not whole and scores.item() < HINT_SCORE
-        return Parsed(
-            mask=np.zeros((height, width), np.uint8) if background else labels_at(log_p, height, width),
-            owner=np.zeros((height, width), np.int8),
-            faces=[(scores.item() if portrait else None, everything)],
-            missed=not (whole or portrait),
-        )
+    if clear or (faces and fills(faces[0][1])):
+        return [(score, everything, everything, log_p)], False
+    if not faces:
+        likely = resembles_portrait(log_p)
+        return [(None, everything, everything, log_p if likely else None)], True
 
     def portraits():
-        for _, window in faces:
-            outer, inner = enlarge(window)
-            both = [parse_window(models, [pixels], w, size, views, device) for w in (inner, outer)]
-            yield labels_at(surround(*both), *outer[2:]), outer
+        for score, window in sorted(faces, key=lambda face: face[1].left):
+            yield score, window, *parse_face(models, pixels, window, size, views, device)
 
-    faces.sort(key=lambda face: face[1])
-    mask, owner = paste(height, width, portraits())
-    return Parsed(mask=mask, owner=owner, faces=[(score, enlarge(window)[1]) for score, window in faces])
+    return portraits(), False
+
+
+def parse_face(models, pixels, window, size, views, device):
+    """Parse a portrait and its surroundings until nothing of the person reaches beyond them, or the photo ends.
+
+    Returns the Window parsed and its log-probabilities (1, 19, h, w).
+    """
+    log_p, more = parse_window(models, [pixels], window, _input_side(window, size), views, device), True
+    for growth in GROWTH:
+        window = window.scaled(growth)
+        around = parse_window(models, [pixels], window, _input_side(window, size), views, device)
+        log_p = surround(log_p, around, growth)
+        more = continues(around, window, *pixels.shape[:2])
+        if not more:
+            break
+    return window, confine(log_p, more)
+
+
+def confine(log_p, rounded):
+    """Make background certain in log-probabilities (1, 19, n, n) where labels are not connected to those at the centre.
+
+    If `rounded`, also outside the ellipse BUST, which touches the lower edge: what continues ends in a curve.
+    """
+    labels = log_p.argmax(1, keepdim=True)
+    along = (torch.arange(labels.shape[-1], device=log_p.device) + 0.5) / labels.shape[-1] - 0.5
+    allowed = labels > 0
+    if rounded:
+        allowed &= torch.hypot(along / BUST[0], (along[:, None] - BUST[1]) / (0.5 - BUST[1])) < 1
+    # Grow from the centre in steps of 4 cells.
+    coarse = F.max_pool2d(allowed.float(), 4, ceil_mode=True)
+    middle = F.max_pool2d((torch.hypot(along, along[:, None]) < 0.1).float()[None, None], 4, ceil_mode=True)
+    reached, grown = torch.zeros_like(coarse), coarse * middle
+    while not grown.equal(reached):
+        reached = grown
+        for _ in range(8):
+            grown = F.max_pool2d(grown, 3, 1, 1) * coarse
+    kept = F.interpolate(reached, scale_factor=4)[..., : len(along), : len(along)] * allowed
+    log_p[:, 0] += 50 * (1 - kept[:, 0])
+    return log_p
+
+
+def _input_side(window, size):
+    return min(size, max(SMALL_INPUT, math.ceil(window.width / 32) * 32))
+
+
+def continues(log_p, window, height, width):
+    """True if labels reach the border of a parsed window (log-probabilities (1, 19, n, n)) inside the photo."""
+    edges = [log_p[0, :, 0], log_p[0, :, -1], log_p[0, :, :, 0], log_p[0, :, :, -1]]
+    labelled = torch.stack(edges, 1).argmax(0).cpu().numpy() > 0  # (4, n)
+    count = labelled.shape[1]
+    along, start = (np.arange(count) + 0.5) / count, np.zeros(count)
+    x, y = window.photo_points(np.stack([along, along, start, start + 1]), np.stack([start, start + 1, along, along]))
+    inside = (x > 0) & (x < width) & (y > 0) & (y < height)
+    return (labelled & inside).sum() > REACH * 4 * count
+
+
+def resembles_portrait(log_p):
+    """True if skin and the parts of a face (log-probabilities (1, 19, h, w)) lie where they do in a portrait."""
+    face = log_p[0, FACE_LABELS].exp().sum(0)
+    y, x = ((torch.arange(n, device=face.device) + 0.5) / n for n in face.shape)
+    usual = (torch.hypot((x - 0.5) / 0.22, (y[:, None] - 0.56) / 0.36) < 1).float()  # 0.5 of the mean mask and more
+    return (torch.minimum(face, usual).sum() / torch.maximum(face, usual).sum()).item() >= LIKENESS
 
 
 def overlap(a, b):
-    """Intersection over union of two windows (left, top, width, height)."""
+    """Intersection over union of two windows (left, top, width, height, ...), as if both were level."""
     width, height = (max(0, min(a[i] + a[i + 2], b[i] + b[i + 2]) - max(a[i], b[i])) for i in (0, 1))
     both = width * height
     return both / (a[2] * a[3] + b[2] * b[3] - both)
@@ -250,63 +357,99 @@ def reduction(height, width):
 
 
 def parse_window(models, photos, window, size, views, device):
-    """Log-probabilities (B, 19, h, w), on the logit grid, of a window (left, top, width, height) of B photos."""
-    factor = reduction(*window[2:])
+    """Log-probabilities (B, 19, h, w), on the logit grid, of a Window of B photos."""
+    factor = reduction(window.height, window.width)
     if factor > 1:
         photos = [np.asarray(Image.fromarray(pixels).reduce(factor)) for pixels in photos]
-        window = [-(-value // factor) for value in window]
+        window = Window(*(-(-value // factor) for value in window[:4]), window.angle)
     images = np.stack([crop(pixels, window) for pixels in photos])
     return log_probabilities(models, torch.from_numpy(images).permute(0, 3, 1, 2).to(device), size, views)
 
 
 def labels_at(log_p, height, width):
     """Labels (height, width) uint8 of log-probabilities (1, 19, h, w)."""
+    return _enlarged(lambda h, w: label_map(log_p, h, w)[0], height, width)
+
+
+def opacity_at(log_p, labels, height, width):
+    """Probability of `labels` as uint8 (height, width), made steeper: 255 from 0.75 on, 0 up to 0.25."""
+    p = (2 * log_p[:, labels].exp().sum(1, keepdim=True) - 0.5) * 255
+    return _enlarged(lambda h, w: upsample(p, (h, w))[0, 0].clamp(0, 255).round().byte(), height, width)
+
+
+def _enlarged(compute, height, width):
     factor = reduction(height, width)
-    labels = label_map(log_p, -(-height // factor), -(-width // factor))[0].cpu().numpy()
-    return labels.repeat(factor, 0).repeat(factor, 1)[:height, :width] if factor > 1 else labels
+    values = compute(-(-height // factor), -(-width // factor)).cpu().numpy()
+    return values.repeat(factor, 0).repeat(factor, 1)[:height, :width] if factor > 1 else values
 
 
-def enlarge(window):
-    """(outer, inner): the square window with its side rounded to a multiple of 4, and one of 1.5 times that side."""
-    left, top, side, _ = window
-    side = max(4, round(side / 4) * 4)
-    return (left - side // 4, top - side // 4, side * 3 // 2, side * 3 // 2), (left, top, side, side)
+def surround(inner, outer, growth):
+    """Blend log-probabilities (1, 19, h, w) of a window into those of the window of `growth` times its sides.
 
-
-def surround(inner, outer):
-    """Blend log-probabilities of a portrait (1, 19, h, w) into those of the window of 1.5 times its side around it.
-
-    Returns (1, 19, 3h/2, 3w/2); h and w are multiples of 4. Hair and cloth continue where a portrait ends.
+    Returns (1, 19, growth * h, growth * w); h and w are multiples of 4. Hair and cloth continue where a portrait ends.
     """
     height, width = inner.shape[2:]
-    joined = upsample(outer, (height * 3 // 2, width * 3 // 2))
+    joined = upsample(outer, (round(height * growth), round(width * growth)))
     y, x = ((torch.arange(n, device=inner.device) + 0.5) / n for n in (height, width))
     edge = torch.minimum(torch.minimum(y, 1 - y)[:, None], torch.minimum(x, 1 - x))
-    top, left = height // 4, width // 4
+    top, left = (joined.shape[2] - height) // 2, (joined.shape[3] - width) // 2
     joined[:, :, top : top + height, left : left + width].lerp_(inner, (edge / FEATHER).clamp(max=1))
     return joined
 
 
-def paste(height, width, portraits):
-    """(mask uint8, owner int8), both (height, width), of label maps [(labels (h, w), window), ...].
+def paste(height, width, portraits, cutout=None):
+    """Parsed of portraits [(score, Window, Window parsed around it, its log-probabilities, or None), ...].
 
-    In an overlap a pixel belongs to the window whose centre is nearer, relative to its side. Outside all windows the
-    label is background and the owner -1.
+    In an overlap a pixel belongs to the portrait whose centre is nearer, relative to its side, of those in which it is
+    not background, if there are any. Outside all windows the label is background and the owner -1.
     """
-    mask, owner = np.zeros((height, width), np.uint8), np.full((height, width), -1, np.int8)
-    nearest = np.full((height, width), np.inf, np.float32)
-    for index, (labels, (left, top, across, down)) in enumerate(portraits):
-        y, x = np.arange(max(0, top), min(height, top + down)), np.arange(max(0, left), min(width, left + across))
-        if not len(y) or not len(x):
+    mask, owner = np.zeros((height, width), np.uint8), np.full((height, width), -1, np.int16)
+    alpha = np.zeros((height, width), np.uint8) if cutout else None
+    nearest, found = np.full((height, width), np.inf, np.float32), []
+    for index, (score, window, around, log_p) in enumerate(portraits):
+        corners = np.stack(around.photo_points(np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1])))
+        low, high = np.floor(corners.min(1)).astype(int), np.ceil(corners.max(1)).astype(int)
+        (left, top), (right, bottom) = low.clip(0), high.clip(0, [width, height])
+        place = np.s_[top : max(top, bottom), left : max(left, right)]
+        found.append((score, window, place))
+        if log_p is None or not mask[place].size:
+            owner[place] = index
             continue
-        place = np.s_[y[0] : y[-1] + 1, x[0] : x[-1] + 1]
-        far_y, far_x = (abs((v + 0.5 - start) / side - 0.5) for v, start, side in ((y, top, down), (x, left, across)))
-        distance = np.hypot(far_y[:, None], far_x).astype(np.float32)
-        nearer = distance < nearest[place]
+        rows, columns, distance = _inside(around, place)
+        inside = (rows >= 0) & (rows < around.height) & (columns >= 0) & (columns < around.width)
+        rows, columns = rows.clip(0, around.height - 1), columns.clip(0, around.width - 1)
+        labels = labels_at(log_p, around.height, around.width)[rows, columns]
+        distance = distance * np.float32(around.width / window.width) + FAR * (labels == 0)
+        nearer = inside & (distance < nearest[place])
         nearest[place][nearer] = distance[nearer]
-        mask[place][nearer] = labels[y[0] - top : y[-1] + 1 - top, x[0] - left : x[-1] + 1 - left][nearer]
         owner[place][nearer] = index
-    return mask, owner
+        mask[place][nearer] = labels[nearer]
+        if cutout:
+            alpha[place][nearer] = opacity_at(log_p, cutout, around.height, around.width)[rows, columns][nearer]
+    faces = []
+    for index, (score, window, place) in enumerate(found):
+        own = np.where(owner[place] == index, mask[place], 0)
+        y, x = (np.flatnonzero(own.any(axis)) for axis in (1, 0))
+        y, x = (slice(v[0], v[-1] + 1) if len(v) else slice(0, 0) for v in (y, x))
+        own = own[y, x]
+        box = place[1].start + x.start, place[0].start + y.start, own.shape[1], own.shape[0]
+        score = None if score is None else round(score, 3)
+        box = tuple(map(int, box))
+        faces.append(Face(mask=own, box=box, window=window[:4], angle=round(window.angle, 1), score=score))
+    return Parsed(mask=mask, owner=owner, faces=faces, alpha=alpha)
+
+
+def _inside(window, place):
+    """Row and column in a window, int (h, w) or to be broadcast, of the photo's pixels `place` (two slices), and their
+    distance from its centre as a fraction of its side (h, w) float32."""
+    angle = math.radians(window.angle)
+    y = (np.arange(place[0].start, place[0].stop) + 0.5 - window.top - window.height / 2)[:, None]
+    x = np.arange(place[1].start, place[1].stop) + 0.5 - window.left - window.width / 2
+    if angle:
+        x, y = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
+    distance = np.hypot(y / window.height, x / window.width, dtype=np.float32, casting="same_kind")
+    rows, columns = (np.floor(v + length / 2).astype(int) for v, length in ((y, window.height), (x, window.width)))
+    return rows, columns, distance
 
 
 def parse_labels(text):
@@ -321,10 +464,11 @@ def parse_labels(text):
     return sorted(chosen)
 
 
-def cut_out(pixels, mask, labels):
-    """RGBA (H, W, 4) uint8 of pixels (H, W, 3): the labels opaque, everything else transparent black."""
-    kept = np.isin(mask, labels)[..., None]
-    return np.concatenate([pixels * kept, kept * np.uint8(255)], 2)
+def cut_out(pixels, alpha, opacity=None):
+    """RGBA (H, W, 4) uint8 of pixels (H, W, 3) with `alpha` (H, W) uint8, times the photo's own `opacity` (H, W)."""
+    if opacity is not None:
+        alpha = (alpha.astype(np.uint16) * opacity // 255).astype(np.uint8)
+    return np.dstack([pixels * (alpha > 0)[..., None], alpha])
 
 
 def label_regions(mask, left=0, top=0):
@@ -351,22 +495,14 @@ def label_regions(mask, left=0, top=0):
 def describe(parsed):
     """A Parsed as numbers for JSON: the regions of the whole photo, and of each face from left to right.
 
-    `face_found` is null with `box`, or with `whole` unless the photo is clearly a portrait.
+    `face_found` is null with `box` or `whole`. A face's `window` is turned clockwise by `angle` degrees.
     """
     height, width = parsed.mask.shape
-    found = [] if parsed.missed else parsed.faces
-    searched = parsed.missed or any(score is not None for score, _ in found)
     faces = []
-    for index, (score, window) in enumerate(found):
-        own = parsed.owner == index
-        rows, columns = (np.flatnonzero(own.any(axis)) for axis in (1, 0))
-        labels = {}
-        if len(rows):
-            place = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-            masked = np.where(own[place] & (parsed.mask[place] > 0), parsed.mask[place], 255)
-            labels = label_regions(masked, int(columns[0]), int(rows[0]))
-        score = None if score is None else round(score, 3)
-        faces.append({"window": list(map(int, window)), "score": score, "labels": labels})
-    face_found = bool(found) if searched else None
+    for face in [] if parsed.missed else parsed.faces:
+        labels = label_regions(np.where(face.mask > 0, face.mask, 255), *face.box[:2])
+        record = {"window": list(face.window), "angle": face.angle, "score": face.score, "box": list(face.box)}
+        faces.append(record | {"labels": labels})
+    face_found = bool(faces) if parsed.searched else None
     whole = {"width": width, "height": height, "face_found": face_found, "labels": label_regions(parsed.mask)}
     return {**whole, "faces": faces}

@@ -29,6 +29,7 @@ from common import (
     duration,
     make_folder,
     print_message,
+    printable,
     run_main,
     show_line,
     show_progress,
@@ -40,8 +41,9 @@ from PIL import Image
 
 from checkpoint import load_model
 from device import select_device
-from images import MASK, image_files, mask_image, overlay, read_image, rgb_pixels
+from images import MASK, image_files, mask_image, overlay, read_image, read_picture, rgb_pixels
 from labels import NAMES
+from locate import load_locator
 from photo import cut_out, describe, parse_labels, parse_photos
 from register import find_weights
 from views import check_size, parse_views
@@ -64,9 +66,9 @@ class FaceParser:
         check_size(size or 32)
         self.source = find_weights(weights)
         model, info = load_model(self.source, self.device)
-        self.models, self.size = [model], size or info["size"]
+        self.models, self.size, self.locator = [model], size or info["size"], None
 
-    def __call__(self, image, *, whole=False, box=None):
+    def __call__(self, image, *, whole=False, box=None, cutout=None):
         """Parse a path, a PIL image or a uint8 RGB array (H, W, 3); a list of images of one size gives a list.
 
         `whole` treats the image as one portrait; `box` (left, top, width, height) is the only portrait in it. UserError
@@ -78,7 +80,10 @@ class FaceParser:
         photos = list(map(_pixels, image if several else [image]))
         if len({pixels.shape for pixels in photos}) > 1:
             raise UserError("a list of images is parsed as one batch: they must have one size")
-        parsed = parse_photos(self.models, photos, self.size, self.views, self.device, whole, box)
+        if self.locator is None and not (whole or box):
+            self.locator = load_locator(self.device)
+        settings = self.models, photos, self.size, self.views, self.device, whole, box, self.locator, cutout
+        parsed = parse_photos(*settings)
         return parsed if several else parsed[0]
 
 
@@ -107,7 +112,11 @@ def add_arguments(parser):
     parser.add_argument(
         "--cutout", type=parse_labels, help="also write NAME-cutout.png with these labels: hair,hat or head"
     )
-    parser.switch("--json", help="also write NAME.json: area, box and centroid of each label")
+    parser.switch("--crop", help="with --cutout: crop it to what it shows")
+    parser.switch(
+        "--json", help="also write NAME.json: area, box and centroid of each label, in the photo and each face"
+    )
+    parser.switch("--skip", help="skip images whose files are in the output folder already")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
 
@@ -124,26 +133,38 @@ def box(text):
     return tuple(map(int, text.split(",")))
 
 
-def write_results(args, path, pixels, parsed):
-    """Write the mask of the image file `path` into args.output, and the other files asked for."""
-    images = {".png": mask_image(parsed.mask)}
+def endings(args):
+    """The endings of the files to write for an image."""
+    extra = ["-overlay.png"] * args.overlay + ["-cutout.png"] * bool(args.cutout) + [".json"] * args.json
+    return [".png", *extra]
+
+
+def is_finished(args, path):
+    """True if all files of an image are in args.output."""
+    return all((args.output / f"{path.stem}{ending}").is_file() for ending in endings(args))
+
+
+def write_results(args, path, pixels, opacity, parsed):
+    """Write the mask of the image file `path` into args.output last, after the other files asked for."""
+    if args.json:
+        name = os.fsencode(path.name).decode("utf-8", "replace")
+        text = json.dumps({"image": name, **describe(parsed)}, ensure_ascii=False) + "\n"
+        write_text(args.output / f"{path.stem}.json", text)
+    images = {}
     if args.overlay:
         images["-overlay.png"] = Image.fromarray(overlay(pixels, parsed.mask))
     if args.cutout:
-        images["-cutout.png"] = Image.fromarray(cut_out(pixels, parsed.mask, args.cutout))
-    for ending, image in images.items():
+        cutout = Image.fromarray(cut_out(pixels, parsed.alpha, opacity))
+        images["-cutout.png"] = cutout.crop(cutout.getchannel("A").getbbox()) if args.crop else cutout
+    for ending, image in {**images, ".png": mask_image(parsed.mask)}.items():
         with atomic(args.output / f"{path.stem}{ending}") as temporary:
             image.save(temporary, format="PNG")
-    if args.json:
-        text = json.dumps({"image": path.name, **describe(parsed)}, ensure_ascii=False) + "\n"
-        write_text(args.output / f"{path.stem}.json", text)
 
 
 def output_files(args):
     """The image files of args.input. UserError if outputs have one path, or would replace a file not of ours."""
     files, made = image_files(args.input), {}
-    endings = [".png"] + ["-overlay.png"] * args.overlay + ["-cutout.png"] * bool(args.cutout) + [".json"] * args.json
-    for name, path in ((path.stem + ending, path) for path in files for ending in endings):
+    for name, path in ((path.stem + ending, path) for path in files for ending in endings(args)):
         if name in made:
             raise UserError(f"{path} and {made[name]} would both become {name}; rename one")
         if os.path.realpath(path) == os.path.realpath(args.output / name):
@@ -151,35 +172,47 @@ def output_files(args):
         made[name] = path
     for name, path in made.items():
         target, mask = args.output / name, args.output / f"{path.stem}.png"
-        if target.exists():  # a mask of ours beside it makes it ours too
+        if target.exists() and not (args.skip and is_finished(args, path)):  # a mask of ours beside it makes it ours
             check_target(mask if mask.exists() else target, MASK)
     return files
 
 
 def predict_all(parser, args):
     """Write the masks of args.input into args.output: 0, or 2 if some images could not be read, which are reported."""
+    if args.crop and not args.cutout:
+        raise UserError("--crop crops the cut-out: add --cutout head")
     files = output_files(args)
     make_folder(args.output)
-    failed, begin = 0, time.monotonic()
-    for done, path in enumerate(files, 1):
-        show_line(f"parsing {path.name}", sys.stderr)
-        try:
-            pixels = read_image(path)
-            parsed = parser(pixels, whole=args.whole, box=args.box)
-        except UserError as error:
-            failed += 1
-            print_message(error if str(path) in str(error) else f"{path}: {error}", "error")
-            continue
-        write_results(args, path, pixels, parsed)
-        if parsed.missed:
-            how = "parsed as one portrait, perhaps wrongly" if parsed.mask.any() else "all background"
-            print_message(f"no face found in {path}: {how}; WHOLE=1 (--whole) or BOX=x,y,w,h (--box) parses it")
-        show_progress("predicting", done, len(files), time.monotonic() - begin)
-    seconds = time.monotonic() - begin
-    print(
-        f"{len(files) - failed} of {len(files)} masks in {args.output}, {duration(seconds)} "
-        f"({seconds / len(files):.2f} s per image)"
-    )
+    if args.skip:
+        count = len(files)
+        files = [path for path in files if not is_finished(args, path)]
+        print(f"{count - len(files)} of {count} skipped: their files are in {args.output}")
+    failed, written, begin = 0, 0, time.monotonic()
+    try:
+        for done, path in enumerate(files, 1):
+            show_line(f"parsing {printable(path.name)}", sys.stderr)
+            start = time.monotonic()
+            try:
+                pixels, opacity = read_picture(path)
+                parsed = parser(pixels, whole=args.whole, box=args.box, cutout=args.cutout)
+            except UserError as error:
+                failed += 1
+                print_message(error if str(path) in str(error) else f"{path}: {error}", "error")
+                continue
+            write_results(args, path, pixels, opacity, parsed)
+            written += 1
+            if parsed.missed:
+                how = "parsed as one portrait, perhaps wrongly" if parsed.mask.any() else "all background"
+                print_message(f"no face found in {path}: {how}; WHOLE=1 (--whole) or BOX=x,y,w,h (--box) parses it")
+            elif not sys.stderr.isatty():
+                faces = f"{len(parsed.faces)} face{'s' * (len(parsed.faces) != 1)}"
+                print(f"{printable(path.name)}: {faces}, {time.monotonic() - start:.1f} s", flush=True)
+            show_progress("predicting", done, len(files), time.monotonic() - begin)
+    finally:
+        seconds = time.monotonic() - begin
+        pace = f"{duration(seconds)} ({seconds / max(1, written + failed):.2f} s per image)"
+        show_line("", sys.stderr)
+        print(f"{written} of {len(files)} masks in {args.output}, {pace}", flush=True)
     return 2 if failed else 0
 
 

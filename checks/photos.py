@@ -1,55 +1,181 @@
-"""Portraits of the data set pasted into a larger photo: how many of them the search of photo.py finds.
+"""Face search and parsing measured: on photos whose faces are known, and on held-out portraits made harder.
 
-python -m checks.photos --data data --count 40
+python -m checks.photos --photos FOLDER            # FOLDER/images and FOLDER/faces.json: recall, precision, cuts, time
+python -m checks.photos --data data --count 30     # official score of portraits: grey, blurred, tilted, small, ...
 
-The background is the astronaut's suit and shuttle, enlarged, without a face. A portrait is found if a window overlaps
-it by more than half (intersection over union); a window that overlaps none is a false face.
+faces.json: {image: {"faces": [{"box": [left, top, right, bottom], "roll": degrees, ...}, ...]}, ...}, the box from
+forehead to chin. A face is found if the centroid of a predicted nose (without one, the centre of the window) lies in
+its box; each prediction counts once, and those that match no face are false. A straight cut is a horizontal or vertical
+border between labels and background inside the photo, longer than a fifth of the portrait's side.
 """
 
-from common import ArgumentParser, positive, run_main
+import io
+import json
+import time
+from pathlib import Path
+
+from common import ArgumentParser, positive, print_message, run_main
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter, ImageOps
 
-from data import find_data, load_pairs, split
-from evaluate import confusion, official_score
-from photo import overlap
+import checkpoint
+import register
+from data import find_data, load_pairs
+from evaluate import confusion, held_out, official_score
+from images import overlay, read_image
+from labels import NAMES
+from photo import Window, parse_face, paste
 from predict import FaceParser
 
-BACKGROUND, WIDTH, HEIGHT = "docs/astronaut.jpg", 1600, 1200
+BACKGROUND, WIDTH, HEIGHT = "docs/astronaut.jpg", 1024, 768
+STRAIGHT = 0.2  # of the portrait's side
+TILTS = 20, 35, 50, 90, 135, 180
+PASTED = 256, 128, 80, 48
 
 
-def compose(rng, portrait):
-    """A photo (HEIGHT, WIDTH, 3) with a portrait (S, S, 3) pasted into it, and its window (left, top, side, side)."""
-    with Image.open(BACKGROUND) as image:
-        photo = image.convert("RGB").crop((0, 240, 512, 512)).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
-    side = round(np.exp(rng.uniform(np.log(150), np.log(1000))))
+def nose(face):
+    """x, y of a Face's nose in the photo; without one, of its window's centre."""
+    rows, columns = np.nonzero(face.mask == NAMES.index("nose"))
+    if len(rows):
+        return face.box[0] + columns.mean(), face.box[1] + rows.mean()
+    left, top, width, height = face.window
+    return left + width / 2, top + height / 2
+
+
+def match(faces, truth):
+    """For each true face, whether it was found, and the number of false faces."""
+    points, used, found = [nose(face) for face in faces], set(), []
+    for face in truth:
+        x0, y0, x1, y1 = face["box"]
+        hits = (i for i, (x, y) in enumerate(points) if i not in used and x0 <= x <= x1 and y0 <= y <= y1)
+        hit = next(hits, None)
+        used.add(hit)
+        found.append(hit is not None)
+    return found, len(points) - sum(found)
+
+
+def longest_line(labelled):
+    """The longest horizontal line of pixels (H, W) bool that differ from those below."""
+    best = run = np.zeros(len(labelled) - 1, int)
+    for column in (labelled[1:] != labelled[:-1]).T:
+        run = (run + 1) * column
+        best = np.maximum(best, run)
+    return best.max(initial=0)
+
+
+def is_cut(face, mask):
+    """True if the labels of a face end in a straight line inside the photo."""
+    left, top, width, height = face.box
+    around = mask[max(0, top - 1) : top + height + 1, max(0, left - 1) : left + width + 1] > 0
+    return max(longest_line(around), longest_line(around.T)) > STRAIGHT * face.window[2]
+
+
+def measure_photos(parser, folder, out):
+    found, false, cut, seconds, count = [], 0, [], [], 0
+    for name, photo in json.loads((folder / "faces.json").read_text()).items():
+        pixels, begin = read_image(folder / "images" / name), time.monotonic()
+        parsed = parser(pixels)
+        seconds.append(time.monotonic() - begin)
+        faces = [] if parsed.missed else parsed.faces
+        hits, wrong = match(faces, photo["faces"])
+        cuts = [is_cut(face, parsed.mask) for face in faces]
+        found, false, cut, count = found + hits, false + wrong, cut + cuts, count + 1
+        details = f"{sum(hits)} of {len(hits)} faces, {wrong} false, {sum(cuts)} cut, {seconds[-1]:.1f} s"
+        print(f"{name}: {details}", flush=True)
+        if out:
+            Image.fromarray(overlay(pixels, parsed.mask)).save(out / f"{Path(name).stem}.png")
+    precision = sum(found) / max(1, sum(found) + false)
+    print(f"{count} photos: recall {np.mean(found):.3f} of {len(found)} faces, precision {precision:.3f}")
+    print(
+        f"straight cuts {np.mean(cut or [0]):.2f} of {len(cut)}; {np.median(seconds):.1f} s, at most {max(seconds):.1f}"
+    )
+
+
+def degradations(rng):
+    """{name: function of a PIL image}, for portraits of 512 pixels."""
+
+    def jpeg(image):
+        file = io.BytesIO()
+        image.save(file, format="JPEG", quality=10)
+        return Image.open(file).convert("RGB")
+
+    def small(side):
+        return lambda image: image.resize((side, side), Image.Resampling.BOX).resize(
+            image.size, Image.Resampling.BICUBIC
+        )
+
+    def noisy(image):
+        noise = rng.normal(0, 30, (*image.size, 3))
+        return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
+
+    return {
+        "as is": lambda image: image,
+        "grey": lambda image: ImageOps.grayscale(image).convert("RGB"),
+        "JPEG 10": jpeg,
+        "blur, sigma 4": lambda image: image.filter(ImageFilter.GaussianBlur(4)),
+        "from 64 pixels": small(64),
+        "from 32 pixels": small(32),
+        "dark, a quarter": lambda image: image.point([value // 4 for value in range(256)] * 3),
+        "noise 30": noisy,
+    }
+
+
+def into_photo(image, side, rng):
+    """A photo (HEIGHT, WIDTH, 3) without a face but for the portrait, and the portrait's place as slices."""
+    with Image.open(BACKGROUND) as photo:
+        photo = photo.convert("RGB").crop((0, 240, 512, 512)).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
     left, top = (int(rng.integers(0, length - side + 1)) for length in (WIDTH, HEIGHT))
-    photo.paste(Image.fromarray(portrait).resize((side, side), Image.Resampling.LANCZOS), (left, top))
-    return np.asarray(photo), (left, top, side, side)
+    photo.paste(image.resize((side, side), Image.Resampling.LANCZOS), (left, top))
+    return np.asarray(photo), np.s_[top : top + side, left : left + side]
+
+
+def measure_portraits(parser, pairs, indices):
+    rng, scores, blank = np.random.default_rng(0), {}, {}
+    for index in indices:
+        portrait, true = (
+            Image.fromarray(np.ascontiguousarray(pairs.images[index].transpose(1, 2, 0))),
+            pairs.masks[index],
+        )
+        predicted = {name: (parser(np.array(f(portrait))).mask, true) for name, f in degradations(rng).items()}
+        for angle in TILTS:
+            turned = np.asarray(portrait.rotate(angle, Image.Resampling.BICUBIC))
+            predicted[f"tilt {angle}"] = parser(turned).mask, np.asarray(Image.fromarray(true).rotate(angle))
+        for side in PASTED:
+            photo, place = into_photo(portrait, side, rng)
+            mask = Image.fromarray(parser(photo).mask[place]).resize(true.shape, Image.Resampling.NEAREST)
+            predicted[f"{side} pixels in {WIDTH} x {HEIGHT}"] = np.asarray(mask), true
+        found = Window(85, 85, 344, 344)
+        around, log_p = parse_face(parser.models, np.array(portrait), found, parser.size, parser.views, parser.device)
+        predicted["inner two thirds found"] = paste(512, 512, [(None, found, around, log_p)]).mask, true
+        for name, (mask, truth) in predicted.items():
+            scores.setdefault(name, []).append(confusion(mask, truth))
+            blank[name] = blank.get(name, 0) + (not mask.any())
+    for name, confusions in scores.items():
+        print(f"{name:<26}{official_score(np.stack(confusions)):.4f}{blank[name]:4d} blank of {len(confusions)}")
 
 
 def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--weights", help="checkpoint or run; default the release")
+    parser.add_argument("--weights", "--name", help="checkpoint or run; default the release")
+    parser.add_argument("--photos", type=Path, help="folder with images/ and faces.json")
+    parser.add_argument("--out", type=Path, help="with --photos: folder for overlays")
     parser.add_argument("--data", help="folder with train/; default ./data, else synthetic faces")
     parser.add_argument("--cache", default="build/cache", help="folder of the decoded copies")
-    parser.add_argument("--count", type=positive, default=40, help="number of held-out portraits")
+    parser.add_argument("--count", type=positive, default=30, help="number of held-out portraits")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
     args = parser.parse_args()
-    face_parser, pairs = FaceParser(args.weights, device="cpu"), load_pairs(find_data(args.data), args.cache)
-    rng, covers, confusions = np.random.default_rng(0), [], []
-    for index in split(len(pairs.names))[1][: args.count]:
-        portrait, true = pairs.images[index].transpose(1, 2, 0), pairs.masks[index]
-        photo, (left, top, side, _) = compose(rng, portrait)
-        parsed = face_parser(photo)
-        faces = [] if parsed.missed else parsed.faces
-        covers.append([overlap(window, (left, top, side, side)) > 0.5 for _, window in faces])
-        pasted = Image.fromarray(parsed.mask[top : top + side, left : left + side])
-        masks = np.asarray(pasted.resize(true.shape, Image.Resampling.NEAREST)), face_parser(portrait, whole=True).mask
-        confusions.append([confusion(mask, true) for mask in masks])
-    in_photo, alone = (official_score(part) for part in np.stack(confusions, 1))
-    print(f"{sum(map(any, covers))} of {len(covers)} found, {sum(c.count(False) for c in covers)} false faces")
-    print(f"official score {in_photo:.4f} in the photos, {alone:.4f} of the portraits alone")
+    if args.photos:
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+        measure_photos(FaceParser(args.weights, threads=args.threads), args.photos, args.out)
+        return
+    face_parser = FaceParser(args.weights or register.RELEASE / "validated.pt", threads=args.threads)
+    pairs, content = load_pairs(find_data(args.data), args.cache), checkpoint.load(face_parser.source)
+    indices = held_out(content, face_parser.source, pairs.names)[: args.count]
+    if checkpoint.has_seen(content, [pairs.names[i] for i in indices]):
+        print_message(f"{face_parser.source} was trained on these portraits")
+    measure_portraits(face_parser, pairs, indices)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Masks of image files of every kind, and the files, images and checkpoints that are refused."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -9,12 +10,12 @@ from common import UserError, run_main
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 import checkpoint
 import ensemble_tta
 import predict
-from images import read_image, read_mask
+from images import read_image, read_mask, read_picture
 from labels import NAMES, PALETTE
 from model import build
 from photo import parse_labels
@@ -84,6 +85,68 @@ def test_files_of_a_prediction_agree(run, tmp_path):
     assert {k: v["area"] for k, v in record["labels"].items()} == {NAMES[i]: n for i, n in enumerate(counts) if n}
 
 
+def test_ten_to_sixteen_bits_are_scaled_by_what_they_use(tmp_path):
+    for bits in (10, 12, 14, 16):
+        grey = np.linspace(0, 2**bits - 1, 512).astype(np.uint16).reshape(16, 32)
+        Image.fromarray(grey).save(tmp_path / "a.png")
+        assert abs(read_image(tmp_path / "a.png")[..., 0] - grey / (2**bits - 1) * 255).max() < 1, bits
+
+
+def test_colours_are_converted_to_srgb(tmp_path):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    # sRGB with red and blue exchanged
+    exchanged = profile.replace(b"rXYZ", b"bxyz", 1).replace(b"bXYZ", b"rXYZ", 1).replace(b"bxyz", b"bXYZ", 1)
+    colours = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    for icc, expected in ((profile, colours), (exchanged, colours[..., ::-1]), (b"damaged", colours)):
+        Image.fromarray(colours).save(tmp_path / "a.png", icc_profile=icc)
+        assert abs(read_image(tmp_path / "a.png").astype(int) - expected).max() <= 1
+
+
+def test_opacity_is_kept_for_cut_outs(tmp_path):
+    rgba = np.random.default_rng(0).integers(0, 256, (16, 16, 4), dtype=np.uint8)
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    pixels, opacity = read_picture(tmp_path / "a.png")
+    assert np.array_equal(opacity, rgba[..., 3]) and (pixels[opacity == 0] == 255).all()
+    Image.fromarray(rgba[..., :3]).save(tmp_path / "b.png")
+    assert read_picture(tmp_path / "b.png")[1] is None
+
+
+def test_a_jpeg_may_lack_its_end_mark_but_no_pixels(tmp_path):
+    Image.effect_noise((64, 48), 90).convert("RGB").save(tmp_path / "a.jpg")
+    whole = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "b.jpg").write_bytes(whole[:-2])
+    assert np.array_equal(read_image(tmp_path / "b.jpg"), read_image(tmp_path / "a.jpg"))
+    (tmp_path / "b.jpg").write_bytes(whole[:-200])
+    with pytest.raises(UserError, match="truncated"):
+        read_image(tmp_path / "b.jpg")
+
+
+def test_crop_shows_only_the_cut_out_which_keeps_the_images_opacity(run, tmp_path):
+    rgba = np.zeros((30, 40, 4), np.uint8)
+    rgba[5:20, 8:30, 3] = 200
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    assert run("--input=a.png --whole --crop --cutout=background,head,neck,neck_l,cloth")[0] == 0
+    alpha = np.asarray(Image.open(tmp_path / "out/a-cutout.png"))[..., 3]
+    assert alpha.shape == (15, 22) and (alpha == 200).all()
+
+
+def test_skip_leaves_finished_files(run, tmp_path):
+    (tmp_path / "b.png").mkdir()  # no image
+    mask = tmp_path / "out/a.png"
+    assert run("--input=. --whole")[0] == 0
+    whole = mask.read_bytes()
+    mask.write_bytes(whole + b"kept")
+    assert run("--input=. --whole --skip")[0] == 0 and mask.read_bytes() == whole + b"kept"
+    assert run("--input=. --whole --skip --json")[0] == 0 and mask.read_bytes() == whole
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_a_name_that_is_not_utf8_is_no_obstacle(run, tmp_path):
+    os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/\xff.png")
+    assert run("--input=. --whole --json")[0] == 0
+    assert json.loads((tmp_path / "out/\udcff.json").read_text())["image"] == "\N{REPLACEMENT CHARACTER}.png"
+
+
 def test_unreadable_images_are_named_and_the_others_parsed(run, tmp_path):
     for name in ("bad.jpg", "phone.heic"):
         (tmp_path / name).write_bytes(b"no image")
@@ -101,6 +164,7 @@ def test_unreadable_images_are_named_and_the_others_parsed(run, tmp_path):
         ("--input=a.png --box=0,0,9,9 --whole", "not allowed with"),
         ("--input=a.png --cutout=heir", "no label heir"),
         ("--input=a.png --size=100", "--size 100"),
+        ("--input=a.png --crop", "add --cutout"),
         ("--input=a.png --output=.", "would replace it"),
         ("--input=. --overlay", "would both become a-overlay.png"),
         ("--input=nowhere", "nowhere"),

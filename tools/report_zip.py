@@ -99,7 +99,7 @@ Third-party libraries are in code/requirements.txt; the training's versions and 
 How to reproduce the masks, in code/, with the test images in DATA/test/images (an absolute path):
   python -m pip install -r requirements.txt
   python -m tools.run --input DATA/test/images --output ../masks-again --weights ../checkpoint/ckpt.pth
-Masks of other photos: python predict.py --input PHOTOS --output MASKS --weights ../checkpoint/ckpt.pth
+Masks of other portraits: python predict.py --whole --input PHOTOS --output MASKS --weights ../checkpoint/ckpt.pth
 
 CelebAMask-HQ (Lee et al., CVPR 2020), weights trained on it and these masks are for non-commercial research only.
 """

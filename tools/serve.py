@@ -15,7 +15,7 @@ from pathlib import Path
 
 from common import ArgumentParser, UserError, run_main
 
-from images import decode_image, mask_image
+from images import decode_picture, mask_image
 from labels import HEX_COLOURS, NAMES
 from predict import FaceParser
 
@@ -91,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
         whole = self.path.endswith("whole")
         with self.busy:  # decoded one at a time: a picture of 81 megapixels takes a gigabyte
             try:
-                pixels = decode_image(io.BytesIO(body), "this file")
+                pixels, _ = decode_picture(io.BytesIO(body), "this file")
             except UserError as error:
                 raise Refused(415, str(error)) from None
             parsed = self.parser(pixels, whole=whole)
