@@ -197,12 +197,6 @@ def mask_image(mask):
     return image
 
 
-def overlay(pixels, mask, opacity=0.5):
-    """Blend the mask's colours over pixels (H, W, 3), background unchanged: uint8 (H, W, 3)."""
-    tint = np.where(mask[..., None] > 0, np.array(COLOURS, np.uint8)[mask], pixels)
-    return np.array(Image.blend(Image.fromarray(pixels), Image.fromarray(tint), opacity))
-
-
 def image_files(path):
     """[path] if it is a file, else the image files in the folder, sorted. UserError if there are none."""
     path = Path(path)

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from labels import NAMES
+from labels import COLOURS, NAMES
 from locate import find_candidates
 from model import upsample
-from views import ONE_VIEW, label_map, log_probabilities
+from views import ONE_VIEW, label_map, log_probabilities, to_input
 
 # Medians of 900 training masks: x and y of a part's centre, and the root of its area, as fractions of the side.
 LAYOUT = {
@@ -166,7 +166,7 @@ def look(models, pixels, places, size, device):
             # Area average down, bilinear up, like all other input of the network.
             kind = Image.Resampling.BOX if window.width > size else Image.Resampling.BILINEAR
             crops.append((np.asarray(view.resize((size, size), kind)), window, factor))
-        images = torch.from_numpy(np.stack([view for view, *_ in crops])).permute(0, 3, 1, 2).to(device)
+        images = to_input(np.stack([view for view, *_ in crops]), device)
         scores, portraits = match_layout(measure(log_probabilities(models, images, size, ONE_VIEW)))
         rows = zip(crops, scores.tolist(), portraits.tolist(), strict=True)
         for (_, window, factor), score, (x, y, scale, roll) in rows:
@@ -363,7 +363,7 @@ def parse_window(models, photos, window, size, views, device):
         photos = [np.asarray(Image.fromarray(pixels).reduce(factor)) for pixels in photos]
         window = Window(*(-(-value // factor) for value in window[:4]), window.angle)
     images = np.stack([crop(pixels, window) for pixels in photos])
-    return log_probabilities(models, torch.from_numpy(images).permute(0, 3, 1, 2).to(device), size, views)
+    return log_probabilities(models, to_input(images, device), size, views)
 
 
 def labels_at(log_p, height, width):
@@ -450,6 +450,12 @@ def _inside(window, place):
     distance = np.hypot(y / window.height, x / window.width, dtype=np.float32, casting="same_kind")
     rows, columns = (np.floor(v + length / 2).astype(int) for v, length in ((y, window.height), (x, window.width)))
     return rows, columns, distance
+
+
+def overlay(pixels, mask, opacity=0.5):
+    """Blend the mask's colours over pixels (H, W, 3), background unchanged: uint8 (H, W, 3)."""
+    tint = np.where(mask[..., None] > 0, np.array(COLOURS, np.uint8)[mask], pixels)
+    return np.array(Image.blend(Image.fromarray(pixels), Image.fromarray(tint), opacity))
 
 
 def parse_labels(text):

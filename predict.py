@@ -41,10 +41,10 @@ from PIL import Image
 
 from checkpoint import load_model
 from device import select_device
-from images import MASK, image_files, mask_image, overlay, read_image, read_picture, rgb_pixels
+from images import MASK, image_files, mask_image, read_image, read_picture, rgb_pixels
 from labels import NAMES
 from locate import load_locator
-from photo import cut_out, describe, parse_labels, parse_photos
+from photo import cut_out, describe, overlay, parse_labels, parse_photos
 from register import find_weights
 from views import check_size, parse_views
 

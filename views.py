@@ -131,6 +131,17 @@ def _probabilities(model, view, mirrored):
     return p[:, FLIP].flip(3) if mirrored else p
 
 
+def to_input(pixels, device):
+    """uint8 pixels (B, H, W, 3), numpy, as the tensor (B, 3, H, W) on the device that the networks take."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)
+
+
+def parse_whole(model, pixels, size, views=ONE_VIEW):
+    """Labels (H, W) of uint8 pixels (H, W, 3), both numpy, parsed as one portrait on the network's device."""
+    images = to_input(pixels[None], next(model.parameters()).device)
+    return label_map(log_probabilities([model], images, size, views), *pixels.shape[:2])[0].cpu().numpy()
+
+
 @torch.inference_mode()
 def label_map(log_p, height, width):
     """uint8 labels (B, height, width): argmax of log_p (B, 19, h, w), which is upsampled first."""

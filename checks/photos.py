@@ -23,9 +23,9 @@ import checkpoint
 import register
 from data import find_data, load_pairs
 from evaluate import confusion, held_out, official_score
-from images import overlay, read_image
+from images import read_image
 from labels import NAMES
-from photo import Window, parse_face, paste
+from photo import Window, overlay, parse_face, paste
 from predict import FaceParser
 
 BACKGROUND, WIDTH, HEIGHT = "docs/astronaut.jpg", 1024, 768

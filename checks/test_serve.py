@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 import checkpoint
-from images import overlay, read_image
+from images import read_image
 from labels import COLOURS
 from model import build
+from photo import overlay
 from predict import FaceParser
 from tools import serve
 from tools.course_report import BROWSERS

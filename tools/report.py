@@ -17,7 +17,6 @@ from pathlib import Path
 from common import ArgumentParser, UserError, check_target, print_message, read_json, run_main, write_text
 
 import numpy as np
-import torch
 from PIL import Image
 
 from checkpoint import load_model, seen
@@ -28,7 +27,7 @@ from labels import HEX_COLOURS, NAMES, NUM_CLASSES
 from options import parse_sizes
 from register import is_running, read_metrics
 from tools.leaderboard import NEUTRAL, changed_settings, number, summary, survey
-from views import Views, label_map, log_probabilities
+from views import parse_whole
 
 TEMPLATE = Path(__file__).with_name("page.html")
 PICTURED = 6  # number of runs whose images are on the page: each takes about 300 kB
@@ -154,9 +153,7 @@ def draw_pictures(folder, device):
     pictures, keys = [], [(name, image_hash(read_image(pairs[name][0]).transpose(2, 0, 1)).hex()) for name in order]
     for group, name in ((group, name) for group, names in groups.items() for name in names):
         pixels, true = (read(path) for read, path in zip((read_image, read_mask), pairs[name], strict=True))
-        images = torch.from_numpy(pixels).permute(2, 0, 1)[None].to(device)
-        log_p = log_probabilities([model], images, info["size"], Views())
-        predicted = label_map(log_p, *true.shape)[0].cpu().numpy()
+        predicted = parse_whole(model, pixels, info["size"])
         lowest = sorted((f, NAMES[i]) for i, f in enumerate(rows[name]) if f is not None)[:3]
         picture = {"group": group, "name": name, "score": scores[name], "lowest": [[label, f] for f, label in lowest]}
         pictures.append(picture | {"panels": panels(pixels, true, predicted)})

@@ -15,7 +15,7 @@ import torch
 
 from checkpoint import load_model
 from images import image_files, mask_image, read_image
-from views import label_map, log_probabilities, parse_views
+from views import parse_views, parse_whole
 
 
 def find_outputs(source, output):
@@ -46,8 +46,7 @@ def main():
     views, outputs, start = parse_views(info.get("views", "")), find_outputs(args.input, args.output), time.monotonic()
     for done, (path, target) in enumerate(outputs, 1):
         pixels = read_image(path)
-        log_p = log_probabilities([model], torch.from_numpy(pixels).permute(2, 0, 1)[None], info["size"], views)
-        mask = label_map(log_p, *pixels.shape[:2])[0].numpy()
+        mask = parse_whole(model, pixels, info["size"], views)
         with atomic(target) as temporary:
             mask_image(mask).save(temporary, format="PNG")
         show_progress("predicting", done, len(outputs), time.monotonic() - start)
