@@ -1,4 +1,4 @@
-"""Augmentation of a batch on the training device: one affine resampling, colour, blur, noise, MixUp, CutMix.
+"""Augmentation of a batch on the training device: one affine resampling, colour, low quality, MixUp, CutMix.
 
 Random numbers are drawn on the CPU for the whole global batch from (seed, epoch, step), so that a run does not depend
 on restarts, on the number of processes or (apart from noise) on the device. The tensor work runs on the batch's device.
@@ -7,12 +7,16 @@ python train.py --augment advanced
 python train.py --augment basic --rotate 25 --cutmix 0.3
 """
 
+import functools
+import io
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from device import constant, to_device
 from labels import FLIP
@@ -41,6 +45,13 @@ class Strength:
     cutmix: Probability = 0.0  # arXiv 1905.04899
     mixup_alpha: Alpha = 0.2
     cutmix_alpha: Alpha = 1.0
+    grey: Probability = 0.0
+    gamma: Annotated[float, "probability of a gamma exp(-0.9)..exp(0.9)"] = 0.0
+    dark: Annotated[float, "probability of darkening to 0.2..0.7"] = 0.0
+    reduce: Annotated[float, "probability of reducing the side to 1/16..2/3 and enlarging it again"] = 0.0
+    defocus: Annotated[float, "probability of a blur, sigma up to 1/128 of the side, if not reduced"] = 0.0
+    grain: Annotated[float, "probability of Gaussian noise after these, standard deviation 0..0.13"] = 0.0
+    jpeg: Annotated[float, "probability of JPEG's loss at a quality of 5..50"] = 0.0
 
 
 _BASIC = dict(flip=0.5, rotate=15, scale=0.1, shift=0.05, brightness=0.2, contrast=0.2, saturation=0.1)
@@ -49,6 +60,8 @@ PRESETS = {
     "none": {},
     "basic": _BASIC,
     "strong": _STRONG | dict(blur=0.1, noise=0.1),
+    "robust": _STRONG
+    | dict(rotate=20, scale=0.3, grey=0.1, gamma=0.15, dark=0.1, reduce=0.35, defocus=0.15, grain=0.15, jpeg=0.15),
     "advanced": _BASIC | dict(blur=0.1, noise=0.1, mixup=0.3, cutmix=0.3),
 }
 
@@ -92,6 +105,18 @@ def draw(count, strength, seed):
         "lam": lam,
         "box": box,
     }
+
+    def chance(probability, low, high, otherwise):
+        return np.where(rng.random(count) < probability, rng.uniform(low, high, count), otherwise)
+
+    params["saturation"] *= chance(strength.grey, 0, 0, 1)
+    params["brightness"] *= chance(strength.dark, 0.2, 0.7, 1)
+    params["gamma"] = np.exp(chance(strength.gamma, -0.9, 0.9, 0))
+    params["reduce"] = np.exp(chance(strength.reduce, math.log(1 / 16), math.log(2 / 3), 0))
+    params["bicubic"] = rng.random(count) < 0.5
+    params["defocus"] = chance(strength.defocus, 0, 1 / 128, 0) * (params["reduce"] == 1)
+    params["grain"] = chance(strength.grain, 0, 0.13, 0)
+    params["jpeg"] = np.exp(chance(strength.jpeg, math.log(5), math.log(50), -math.inf))
     return {name: torch.from_numpy(np.asarray(value, np.float32)) for name, value in params.items()}
 
 
@@ -154,21 +179,79 @@ def colour(images, params):
 
 
 def degrade(images, params):
-    """Blur and add noise in place, to float images (B, 3, H, W) as the parameters on the CPU say."""
+    """Blur and noise, then gamma, low resolution or blur, noise, and JPEG's loss, as the parameters on the CPU say.
+
+    Float images (B, 3, S, S), changed in place; values 0..1 afterwards. Each image has sizes of its own: one at a time,
+    and only those that change.
+    """
+    side = images.shape[-1]
     for i in params["blur"].nonzero().flatten().tolist():
         images[i] = blur(images[i], float(params["blur"][i]))
     for i in params["noise"].nonzero().flatten().tolist():
-        generator = torch.Generator(images.device).manual_seed(int(params["noise_seed"][i]))
-        noise = torch.randn(images[i].shape, generator=generator, device=images.device)
-        images[i] += noise.mul_(float(params["noise"][i]))
+        images[i] += noise_like(images[i], params["noise_seed"][i]).mul_(float(params["noise"][i]))
+    images.clamp_(0, 1)
+    names = "gamma", "reduce", "bicubic", "defocus", "grain", "noise_seed", "jpeg"
+    for i, own in enumerate(zip(*(params[name].tolist() for name in names), strict=True)):
+        gamma, fraction, bicubic, defocus, grain, seed, quality = own
+        image = original = images[i]
+        if gamma != 1:
+            image = image**gamma
+        if fraction < 1:
+            small = area(image[None], [max(1, round(fraction * side))] * 2)
+            image = F.interpolate(small, side, mode="bicubic" if bicubic else "bilinear")[0].clamp_(0, 1)
+        if defocus:
+            image = blur(image, defocus * side, math.ceil(3 * defocus * side))
+        if grain:
+            image = image + grain * noise_like(image, seed + 2**24)  # `noise` has the seeds below
+        if quality:
+            image = jpeg(image[None].clamp(0, 1), quality)[0]
+        if image is not original:
+            original.copy_(image.clamp_(0, 1))
     return images
 
 
-def blur(image, sigma):
-    """Gaussian blur of an image (C, H, W) by `sigma` pixels; 7 taps per direction."""
-    taps = torch.exp(-0.5 * (torch.arange(-3, 4, device=image.device) / sigma) ** 2)
-    kernel = (taps / taps.sum()).expand(len(image), 1, 7)
-    x = F.pad(image[None], (3, 3, 3, 3), mode="replicate")
+def noise_like(image, seed):
+    """Standard normal noise of an image's shape, on its device."""
+    generator = torch.Generator(image.device).manual_seed(int(seed))
+    return torch.randn(image.shape, generator=generator, device=image.device)
+
+
+@functools.cache
+def jpeg_tables(device):
+    """The 8 x 8 DCT (64, 1, 8, 8), steps at quality 50 (2, 1, 64, 1, 1), RGB to YCbCr and back (3, 3)."""
+    k = torch.arange(8)
+    dct = torch.cos((2 * k + 1) * k[:, None] * math.pi / 16) * torch.where(k > 0, 0.5, 0.125**0.5)[:, None]
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG", quality=50)
+    steps = torch.tensor(list(Image.open(file).quantization.values()), dtype=torch.float32)
+    basis = (dct[:, None, :, None] * dct[:, None]).view(64, 1, 8, 8)
+    ycc = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
+    return basis.to(device), steps.view(2, 1, 64, 1, 1).to(device), ycc.to(device), ycc.inverse().to(device)
+
+
+def jpeg(image, quality):
+    """What JPEG (ITU-T T.81) at a quality of 1..100 leaves of an image (1, 3, H, W), values 0..1.
+
+    Chroma has half the resolution, as usual; H and W are multiples of 16.
+    """
+    basis, steps, ycc, rgb = jpeg_tables(image.device)
+    steps = (steps * (50 / quality if quality < 50 else 2 - quality / 50)).clamp(min=1)
+    planes = (255 * ycc @ image.flatten(2)).view_as(image).transpose(0, 1)  # (3, 1, H, W)
+    planes[0] -= 128
+    coded = []
+    for plane, step in ((planes[:1], steps[0]), (F.avg_pool2d(planes[1:], 2), steps[1])):
+        coefficients = (F.conv2d(plane, basis, stride=8) / step).round_().mul_(step)
+        coded.append(F.conv_transpose2d(coefficients, basis, stride=8))
+    chroma = F.interpolate(coded[1], scale_factor=2, mode="bilinear")
+    planes = torch.cat([coded[0] + 128, chroma]).transpose(0, 1).flatten(2)
+    return (rgb @ planes / 255).view_as(image)
+
+
+def blur(image, sigma, radius=3):
+    """Gaussian blur of an image (C, H, W) by `sigma` pixels; 2 * radius + 1 taps per direction."""
+    taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=image.device) / sigma) ** 2)
+    kernel = (taps / taps.sum()).expand(len(image), 1, -1)
+    x = F.pad(image[None], [radius] * 4, mode="replicate")
     x = F.conv2d(x, kernel[:, :, None, :], groups=len(image))
     return F.conv2d(x, kernel[:, :, :, None], groups=len(image))[0]
 
@@ -211,5 +294,5 @@ def augment(images, masks, params, size, stride=1, exchange_sides=True):
         warped, labels = warp(images[part], masks[part], values["theta"], size)
         if exchange_sides and own["flip"].any():
             labels = exchange(labels, values["flip"])
-        changed.append((degrade(colour(warped, values), own).clamp_(0, 1), labels))
+        changed.append((degrade(colour(warped, values), own), labels))
     return mix(*map(torch.cat, zip(*changed, strict=True)), params, sent, stride)

@@ -1,10 +1,15 @@
 """Augmentation moves image and mask together, exchanges left and right, and depends on its seed alone."""
 
+import io
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-from augment import PRESETS, Strength, augment, colour, draw, mix, slice_batch, warp
+from augment import PRESETS, Strength, augment, colour, degrade, draw, jpeg, mix, slice_batch, warp
+from images import read_image
 from labels import COLOURS, FLIP
 from losses import soft_labels
 from views import resize
@@ -58,9 +63,41 @@ def test_colour_equals_its_three_steps():
     assert torch.allclose(colour(images, params), expected, atol=1e-5)
 
 
-def test_processes_together_see_the_whole_batch():
+@pytest.mark.parametrize("quality", [5, 10])
+def test_jpeg_loses_what_a_file_loses(quality):
+    pixels = read_image("docs/astronaut.jpg")[:256, :256]
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+    expected = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+    original = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+    ours = jpeg(original, quality).clamp(0, 1) * 255
+    assert (ours - expected).abs().mean() < 0.1 * (original * 255 - expected).abs().mean()
+
+
+def test_low_quality_changes_neither_the_other_images_nor_the_other_numbers():
+    low = dict(grey=0.2, gamma=0.2, dark=0.2, reduce=0.4, defocus=0.4, grain=0.2, jpeg=0.2)
+    plain, params = (draw(64, Strength(**PRESETS["basic"] | change), (1, 2, 3)) for change in ({}, low))
+    changed = {name for name in plain if not torch.equal(plain[name], params[name])}
+    assert changed == {"saturation", "brightness", "gamma", "reduce", "defocus", "grain", "jpeg"}
+    assert not ((params["reduce"] < 1) & (params["defocus"] > 0)).any()
+    images = torch.rand(64, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    same = (degrade(images.clone(), params) == images).flatten(1).all(1)
+    untouched = (params["gamma"] == 1) & (params["reduce"] == 1)
+    untouched &= (params["defocus"] == 0) & (params["grain"] == 0) & (params["jpeg"] == 0)
+    assert same[untouched].all() and 0 < untouched.sum() < 40
+
+
+def test_a_reduced_image_keeps_only_its_cells():
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    params = draw(1, Strength(), (0,)) | {"reduce": torch.tensor([0.125]), "bicubic": torch.tensor([0.0])}
+    expected = F.interpolate(F.avg_pool2d(images, 8), 64, mode="bilinear")
+    assert torch.allclose(degrade(images.clone(), params), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("preset", ["advanced", "robust"])
+def test_processes_together_see_the_whole_batch(preset):
     images, masks = painted(count=8)
-    params = draw(8, Strength(**PRESETS["advanced"] | {"noise": 1.0}), (5, 6, 7))
+    params = draw(8, Strength(**PRESETS[preset] | {"noise": 1.0}), (5, 6, 7))
     whole = augment(images, masks, params, 64, stride=2)
     for part in (slice(0, 4), slice(4, 8)):
         own = augment(images[part], masks[part], slice_batch(params, part.start, part.stop), 64, stride=2)
