@@ -172,9 +172,9 @@ def main():
         return
     face_parser = FaceParser(args.weights or register.RELEASE / "validated.pt", threads=args.threads)
     pairs, content = load_pairs(find_data(args.data), args.cache), checkpoint.load(face_parser.source)
-    indices = held_out(content, face_parser.source, pairs.names)[: args.count]
-    if checkpoint.has_seen(content, [pairs.names[i] for i in indices]):
-        print_message(f"{face_parser.source} was trained on these portraits")
+    indices = held_out(content, face_parser.source, pairs.keys())[: args.count]
+    if doubt := checkpoint.doubt(content, pairs.keys(indices)):
+        print_message(f"{face_parser.source} {doubt}")
     measure_portraits(face_parser, pairs, indices)
 
 
