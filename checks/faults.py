@@ -343,7 +343,6 @@ def read_images(place):
     mutants = {f"mutant-{i}.png": mutated(rng, rng.choice(list(good.values()))) for i in place.some(range(2000), 30)}
     for name, content in (bad | mutants).items():
         (folder / name).write_bytes(content)
-    (folder / "folder.png").mkdir()
     (folder / "nowhere.png").symlink_to("nothing")
     attempt = run(*place.predict, out, "--input", folder)
     for path in sorted(folder.iterdir()):
@@ -353,22 +352,6 @@ def read_images(place):
             fine = Image.open(mask).size == read_image(path).shape[1::-1]
         fine = fine and (refusals or path.name in good | mutants)
         yield ascii(path.name), "" if fine else f"status {attempt.status}, {refusals} errors: {attempt.text[-300:]}"
-
-
-def train_on_masks(place):
-    """bad masks and images among the training pairs"""
-    data, cache = shutil.copytree(place.data, place.root / "bad"), place.root / "bad-cache"
-    labels, audit = np.zeros((512, 512), np.uint8), ["tools.audit", "--data", data]
-    path, image = (min((data / "train" / kind).iterdir()) for kind in ("masks", "images"))
-    images = [mask_image(labels[:256, :256]), mask_image(labels + 19), Image.fromarray(labels > 0)]
-    images += [mask_image(labels).convert("RGB"), Image.fromarray(labels.astype(np.uint16))]
-    for number, mask in enumerate(place.some([b"", b"text", path.read_bytes()[:300], *images], 2)):
-        path.write_bytes(mask) if isinstance(mask, bytes) else mask.save(path)
-        problem = run(*place.train("bad", data=data, cache=cache)).lost(path.name)
-        yield f"mask {number}", problem or run(*audit).lost(status=(1,))
-    mask_image(labels).save(path)
-    image.write_bytes(image.read_bytes()[:500])
-    yield "an image", run(*place.train("bad", data=data, cache=cache)).lost(image.name)
 
 
 def spoil_numbers(place):
@@ -390,46 +373,8 @@ def spoil_numbers(place):
             yield "its masks", run(*place.predict, place.root / "x", "--weights", place.runs / f"plain{flags}").lost()
 
 
-def pass_bad_flags(place):
-    """flags out of range, in every script"""
-    train, predict = place.train("flags"), [*place.predict, place.root / "x"]
-    flags = "--lr=nan --lr=inf --ema=1 --smoothing=nan --class-weights=nan --model-args=[[[[ --batch=0 --sizes=33 "
-    flags += '--model-args={"widths":[0,0,0,0,0]} --model-args={"widths":"x"} --model-args={"decoder":[8]} --device= '
-    flags += "--device=meta --device=cuda:99 --threads=-1 --train-score=-1 --seed=1e3 --val-split=0.01 --val-split=nan "
-    cases = [[*train, flag] for flag in [*flags.split(), "--recipe=x", "--name=a/b", "--seed=-1", "--epochs=9"]]
-    cases += [[*train, f"{flag}={'x' * 300}"] for flag in ("--name", "--data", "--from", "--resume")]
-    cases += [[*predict, flag] for flag in ("--size=33", "--views=nan", "--device=meta", "--input=", "--box=1")]
-    cases += [[*place.evaluate, place.cache, flag] for flag in ("--size=31", "--views=x", "--data=x")]
-    cases += [["tools.check_submission", "--data", place.data, "--zip", path] for path in ("z" * 5000, place.root)]
-    cases += [["tools.prepare", "--raw", path] for path in ("r" * 5000, place.root)]
-    cases += [["tools.synth", "--size=-1"], ["tools.audit", "--data=x"], ["tools.check_params", "--model-args={"]]
-    for command in place.some(cases, 6):
-        yield f"{command[0]} {str(command[-1])[:60]}", run(*command).lost("error")
-
-
-def repeat(place):
-    """a training and masks again: the masks alone and in another order"""
-    yield "a training", place.not_equal("again")
-    folder, once, again = place.data / "train/images", place.root / "once", place.root / "again"
-    problem = run(*place.predict, once, "--views", "flip,scales", "--input", folder).lost()
-    for image in place.some(sorted(folder.iterdir(), reverse=True), 2):
-        problem = problem or run(*place.predict, again, "--views", "flip,scales", "--input", image).lost()
-        same = [(folder / f"{image.stem}.png").read_bytes() for folder in (once, again)]
-        yield image.name, problem or ("" if same[0] == same[1] else "the mask differs")
-
-
-def fuzz(place):
-    """random augmentation, mixing, scores and flags against plain formulas"""
-    os.environ["FUZZ_EXAMPLES"] = "200"
-    from checks import test_faults
-
-    for name in [] if place.short else [name for name in dir(test_faults) if name.startswith("test_fuzz")]:
-        getattr(test_faults, name)()  # an exception ends everything and shows the input
-        yield from [(name, "")] * test_faults.EXAMPLES
-
-
 ATTACKS = (interrupt_trainings, fill_disk, lock_folders, load_checkpoints, resume_from_damage, judge_zips, read_images)
-ATTACKS += (train_on_masks, spoil_numbers, pass_bad_flags, repeat, fuzz)
+ATTACKS += (spoil_numbers,)
 
 
 def count(attack, place):
