@@ -204,6 +204,7 @@ def set_up(args):
         if not rank:
             after = content.get("epoch") or (content.get("progress") or {}).get("epoch", "?")
             print(f"weights from {source}, after its epoch {after}")
+    start_state = copy.deepcopy(model.state_dict()) if args.keep else None
     average = copy.deepcopy(model).requires_grad_(False) if args.ema else None
     if processes > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -231,6 +232,7 @@ def set_up(args):
         model=model,
         network=network,  # the model as it is called: compiled, distributed
         average=average,  # EMA of the model, or None
+        start_state=start_state,  # the weights it started from, or None without --keep
         averaged=[[v for v in m.state_dict().values() if v.is_floating_point()] for m in (average, model) if average],
         optimiser=make_optimiser(model, args, device),
         amp_dtype=amp_dtype,
@@ -268,6 +270,7 @@ def restore(run, used):
         checkpoint.load_state(run.model, state["state_dict"], source)
         if run.average:
             checkpoint.load_state(run.average, state["average"], source)
+        run.start_state = state["start_state"] if run.args.keep else None
         run.optimiser.load_state_dict(state["optimiser"])
         run.scaler.load_state_dict(state["scaler"])
         run.progress |= dict(state["progress"])
@@ -413,22 +416,36 @@ def train_step(run, epoch, step, positions):
     return value, signalled > 0
 
 
-def scored(run, indices, size):
+def result(run, epoch):
+    """The network that is scored and saved: the EMA, or the plain weights without --ema.
+
+    After the last epoch --keep mixes in the weights that the run started from (arXiv 2109.01903).
+    """
+    model = run.average or run.model
+    if run.args.keep and epoch + 1 == run.epochs:
+        model = copy.deepcopy(model).requires_grad_(False)
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                value.lerp_(run.start_state[name].to(value), run.args.keep)
+    return model
+
+
+def scored(run, model, indices, size):
     """Confusions (N, 19, 19) and losses (N,) of some pairs, each process evaluating its fraction of them."""
     shared = {"ranks": (run.rank, run.processes), "stop": lambda: bool(run.signals)}
-    confusions, losses = evaluate(run.average or run.model, run.pairs, indices, size, run.device, **shared)
+    confusions, losses = evaluate(model, run.pairs, indices, size, run.device, **shared)
     confusions = all_sum(torch.from_numpy(confusions).to(run.device)).cpu().numpy()
     return confusions, all_sum(torch.from_numpy(losses).float().to(run.device)).cpu().numpy()
 
 
-def validate(run, size):
-    """Scores of the EMA (of the plain weights without --ema) on the held-out pairs: (metrics, confusions).
+def validate(run, model, size):
+    """Scores of a network on the held-out pairs: (metrics, confusions).
 
     Returns None if interrupted.
     """
-    confusions, losses = scored(run, run.val_indices, size)
+    confusions, losses = scored(run, model, run.val_indices, size)
     sample = min(run.args.train_score, len(run.val_indices))
-    train_confusions = scored(run, run.batches.indices[:sample], size)[0] if sample else None
+    train_confusions = scored(run, model, run.batches.indices[:sample], size)[0] if sample else None
     if all_sum(torch.tensor(float(bool(run.signals)), device=run.device)) > 0:
         return None
     if not math.isfinite(losses.mean()):
@@ -445,10 +462,10 @@ def finish_epoch(run, epoch, line):
 
     Returns False if interrupted: the epoch is not recorded then, and the resumed run validates.
     """
-    size, confusions = size_at(run.phases, epoch), None
+    size, confusions, model = size_at(run.phases, epoch), None, result(run, epoch)
     begin = time.monotonic()
     if len(run.val_indices) and ((epoch + 1) % run.args.val_every == 0 or epoch + 1 == run.epochs):
-        validated = validate(run, size)
+        validated = validate(run, model, size)
         if not validated:
             return False
         metrics, confusions = validated
@@ -465,7 +482,7 @@ def finish_epoch(run, epoch, line):
         require_finite(run)
         write_metrics(run.folder, [*read_metrics(run.folder), line])
         if better:
-            content = describe_network(run, run.average or run.model, size)
+            content = describe_network(run, model, size)
             content |= {"epoch": epoch + 1, "official": line.get("official"), "validated": bool(len(run.val_indices))}
             checkpoint.save(run.folder / "best.pt", content)
             if confusions is not None:
@@ -503,7 +520,8 @@ def save_last(run):
     if run.rank == 0:
         require_finite(run)
         content = describe_network(run, run.model, run.phases[-1][0])
-        content |= {"average": run.average.state_dict() if run.average else None, "progress": run.progress}
+        content |= {"average": run.average.state_dict() if run.average else None, "start_state": run.start_state}
+        content["progress"] = run.progress
         content |= {"optimiser": run.optimiser.state_dict(), "scaler": run.scaler.state_dict()}
         checkpoint.save(run.folder / "last.pt", content)
 
