@@ -79,6 +79,7 @@ def build_parser():
     optim.add_argument("--decay-all", **switch, default=True, help="decay biases and norms too, not only matrices")
     optim.add_argument("--clip", type=float, default=1.0, help="maximum gradient norm; 0 disables clipping")
     optim.add_argument("--ema", type=float, default=0.0, help="decay of the weights' moving average; 0 disables it")
+    optim.add_argument("--keep", type=float, default=0.0, help="fraction of the FROM= weights in the last epoch's")
 
     loss = parser.add_argument_group("loss")
     loss.add_argument("--ce", type=float, default=1.0, help="weight of the cross-entropy")
@@ -203,7 +204,7 @@ def check(args):
         (1e-3, 1e6): ("restart_period",),
         (0, 4096): ("threads", "nproc", "val_batch"),
         (0, 2**32 - 1): ("seed", "split_seed"),
-        (0, 0.99): ("dropout",),
+        (0, 0.99): ("dropout", "keep"),
         (0, 0.999): ("val_split",),
         (0, 0.999999): ("ema",),
     }
@@ -213,6 +214,8 @@ def check(args):
                 raise UserError(f"{flag(name)} {getattr(args, name)} is out of range: {low:g} to {high:g}")
     if args.ce == args.dice == 0:
         raise UserError("--ce 0 with --dice 0 leaves no loss; give one of them a weight")
+    if args.keep and not (args.start_from or args.resume):
+        raise UserError(f"--keep {args.keep} keeps a fraction of the weights of another run; add FROM= with its name")
     if args.target and not args.val_split:
         raise UserError("--target needs validation pairs, but --val-split is 0")
     if args.val_split and 0 < args.patience < args.val_every:

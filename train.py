@@ -162,6 +162,7 @@ class Training:
     model: nn.Module
     network: nn.Module  # the model as it is called: compiled, or itself
     average: nn.Module | None  # EMA of the model
+    start: dict | None  # state_dict of the weights it started from, if --keep
     optimiser: torch.optim.Optimizer
     amp_dtype: torch.dtype | None  # None: float32
     scaler: torch.amp.GradScaler  # does nothing unless amp_dtype is float16
@@ -205,6 +206,7 @@ def set_up(args):
     check_logits(model)
     if args.start_from and not args.resume:
         start_from(model, args, names, rank)
+    start = copy.deepcopy(model.state_dict()) if args.keep else None
     average = copy.deepcopy(model).requires_grad_(False) if args.ema else None
     if processes > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -227,6 +229,7 @@ def set_up(args):
         model=model,
         network=torch.compile(model, dynamic=False) if args.compile else model,  # compiled for each size
         average=average,
+        start=start,
         optimiser=make_optimiser(model, args, device),
         amp_dtype=dtype,
         scaler=torch.amp.GradScaler(device.type, enabled=dtype is torch.float16),
@@ -311,6 +314,7 @@ def resume(training, used):
         checkpoint.load_state(training.model, state["state_dict"], source)
         if training.average:
             checkpoint.load_state(training.average, state["average"], source)
+        training.start = state["start_state"] if training.args.keep else None
         training.optimiser.load_state_dict(state["optimiser"])
         if state["scaler"]:  # empty unless it was saved in fp16
             training.scaler.load_state_dict(state["scaler"])
@@ -556,23 +560,37 @@ def read_status(training, status, epoch, step):
     return loss, signalled > 0
 
 
-def scored(training, indices, size):
+def result(training, epoch):
+    """The network that is scored and saved: the EMA, or the plain weights without --ema.
+
+    After the last epoch --keep mixes in the weights that the training started from (arXiv 2109.01903).
+    """
+    model = training.average or training.model
+    if training.args.keep and epoch + 1 == training.epochs:
+        model = copy.deepcopy(model).requires_grad_(False)
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                value.lerp_(training.start[name].to(value), training.args.keep)
+    return model
+
+
+def scored(training, model, indices, size):
     """Confusions (N, 19, 19) and mean loss of some pairs, each process evaluating its fraction of them."""
     shared = {"ranks": (training.rank, training.processes), "stop": lambda: bool(training.signals)}
-    model, device, batch = training.average or training.model, training.device, training.args.val_batch
+    device, batch = training.device, training.args.val_batch
     confusions, loss = evaluate(model, training.pairs, indices, size, device, batch=batch, **shared)
     confusions = all_sum(torch.from_numpy(confusions).to(device)).cpu().numpy()
     return confusions, float(all_sum(torch.tensor(loss, device=device)))
 
 
-def validate(training, size):
-    """Scores of the EMA (of the plain weights without --ema) on the held-out pairs: (metrics, confusions).
+def validate(training, model, size):
+    """Scores of a network on the held-out pairs: (metrics, confusions).
 
     Returns None if interrupted.
     """
-    confusions, loss = scored(training, training.val_indices, size)
+    confusions, loss = scored(training, model, training.val_indices, size)
     sample = min(training.args.train_score, len(training.val_indices))
-    train_confusions = scored(training, training.batches.indices[:sample], size)[0] if sample else None
+    train_confusions = scored(training, model, training.batches.indices[:sample], size)[0] if sample else None
     if all_sum(torch.tensor(float(bool(training.signals)), device=training.device)) > 0:
         return None
     if not math.isfinite(loss):
@@ -589,10 +607,10 @@ def finish_epoch(training, epoch, line):
 
     Returns False if interrupted: the epoch is not recorded then, and the resumed run validates.
     """
-    size, confusions = size_at(training.phases, epoch), None
+    size, confusions, model = size_at(training.phases, epoch), None, result(training, epoch)
     begin = time.monotonic()
     if len(training.val_indices) and ((epoch + 1) % training.args.val_every == 0 or epoch + 1 == training.epochs):
-        validated = validate(training, size)
+        validated = validate(training, model, size)
         if not validated:
             return False
         metrics, confusions = validated
@@ -609,7 +627,7 @@ def finish_epoch(training, epoch, line):
         require_finite(training)
         write_metrics(training.folder, [*read_metrics(training.folder), line])
         if better:
-            content = describe_network(training, training.average or training.model, size)
+            content = describe_network(training, model, size)
             content |= {"epoch": epoch + 1, "official": line.get("official")}
             content |= {"validated": bool(len(training.val_indices))}
             checkpoint.save(training.folder / "best.pt", content)
@@ -650,6 +668,7 @@ def save_last(training):
         content = describe_network(training, training.model, training.phases[-1][0])
         loss = training.progress["loss"] + sum(float(status[0]) for status in training.unread)
         content |= {"average": training.average.state_dict() if training.average else None}
+        content |= {"start_state": training.start}
         content |= {"progress": training.progress | {"loss": loss}}
         content |= {"optimiser": training.optimiser.state_dict(), "scaler": training.scaler.state_dict()}
         checkpoint.save(training.folder / "last.pt", content)

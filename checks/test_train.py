@@ -153,6 +153,15 @@ def test_run_from_weights_starts_with_them(place):
     assert torch.allclose(new["classifier.weight"], old["classifier.weight"], atol=1e-6)
 
 
+def test_last_epoch_keeps_a_fraction_of_the_first_weights(place):
+    train_here(place, "--name=kept --from=whole --keep=0.25 --sizes=32:1 --batch=4 --ema=0.9 --lr=1e-2")
+    names = "whole/best.pt", "kept/best.pt", "kept/last.pt"
+    first, best, last = (torch.load(place / "runs" / name) for name in names)
+    for name, value in best["state_dict"].items():
+        if value.is_floating_point():
+            assert torch.allclose(value, 0.25 * first["state_dict"][name] + 0.75 * last["average"][name], atol=1e-6)
+
+
 def test_bf16_loss_is_close_to_float32(place):
     train_here(place, f"--name=bf16 {FLAGS} --amp=bf16 --sizes=32:1")
     assert torch.allclose(values(place, "bf16", "loss")[0], values(place, "whole", "loss")[0], rtol=0.05)
@@ -184,6 +193,7 @@ def test_weights_that_have_seen_the_held_out_pairs_are_refused(place):
         ("--name=x --amp=fp16", "fp16"),
         ("--name=x --threads=-1", "--threads -1"),
         ("--name=x --recipe=finish --sizes=32:1", "add FROM="),
+        ("--name=x --keep=0.5 --sizes=32:1", "add FROM="),
         ("--resume=nobody", "no run nobody"),
         ("--resume=whole --dropout=0.5", "--dropout 0.5 differs"),
         ("--name=x --recipe=nothing", "no recipe"),
