@@ -215,7 +215,14 @@ def test_the_page_sorts_filters_and_compares(runs):
     assert console == []
     assert seen[:5] == ["h<ls", "<lhs", "shl<", "sh<l", "<"]
     assert seen[5:7] == [["0 3", "0.2 1", "0 0.001"], 36]
-    assert seen[7].startswith("official score0.90000.5000") and "lr0.0010.002" in seen[7]
+    high, low = (
+        [report.image_score(f) for f in report.read_best(runs / name)["image_scores"].values()]
+        for name in ("high", "low")
+    )
+    gains = np.subtract(low, high)
+    gain = f"{gains.mean():+.4f} ± {gains.std(ddof=1) / 2:.4f} (4 images)".replace("-", "\u2212")
+    assert seen[7].startswith(f"official score0.90000.5000difference ± paired standard error{gain}")
+    assert "lr0.0010.002" in seen[7]
 
 
 @needs_browser
