@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 from common import UserError, duration, show_line, show_progress
@@ -22,8 +23,9 @@ from images import mask_image, read_mask
 from labels import NUM_CLASSES
 from model import build
 from options import parse
-from tools import course_report, report
+from tools import course_report, report, report_zip
 from tools.leaderboard import leaderboard, make_line, recipe_table, remark, summary, survey
+from tools.package import make_submission
 from tools.synth import make_dataset
 from train import lock, rounded
 
@@ -135,7 +137,7 @@ def test_damaged_runs_are_named_and_the_others_shown(runs):
 def scored(tmp_path_factory):
     """A run with weights and six synthetic pairs, one of them with left and right reversed in its mask."""
     root = tmp_path_factory.mktemp("scored")
-    make_dataset(root / "data", train=6, dev=0, test=0, workers=1)
+    make_dataset(root / "data", train=6, dev=0, test=1, workers=1)
     paths = sorted((root / "data/train/masks").iterdir())
     flags = "--data", str(root / "data"), "--model", "microunet"
     folder = write_run(root / "runs", "a", [0.5], *flags, names=[p.stem for p in paths], parameters=1_758_835)
@@ -238,9 +240,10 @@ def test_the_page_fits_a_phone(runs):
 def test_the_draft_states_the_figures_of_the_run(scored):
     save_weights(scored, validated=False)
     page = course_report.draft(scored, "A & B", "A12345678B")
-    assert "(official score): 0.5000</b>, of the weights of epoch 1, from one" in page
-    assert "Parameters: 1,758,835" in page
-    assert "A &amp; B · A12345678B" in page and "Differences below 0.004 say nothing" in page and "dice 1.5" in page
+    own = np.mean([report.image_score(row) for row in report.read_best(scored)["image_scores"].values()])
+    assert f"(official score) is {own:.4f}</b> on 6 images" in page and page.count(f"{own:.4f}") == 1
+    assert "1,758,835 parameters</b>" in page and "1.5 times a Dice loss averaged over the labels present" in page
+    assert "A &amp; B · A12345678B" in page and "None" not in page.split("<script")[0]
     *modules, total = [int(n.replace(",", "")) for n in re.search("<pre>(.*?)<", page, re.DOTALL)[1].split()[1::2]]
     assert sum(modules) == total == 1_758_835
     assert "trained on all pairs" in page and "<td>a</td><td>unknown</td>" in page  # not in a git checkout
@@ -268,6 +271,25 @@ def test_a_draft_is_replaced_only_if_asked(runs, monkeypatch):
     assert "Lovelace" in path.read_text()
     report("--overwrite")
     assert "Lovelace" not in path.read_text()
+
+
+def test_the_course_zip_without_a_number_has_a_draft_with_its_own_score(scored, tmp_path, monkeypatch, capsys):
+    def make_zip(*flags):
+        monkeypatch.setattr("sys.argv", ["", "--name", str(scored), "--out", str(tmp_path), *flags])
+        report_zip.main()
+        return capsys.readouterr()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(course_report, "BROWSERS", ())
+    save_weights(scored, **HELD_OUT)
+    test = scored.parent.parent / "data/test/images"
+    make_submission(scored / "best.pt", test, "test", scored / "submission-test.zip", "flip", run=1)
+    assert "to hand in: fill in author" in make_zip().out
+    with zipfile.ZipFile(tmp_path / "report-zip.zip") as archive:
+        page, readme = (archive.read(name).decode() for name in ("report.html", "Readme.txt"))
+    stated = re.search(r"score\) is (\S+)</b>.*from the views flip, averaged", page, re.DOTALL)[1]
+    assert stated == re.search("F-measure: (.*), the official score", readme)[1]
+    assert course_report.is_unedited(page) and not course_report.is_unedited(page.replace("Author: ________", "Ada"))
 
 
 def test_a_network_of_another_version_is_refused(tmp_path):

@@ -6,6 +6,8 @@ python -m tools.leaderboard --recipes
 
 import functools
 import shlex
+import shutil
+import subprocess
 import textwrap
 from pathlib import Path
 
@@ -81,6 +83,14 @@ def survey(runs, read=summary):
             reason = textwrap.shorten(f"{type(error).__name__}: {error}", 150)
             unreadable.append((path.parent.name, f"damaged or of another version ({reason})"))
     return [result for result in found if result is not None], unreadable
+
+
+def recorded(runs):
+    """Names of the runs that are the repository's records, which git tracks; None outside a checkout."""
+    if not shutil.which("git"):
+        return None
+    git = subprocess.run(["git", "ls-files", "*/args.json"], cwd=runs, capture_output=True, text=True)
+    return None if git.returncode else {Path(line).parent.name for line in git.stdout.splitlines()}
 
 
 def remark(folder):
