@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from common import ArgumentParser, UserError, positive, run_main, write_text
+from common import ArgumentParser, UserError, positive, run_main, show_time, write_text
 
 import numpy as np
 import torch
@@ -289,7 +289,8 @@ def main():
     rows = []
     print(machine(args), flush=True)
     for name in chosen:
-        found = [{"part": name, **line} for line in PARTS[name](args)]
+        with show_time(f"measuring {name}"):
+            found = [{"part": name, **line} for line in PARTS[name](args)]
         if found:
             print(f"\n{table(found)}", flush=True)
         rows += found

@@ -24,7 +24,7 @@ from labels import NUM_CLASSES
 from model import build
 from options import parse
 from tools import course_report, report, report_zip
-from tools.leaderboard import leaderboard, make_line, recipe_table, remark, summary, survey
+from tools.leaderboard import LEGEND, leaderboard, make_line, own_first, recipe_table, remark, summary, survey
 from tools.package import make_submission
 from tools.synth import make_dataset
 from train import lock, rounded
@@ -81,8 +81,21 @@ def test_leaderboard_has_real_faces_by_best_score_then_synthetic_ones(runs):
         file.write('{"epoch": 4, "offi')  # a crash while writing
     rows = [row.split() for row in leaderboard(survey(runs)[0]).replace(NASTY, "nasty").splitlines()[1:]]
     assert [row[0] for row in rows] == ["high", "nasty", "low", "synthetic"]
-    assert " ".join(rows[0][1:9]) == "0.9000 0.4500 - 2/3 1,747,923 3.0 2026-01-31 all"
-    assert "lr=0.001" in rows[0] and (rows[1][8], rows[2][8], rows[3][9:11]) == ("-", "yes", ["synthetic", "faces;"])
+    assert " ".join(rows[0][1:7]) == "0.9000 0.4500 2/3 1748 3.0 all"
+    assert "sizes=32:1,64:2" in rows[0] and (rows[1][6], rows[2][6], rows[3][7:9]) == (
+        "-",
+        "yes",
+        ["synthetic", "faces;"],
+    )
+
+
+def test_runs_of_the_user_come_first_and_lines_are_short(runs):
+    text = own_first(survey(runs)[0], {"high", NASTY}).replace(NASTY, "nasty")
+    assert re.findall("^(your runs|records|low|high|nasty|synthetic)", text, re.M) == (
+        ["your runs", "low", "synthetic", "records", "high", "nasty"]
+    )
+    rows = [row | {"changed": {"model_args": "x" * 99}} for row in survey(runs)[0]]
+    assert max(map(len, f"{own_first(rows, None)}\n{LEGEND}".splitlines())) <= 100
 
 
 def test_unfinished_runs_are_listed_with_the_command_that_resumes_them(tmp_path):
@@ -309,13 +322,15 @@ def test_the_draft_prints_on_few_pages(scored, monkeypatch):
         course_report.main()
 
 
-def test_progress_lines_are_for_terminals_only(monkeypatch):
+def test_progress_lines_overwrite_a_terminal_and_are_one_a_minute_elsewhere(monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setattr("common._printed", -1e9)
     screen, pipe = io.StringIO(), io.StringIO()
     monkeypatch.setattr(screen, "isatty", lambda: True)
     for stream in (screen, pipe):
         show_line("x" * 50, stream)
+        show_line("y" * 50, pipe)
         monkeypatch.setattr("sys.stderr", stream)
         show_progress("predicting", 1, 1, 1)  # the last item clears the line
-    assert (screen.getvalue(), pipe.getvalue()) == (f"\r{'x' * 19}\r{' ' * 19}\r", "")
+    assert (screen.getvalue(), pipe.getvalue()) == (f"\r{'x' * 19}\r{' ' * 19}\r", "y" * 50 + "\n")
     assert [duration(seconds) for seconds in (89, 90, 11100)] == ["89 s", "2 min", "3 h 05 min"]

@@ -16,7 +16,17 @@ import warnings
 from pathlib import Path
 from statistics import median
 
-from common import ArgumentParser, UserError, atomic, check_target, make_folder, require_packages, run_main, write_text
+from common import (
+    ArgumentParser,
+    UserError,
+    atomic,
+    check_target,
+    make_folder,
+    require_packages,
+    run_main,
+    show_time,
+    write_text,
+)
 
 import torch
 from torch import nn
@@ -120,7 +130,7 @@ def write_onnx(weights, out, logits, images):
     check_target(out, b"pytorch")
     model, info = checkpoint.load_model(weights)
     size = info["size"]
-    with atomic(out) as temporary:
+    with atomic(out) as temporary, show_time(f"exporting {weights}"):
         print(f"exporting {weights}: some 20 seconds", flush=True)
         convert(model, size, logits).save(temporary)
         same, torch_time, onnx_time = compare(temporary, model, portraits(images, size), logits)

@@ -53,7 +53,12 @@ def main():
             raise
         if status:
             return status
-    print("\n" + leaderboard(list(filter(None, map(summary, folders)))))
+    rows = []
+    for folder, (_, flags) in zip(folders, runs, strict=True):
+        if row := summary(folder):
+            varied = (flag[2:].split("=") for flag in flags if any(flag not in other for _, other in runs))
+            rows.append(row | {"changed": dict(varied)})  # what was swept, even if it equals the recipe's
+    print("\n" + leaderboard(rows))
     return 0
 
 
