@@ -58,7 +58,7 @@ def write_run(runs, name, scores, *flags, names=("p", "q", "r", "s"), **record):
 
 @pytest.fixture
 def runs(tmp_path):
-    write_run(tmp_path, "low", [0.2, 0.5, 0.4], "--lr", "2e-3")
+    write_run(tmp_path, "low", [0.2, 0.5, 0.4], "--recipe", "lmsa_dice1_5_warm_restart", "--lr", "2e-3")
     write_run(tmp_path, "high", [0.3, 0.9], "--lr", "1e-3", "--dice", "1", started="2026-01-31T00:00:00Z")
     write_run(tmp_path, NASTY, [0.6, 0.7], "--lr", "3e-3", "--recipe", "cpu")
     write_run(tmp_path, "synthetic", [0.95], pairs={"drawn": True})
@@ -82,7 +82,8 @@ def test_leaderboard_has_real_faces_by_best_score_then_synthetic_ones(runs):
     rows = [row.split() for row in leaderboard(survey(runs)[0]).replace(NASTY, "nasty").splitlines()[1:]]
     assert [row[0] for row in rows] == ["high", "nasty", "low", "synthetic"]
     assert " ".join(rows[0][1:7]) == "0.9000 0.4500 2/3 1748 3.0 all"
-    assert "sizes=32:1,64:2" in rows[0] and (rows[1][6], rows[2][6], rows[3][7:9]) == (
+    assert "sizes=32:1,64:2" in rows[0]
+    assert (rows[1][6], rows[2][6], rows[3][7:9]) == (
         "-",
         "yes",
         ["synthetic", "faces;"],
@@ -241,13 +242,16 @@ def test_the_page_sorts_filters_and_compares(runs):
 
 
 @needs_browser
-def test_the_page_fits_a_phone(runs):
-    frame = report.write_page(runs).with_name("phone.html")
-    frame.write_text('<body><iframe width="420" height="800" src="index.html"></iframe></body>')
+@pytest.mark.parametrize("width", [420, 1300])
+def test_the_page_fits_a_phone_and_its_table_a_screen(runs, width):
+    frame = report.write_page(runs).with_name("frame.html")
+    frame.write_text(f'<body><iframe style="border: 0" width="{width}" height="800" src="index.html"></iframe></body>')
     script = """onload = () => { const page = document.querySelector("iframe").contentDocument;
-      document.title = JSON.stringify([page.documentElement.scrollWidth, page.querySelectorAll("svg").length]); }"""
-    (width, charts), console = in_browser(frame, script)
-    assert console == [] and width <= 420 and charts == 5
+      const [whole, table] = [page.documentElement, page.querySelector(".scroll")];
+      document.title = JSON.stringify([whole.scrollWidth, table.scrollWidth - table.clientWidth,
+        page.querySelectorAll("svg").length]); }"""
+    (whole, hidden, charts), console = in_browser(frame, script)
+    assert console == [] and whole <= width and charts == 5 and (hidden == 0 or width == 420)
 
 
 def test_the_draft_states_the_figures_of_the_run(scored):
