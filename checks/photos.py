@@ -33,7 +33,7 @@ def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--weights", help="checkpoint or run; default the release")
     parser.add_argument("--data", help="folder with train/; default ./data, else synthetic faces")
-    parser.add_argument("--cache", default="build/cache", help="folder of the decoded copies")
+    parser.add_argument("--cache", default="build/cache", help="cache folder")
     parser.add_argument("--count", type=positive, default=40, help="number of held-out portraits")
     args = parser.parse_args()
     face_parser, pairs = FaceParser(args.weights, device="cpu"), load_pairs(find_data(args.data), args.cache)

@@ -188,7 +188,7 @@ def main():
     parser.add_argument("--images", default=ASTRONAUT, help="a photo, or a folder of portraits, for the comparison")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of the comparison; 0: torch's default")
     parser.switch("--release", help="create runs/release instead; needs --name")
-    parser.switch("--overwrite", help="with --release: replace it, its report and zip too")
+    parser.switch("--overwrite", help="with --release: deletes and replaces it, its report and zip")
     args = parser.parse_args()
     if bool(args.out) == args.release or (args.release and not args.name):
         raise UserError("give the file to write, OUT=parser.onnx; `make release NAME=a` creates runs/release")
