@@ -8,10 +8,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
-from common import UserError, duration, show_line, show_progress
+from common import UserError, duration, show_line, show_progress, show_time
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from images import mask_image, read_mask
 from labels import NUM_CLASSES
 from model import build
 from options import parse
-from tools import course_report, report, report_zip
+from tools import course_report, report, report_zip, sweep
 from tools.leaderboard import LEGEND, leaderboard, make_line, own_first, recipe_table, remark, summary, survey
 from tools.package import make_submission
 from tools.synth import make_dataset
@@ -111,6 +112,13 @@ def test_unfinished_runs_are_listed_with_the_command_that_resumes_them(tmp_path)
         f"unfinished: cut, 4 of 9 epochs, make resume NAME={tmp_path}/cut",
         "without score: whole, 2 epochs on all pairs",
     ]
+
+
+def test_the_table_of_a_sweep_shows_what_was_swept(tmp_path):
+    flags = [["--sizes=32:1", f"--dice={dice}", f"--lr={lr}"] for dice in (1, 1.5) for lr in (0.1, 0.2)]
+    folders = [write_run(tmp_path, f"{i}", [0.9 - i / 10], *own) for i, own in enumerate(flags)]
+    text = leaderboard(list(sweep.swept(folders, flags)))  # Dice 1.5 is the default
+    assert re.findall("defaults (.*)", text) == [f"dice={dice} lr={lr}" for dice in (1, 1.5) for lr in (0.1, 0.2)]
 
 
 def test_recipes_show_our_best_run_of_the_current_settings(tmp_path):
@@ -337,4 +345,9 @@ def test_progress_lines_overwrite_a_terminal_and_are_one_a_minute_elsewhere(monk
         monkeypatch.setattr("sys.stderr", stream)
         show_progress("predicting", 1, 1, 1)  # the last item clears the line
     assert (screen.getvalue(), pipe.getvalue()) == (f"\r{'x' * 19}\r{' ' * 19}\r", "y" * 50 + "\n")
+    monkeypatch.setattr("sys.stderr", pipe)
+    monkeypatch.setattr("common._printed", -1e9)
+    with show_time("exporting"):
+        time.sleep(1.2)
+    assert pipe.getvalue().endswith("y\nexporting, 1 s\n")
     assert [duration(seconds) for seconds in (89, 90, 11100)] == ["89 s", "2 min", "3 h 05 min"]

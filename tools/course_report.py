@@ -111,14 +111,14 @@ def official_scores(folder, views, data=None):
     return np.nanmean(f_scores(confusions), 1).tolist()
 
 
-def mark(page):
+def stamp(page):
     """The draft with the hash of its text."""
     return page.replace(MADE, MADE.replace('""', f'"{hashlib.sha256(page.encode()).hexdigest()}"'))
 
 
 def is_unedited(page):
-    """True if the draft is as `mark` returned it."""
-    return page == mark(re.sub(MADE.replace('""', '"[0-9a-f]{64}"'), MADE, page))
+    """True if the draft is as `stamp` returned it."""
+    return page == stamp(re.sub(MADE.replace('""', '"[0-9a-f]{64}"'), MADE, page))
 
 
 def settings(run, args):
@@ -256,7 +256,7 @@ def browse(*flags):
 def make_draft(folder, author=None, matric=None, data=None):
     """Write report.html, with the score of the views in the run's Codabench zip, and the page of all runs."""
     write_page(folder.parent, folder.name, data=data)
-    write_text(folder / "report.html", mark(draft(folder, author, matric, sent_views(folder), data)))
+    write_text(folder / "report.html", stamp(draft(folder, author, matric, sent_views(folder), data)))
 
 
 def print_draft(folder):

@@ -32,6 +32,14 @@ def expand(flags):
         yield suffix.replace("/", "_").replace(":", "_").replace(",", "+"), list(chosen)
 
 
+def swept(folders, flags):
+    """The summaries of the scored runs, whose changes are the settings that were swept; `flags` of each run."""
+    for folder, own in zip(folders, flags, strict=True):
+        if row := summary(folder):
+            varied = (flag[2:].split("=", 1) for flag in own if any(flag not in other for other in flags))
+            yield row | {"changed": dict(varied)}
+
+
 def main():
     if "--help" in sys.argv:
         parse(["--help"])
@@ -53,12 +61,7 @@ def main():
             raise
         if status:
             return status
-    rows = []
-    for folder, (_, flags) in zip(folders, runs, strict=True):
-        if row := summary(folder):
-            varied = (flag[2:].split("=") for flag in flags if any(flag not in other for _, other in runs))
-            rows.append(row | {"changed": dict(varied)})  # what was swept, even if it equals the recipe's
-    print("\n" + leaderboard(rows))
+    print("\n" + leaderboard(list(swept(folders, [flags for _, flags in runs]))))
     return 0
 
 
