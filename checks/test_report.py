@@ -314,6 +314,8 @@ def test_the_course_zip_without_a_number_has_a_draft_with_its_own_score(scored, 
         page, readme = (archive.read(name).decode() for name in ("report.html", "Readme.txt"))
     stated = re.search(r"score\) is (\S+)</b>.*from the views flip, averaged", page, re.DOTALL)[1]
     assert stated == re.search("F-measure: (.*), the official score", readme)[1]
+    (scored / "report.html").write_text(page.replace(stated, "0.9999"))
+    assert f"states 0.9999, but the masks handed in have {stated}" in make_zip().err
     assert course_report.is_unedited(page) and not course_report.is_unedited(page.replace("Author: ________", "Ada"))
 
 
