@@ -1,4 +1,4 @@
-"""Shared helpers: one-line errors, command lines, atomic files, worker processes, progress on a terminal."""
+"""Shared helpers: one-line errors, command lines, atomic files, worker processes, progress lines."""
 
 import argparse
 import contextlib
@@ -241,11 +241,37 @@ def printable(text):
     return "".join(c if c.isprintable() else "?" for c in re.sub(r"\s*[^\S ]\s*", " ", text.strip()))
 
 
+_printed = time.monotonic()  # when `show_line` last printed to what is no terminal
+
+
 def show_line(text, stream):
-    """Overwrite the current terminal line with `text`; "" clears it. Prints nothing if `stream` is no terminal."""
+    """Overwrite the current terminal line with `text`; "" clears it. To a file or pipe, print a line per minute."""
+    global _printed
     if stream.isatty():
         width = shutil.get_terminal_size().columns - 1
         print(f"\r{text[:width]:<{width}}", end="" if text else "\r", file=stream, flush=True)
+    elif text and time.monotonic() - _printed >= 60:
+        _printed = time.monotonic()
+        print(text, file=stream, flush=True)
+
+
+@contextlib.contextmanager
+def show_time(label):
+    """Show `label` and the time spent so far on stderr while the block runs."""
+    ended, begin = threading.Event(), time.monotonic()
+
+    def watch():
+        while not ended.wait(1):
+            show_line(f"{label}, {duration(time.monotonic() - begin)}", sys.stderr)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        show_line("", sys.stderr)
 
 
 def show_progress(label, done, total, seconds):

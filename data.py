@@ -132,7 +132,7 @@ def is_synthetic(data):
 def find_data_of(weights, folder=None):
     """The data folder for a file in a run's folder: `folder`, else that of the run, else ./data.
 
-    For a run on synthetic faces these replace ./data. UserError if there is no data folder.
+    A run on synthetic faces uses them, not ./data. UserError if there is no data folder.
     """
     record = run_record(weights)
     folder = folder or record.get("args", {}).get("data")

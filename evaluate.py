@@ -167,7 +167,7 @@ def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--weights", "--name", help="checkpoint or run; default the release, else the best run")
     parser.add_argument("--data", help="folder with train/; default that of the training, else ./data")
-    parser.add_argument("--cache", default="build/cache", help="folder of the decoded copies")
+    parser.add_argument("--cache", default="build/cache", help="cache folder")
     parser.add_argument("--views", default="", help="views to average: flip, scales, or numbers such as flip,1,1.5")
     parser.add_argument("--size", type=int, default=0, help="side of the network's input; 0: the checkpoint's own")
     parser.add_argument("--batch", type=int, default=0, help="images per step; 0: 32 on a GPU, else 4")

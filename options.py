@@ -42,11 +42,11 @@ def build_parser():
     run.add_argument("--recipe", help="named settings from recipes.toml; further flags override them")
     run.add_argument("--resume", metavar="NAME", help="continue this run exactly where it stopped")
     run.add_argument("--from", dest="start_from", metavar="RUN", help="start from the weights of a run or checkpoint")
-    run.add_argument("--overwrite", **switch, default=False, help="replace a run of this name, report and zip too")
+    run.add_argument("--overwrite", **switch, default=False, help="deletes and replaces this run, its report and zip")
 
     data = parser.add_argument_group("data")
     data.add_argument("--data", help="folder with train/images and train/masks; default ./data, else synthetic faces")
-    data.add_argument("--cache", default="build/cache", help="folder of the decoded copies")
+    data.add_argument("--cache", default="build/cache", help="cache folder")
     data.add_argument("--val-split", type=float, default=0.1, help="fraction held out for validation; 0: train on all")
     data.add_argument("--seed", type=int, default=42, help="random seed of weights, order and augmentation")
     data.add_argument("--split-seed", type=int, default=42, help="random seed of the split")
@@ -87,7 +87,12 @@ def build_parser():
     loss.add_argument("--focal", type=float, default=0.0, help="focal exponent in the cross-entropy; 0 disables it")
     loss.add_argument("--class-weights", choices=("", "balanced"), default="", help="balanced: 1/sqrt(frequency)")
     loss.add_argument("--smoothing", type=float, default=0.0, help="label smoothing in the cross-entropy")
-    loss.add_argument("--dice-over", choices=("present", "all"), default="present", help="labels that are averaged")
+    loss.add_argument(
+        "--dice-over",
+        choices=("present", "all"),
+        default="present",
+        help="average Dice over the labels present in the image, or over all 19",
+    )
     loss.add_argument("--loss-grid", choices=("image", "logits"), default="image", help="resolution of the loss")
 
     change = parser.add_argument_group("augmentation", "The defaults are the preset's.")

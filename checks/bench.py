@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 
-from common import ArgumentParser, positive, print_message, run_main, write_text
+from common import ArgumentParser, positive, run_main, show_time, write_text
 
 import torch
 import torch.nn.functional as F
@@ -91,9 +91,9 @@ def main():
     for what, batch in itertools.product(("training", "inference"), (1, 8)):
         found = {True: [], False: []}
         for _, ours in itertools.product(range(args.rounds), found):
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            title = f"{what}, batch {batch}, {'ours' if ours else 'baseline'}"
+            with show_time(title), ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 found[ours].append(pool.submit(measure, what, batch, ours, args.threads).result())
-            print_message(f"{what}, batch {batch}, {'ours' if ours else 'baseline'}: measured", "bench")
         cells = []
         for ours, base in zip(zip(*found[True], strict=True), zip(*found[False], strict=True), strict=True):
             ratios = "; ".join(f"{a / b:.2f}" for a, b in zip(ours, base, strict=True))

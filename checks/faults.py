@@ -32,7 +32,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from common import ArgumentParser, UserError, run_main, write_text
+from common import ArgumentParser, UserError, run_main, show_line, write_text
 
 import numpy as np
 import torch
@@ -379,7 +379,11 @@ ATTACKS += (spoil_numbers,)
 
 def count(attack, place):
     """(what, number of attempts, losses) of an attack; runs in a worker process."""
-    attempts = list(attack(place))
+    attempts = []
+    for attempt in attack(place):
+        attempts.append(attempt)
+        show_line(f"{attack.__name__}: {len(attempts)} attempts", sys.stderr)
+    show_line("", sys.stderr)
     losses = [f"{case}: {problem}" for case, problem in attempts if problem]
     print("".join(f"LOSS  {attack.__name__}: {loss}\n" for loss in losses), end="", flush=True)
     return attack.__doc__, len(attempts), losses

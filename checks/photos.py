@@ -161,7 +161,7 @@ def main():
     parser.add_argument("--photos", type=Path, help="folder with images/ and faces.json")
     parser.add_argument("--out", type=Path, help="with --photos: folder for overlays")
     parser.add_argument("--data", help="folder with train/; default ./data, else synthetic faces")
-    parser.add_argument("--cache", default="build/cache", help="folder of the decoded copies")
+    parser.add_argument("--cache", default="build/cache", help="cache folder")
     parser.add_argument("--count", type=positive, default=30, help="number of held-out portraits")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
     args = parser.parse_args()

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
 from muon import COEFFICIENTS, Muon, orthogonalise
+from options import parse
+from train import make_optimiser
 
 
 def random(*shape):
@@ -28,3 +31,18 @@ def test_first_step_by_hand():
     step = orthogonalise([random(4, 2, 3, 3).flatten(1)])[0].view(4, 2, 3, 3)
     assert torch.allclose(conv, 0.95 - 0.1 * 0.2 * 18**0.5 * step, atol=1e-4)
     assert torch.equal(bias, expected_bias)
+
+
+def test_hidden_matrices_alone_take_its_step():
+    layers = (
+        nn.Conv2d(3, 8, 3),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.Conv2d(8, 19, 1),
+        nn.Linear(19, 8),
+        nn.Conv2d(8, 19, 1),
+    )
+    model = nn.Sequential(*layers)  # the first, a depthwise, two hidden and the classifier
+    model.ends = "0", "4"
+    groups = make_optimiser(model, parse(["--optimiser=muon"])[0], torch.device("cpu")).param_groups
+    orthogonal = {id(p): group["orthogonal"] for group in groups for p in group["params"]}
+    assert [name for name, p in model.named_parameters() if orthogonal[id(p)]] == ["2.weight", "3.weight"]

@@ -8,9 +8,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
+import zipfile
 from pathlib import Path
 
-from common import UserError, duration, show_line, show_progress
+from common import UserError, duration, show_line, show_progress, show_time
 
 import numpy as np
 import pytest
@@ -23,8 +25,9 @@ from labels import NUM_CLASSES
 from model import build
 from options import parse
 from register import lock
-from tools import course_report, report
-from tools.leaderboard import leaderboard, make_line, recipe_table, remark, summary, survey
+from tools import course_report, report, report_zip, sweep
+from tools.leaderboard import LEGEND, leaderboard, make_line, own_first, recipe_table, remark, summary, survey
+from tools.package import make_submission
 from tools.synth import make_dataset
 from train import rounded
 
@@ -57,7 +60,7 @@ def write_run(runs, name, scores, *flags, names=("p", "q", "r", "s"), **record):
 
 @pytest.fixture
 def runs(tmp_path):
-    write_run(tmp_path, "low", [0.2, 0.5, 0.4], "--lr", "2e-3")
+    write_run(tmp_path, "low", [0.2, 0.5, 0.4], "--recipe", "lmsa_dice1_5_warm_restart", "--lr", "2e-3")
     write_run(tmp_path, "high", [0.3, 0.9], "--lr", "1e-3", "--dice", "1", started="2026-01-31T00:00:00Z")
     write_run(tmp_path, NASTY, [0.6, 0.7], "--lr", "3e-3", "--recipe", "cpu")
     write_run(tmp_path, "synthetic", [0.95], pairs={"drawn": True})
@@ -80,8 +83,22 @@ def test_leaderboard_has_real_faces_by_best_score_then_synthetic_ones(runs):
         file.write('{"epoch": 4, "offi')  # a crash while writing
     rows = [row.split() for row in leaderboard(survey(runs)[0]).replace(NASTY, "nasty").splitlines()[1:]]
     assert [row[0] for row in rows] == ["high", "nasty", "low", "synthetic"]
-    assert " ".join(rows[0][1:9]) == "0.9000 0.4500 - 2/3 1,747,923 3.0 2026-01-31 all"
-    assert "lr=0.001" in rows[0] and (rows[1][8], rows[2][8], rows[3][9:11]) == ("-", "yes", ["synthetic", "faces;"])
+    assert " ".join(rows[0][1:7]) == "0.9000 0.4500 2/3 1748 3.0 all"
+    assert "sizes=32:1,64:2" in rows[0]
+    assert (rows[1][6], rows[2][6], rows[3][7:9]) == (
+        "-",
+        "yes",
+        ["synthetic", "faces;"],
+    )
+
+
+def test_runs_of_the_user_come_first_and_lines_are_short(runs):
+    text = own_first(survey(runs)[0], {"high", NASTY}).replace(NASTY, "nasty")
+    assert re.findall("^(your runs|records|low|high|nasty|synthetic)", text, re.M) == (
+        ["your runs", "low", "synthetic", "records", "high", "nasty"]
+    )
+    rows = [row | {"changed": {"model_args": "x" * 99}} for row in survey(runs)[0]]
+    assert max(map(len, f"{own_first(rows, None)}\n{LEGEND}".splitlines())) <= 100
 
 
 def test_unfinished_runs_are_listed_with_the_command_that_resumes_them(tmp_path):
@@ -96,6 +113,13 @@ def test_unfinished_runs_are_listed_with_the_command_that_resumes_them(tmp_path)
         f"unfinished: cut, 4 of 9 epochs, make resume NAME={tmp_path}/cut",
         "without score: whole, 2 epochs on all pairs",
     ]
+
+
+def test_the_table_of_a_sweep_shows_what_was_swept(tmp_path):
+    flags = [["--sizes=32:1", f"--dice={dice}", f"--lr={lr}"] for dice in (1, 1.5) for lr in (0.1, 0.2)]
+    folders = [write_run(tmp_path, f"{i}", [0.9 - i / 10], *own) for i, own in enumerate(flags)]
+    text = leaderboard(list(sweep.swept(folders, flags)))  # Dice 1.5 is the default
+    assert re.findall("defaults (.*)", text) == [f"dice={dice} lr={lr}" for dice in (1, 1.5) for lr in (0.1, 0.2)]
 
 
 def test_recipes_show_our_best_run_of_the_current_settings(tmp_path):
@@ -136,7 +160,7 @@ def test_damaged_runs_are_named_and_the_others_shown(runs):
 def scored(tmp_path_factory):
     """A run with weights and six synthetic pairs, one of them with left and right reversed in its mask."""
     root = tmp_path_factory.mktemp("scored")
-    make_dataset(root / "data", train=6, dev=0, test=0, workers=1)
+    make_dataset(root / "data", train=6, dev=0, test=1, workers=1)
     paths = sorted((root / "data/train/masks").iterdir())
     flags = "--data", str(root / "data"), "--model", "microunet"
     folder = write_run(root / "runs", "a", [0.5], *flags, names=[p.stem for p in paths], parameters=1_758_835)
@@ -216,25 +240,36 @@ def test_the_page_sorts_filters_and_compares(runs):
     assert console == []
     assert seen[:5] == ["h<ls", "<lhs", "shl<", "sh<l", "<"]
     assert seen[5:7] == [["0 3", "0.2 1", "0 0.001"], 36]
-    assert seen[7].startswith("official score0.90000.5000") and "lr0.0010.002" in seen[7]
+    high, low = (
+        [report.image_score(f) for f in report.read_best(runs / name)["image_scores"].values()]
+        for name in ("high", "low")
+    )
+    gains = np.subtract(low, high)
+    gain = f"{gains.mean():+.4f} ± {gains.std(ddof=1) / 2:.4f} (4 images)".replace("-", "\u2212")
+    assert seen[7].startswith(f"official score0.90000.5000difference ± paired standard error{gain}")
+    assert "lr0.0010.002" in seen[7]
 
 
 @needs_browser
-def test_the_page_fits_a_phone(runs):
-    frame = report.write_page(runs).with_name("phone.html")
-    frame.write_text('<body><iframe width="420" height="800" src="index.html"></iframe></body>')
+@pytest.mark.parametrize("width", [420, 1300])
+def test_the_page_fits_a_phone_and_its_table_a_screen(runs, width):
+    frame = report.write_page(runs).with_name("frame.html")
+    frame.write_text(f'<body><iframe style="border: 0" width="{width}" height="800" src="index.html"></iframe></body>')
     script = """onload = () => { const page = document.querySelector("iframe").contentDocument;
-      document.title = JSON.stringify([page.documentElement.scrollWidth, page.querySelectorAll("svg").length]); }"""
-    (width, charts), console = in_browser(frame, script)
-    assert console == [] and width <= 420 and charts == 5
+      const [whole, table] = [page.documentElement, page.querySelector(".scroll")];
+      document.title = JSON.stringify([whole.scrollWidth, table.scrollWidth - table.clientWidth,
+        page.querySelectorAll("svg").length]); }"""
+    (whole, hidden, charts), console = in_browser(frame, script)
+    assert console == [] and whole <= width and charts == 5 and (hidden == 0 or width == 420)
 
 
 def test_the_draft_states_the_figures_of_the_run(scored):
     save_weights(scored, validated=False)
     page = course_report.draft(scored, "A & B", "A12345678B")
-    assert "(official score): 0.5000</b>, of the weights of epoch 1, from one" in page
-    assert "Parameters: 1,758,835" in page
-    assert "A &amp; B · A12345678B" in page and "Differences below 0.004 say nothing" in page and "dice 1.5" in page
+    own = np.mean([report.image_score(row) for row in report.read_best(scored)["image_scores"].values()])
+    assert f"(official score) is {own:.4f}</b> on 6 images" in page and page.count(f"{own:.4f}") == 1
+    assert "1,758,835 parameters</b>" in page and "1.5 times a Dice loss averaged over the labels present" in page
+    assert "A &amp; B · A12345678B" in page and "None" not in page.split("<script")[0]
     *modules, total = [int(n.replace(",", "")) for n in re.search("<pre>(.*?)<", page, re.DOTALL)[1].split()[1::2]]
     assert sum(modules) == total == 1_758_835
     assert "trained on all pairs" in page and "<td>a</td><td>unknown</td>" in page  # not in a git checkout
@@ -264,6 +299,27 @@ def test_a_draft_is_replaced_only_if_asked(runs, monkeypatch):
     assert "Lovelace" not in path.read_text()
 
 
+def test_the_course_zip_without_a_number_has_a_draft_with_its_own_score(scored, tmp_path, monkeypatch, capsys):
+    def make_zip(*flags):
+        monkeypatch.setattr("sys.argv", ["", "--name", str(scored), "--out", str(tmp_path), *flags])
+        report_zip.main()
+        return capsys.readouterr()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(course_report, "BROWSERS", ())
+    save_weights(scored, **HELD_OUT)
+    test = scored.parent.parent / "data/test/images"
+    make_submission(scored / "best.pt", test, "test", scored / "submission-test.zip", "flip", run=1)
+    assert "to hand in: fill in author" in make_zip().out
+    with zipfile.ZipFile(tmp_path / "report-zip.zip") as archive:
+        page, readme = (archive.read(name).decode() for name in ("report.html", "Readme.txt"))
+    stated = re.search(r"score\) is (\S+)</b>.*from the views flip, averaged", page, re.DOTALL)[1]
+    assert stated == re.search("F-measure: (.*), the official score", readme)[1]
+    (scored / "report.html").write_text(page.replace(stated, "0.9999"))
+    assert f"states 0.9999, but the masks handed in have {stated}" in make_zip().err
+    assert course_report.is_unedited(page) and not course_report.is_unedited(page.replace("Author: ________", "Ada"))
+
+
 def test_a_network_of_another_version_is_refused(tmp_path):
     with pytest.raises(UserError, match="check out 000000000000"):
         course_report.draft(write_run(tmp_path, "a", [0.5], parameters=1), None, None)
@@ -281,13 +337,20 @@ def test_the_draft_prints_on_few_pages(scored, monkeypatch):
         course_report.main()
 
 
-def test_progress_lines_are_for_terminals_only(monkeypatch):
+def test_progress_lines_overwrite_a_terminal_and_are_one_a_minute_elsewhere(monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setattr("common._printed", -1e9)
     screen, pipe = io.StringIO(), io.StringIO()
     monkeypatch.setattr(screen, "isatty", lambda: True)
     for stream in (screen, pipe):
         show_line("x" * 50, stream)
+        show_line("y" * 50, pipe)
         monkeypatch.setattr("sys.stderr", stream)
         show_progress("predicting", 1, 1, 1)  # the last item clears the line
-    assert (screen.getvalue(), pipe.getvalue()) == (f"\r{'x' * 19}\r{' ' * 19}\r", "")
+    assert (screen.getvalue(), pipe.getvalue()) == (f"\r{'x' * 19}\r{' ' * 19}\r", "y" * 50 + "\n")
+    monkeypatch.setattr("sys.stderr", pipe)
+    monkeypatch.setattr("common._printed", -1e9)
+    with show_time("exporting"):
+        time.sleep(1.2)
+    assert pipe.getvalue().endswith("y\nexporting, 1 s\n")
     assert [duration(seconds) for seconds in (89, 90, 11100)] == ["89 s", "2 min", "3 h 05 min"]

@@ -26,7 +26,7 @@ from images import mask_image
 from labels import PALETTE
 from model import PARAM_LIMIT, build
 from predict import FaceParser
-from tools import check_submission, package, report_zip, sweep
+from tools import check_submission, course_report, package, report_zip, sweep
 from tools.check_submission import judge, read_zip
 from tools.package import make_submission, write_zip
 
@@ -280,7 +280,7 @@ def test_a_run_on_real_faces_gets_no_masks_of_synthetic_ones(place, tmp_path, mo
 
 
 def test_report_must_have_at_most_five_a4_pages(tmp_path):
-    assert report_zip.count_pages(pdf(tmp_path / "a.pdf", 5)) == 5
+    assert course_report.count_pages(pdf(tmp_path / "a.pdf", 5)) == 5
     (tmp_path / "cut.pdf").write_bytes((tmp_path / "a.pdf").read_bytes()[:100])
     for path, message in (
         (pdf(tmp_path / "long.pdf", 6), "has 6 pages"),
@@ -288,7 +288,7 @@ def test_report_must_have_at_most_five_a4_pages(tmp_path):
         (tmp_path / "cut.pdf", "cannot read"),
     ):
         with pytest.raises(UserError, match=message):
-            report_zip.count_pages(path)
+            course_report.count_pages(path)
 
 
 def test_course_zip_refuses_other_weights_and_a_wrong_number(place, sound, tmp_path):
@@ -298,7 +298,7 @@ def test_course_zip_refuses_other_weights_and_a_wrong_number(place, sound, tmp_p
     with pytest.raises(UserError, match="has other weights; make it again"):
         report_zip.read_submission(tmp_path / "other.zip", place / IMAGES, own, "make it again")
     with pytest.raises(UserError, match="a letter, eight digits and a letter"):
-        report_zip.matriculation("12345678B")
+        course_report.matriculation("12345678B")
 
 
 def test_sweep_expands_every_combination():

@@ -6,7 +6,9 @@ python -m tools.course_report --name a --pdf       # print the draft, at most fi
 All figures come from the runs' files. The draft shows images of the dataset: hand it in, but do not publish it.
 """
 
+import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -17,19 +19,35 @@ from statistics import pstdev
 
 from common import ArgumentParser, UserError, atomic, duration, read_json, require_packages, run_main, write_text
 
+import numpy as np
+
+from checkpoint import load, load_model
+from data import find_data_of, load_pairs
+from device import select_device
+from evaluate import evaluate, f_scores, held_out
 from labels import HEX_COLOURS, NAMES
 from model import PARAM_LIMIT, build, count_parameters
-from options import from_record, network_arguments, strength
+from options import from_record, network_arguments, parse_sizes, strength
 from register import find_run, make_name
 from tools.check_params import parameter_table
-from tools.leaderboard import changed_settings
-from tools.report import TEMPLATE, fill_template, find_scripts, image_score, read_pictures, read_runs, write_page
-from tools.report_zip import count_pages, matriculation
+from tools.check_submission import read_zip
+from tools.leaderboard import recorded
+from tools.report import (
+    TEMPLATE,
+    fill_template,
+    find_scripts,
+    image_score,
+    read_best,
+    read_pictures,
+    read_runs,
+    scored_weights,
+    write_page,
+)
+from views import parse_views
 
 EXPERIMENTS = 14  # rows that fit on five pages
-SETTINGS = (
-    "recipe sizes batch optimiser lr schedule warmup weight_decay clip ema dropout ce dice dice_over augment seed"
-)
+MAX_PAGES = 5
+MADE = '<meta name="made" content="">'  # filled with the hash of the draft, by which an unedited one is known
 SHOW = 'document.getElementById("results").append(curves(DATA.runs), bars(DATA.runs));'
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 STYLE = """@page { size: A4; margin: 17mm 20mm; }
@@ -45,26 +63,103 @@ th { border-bottom: 0.8pt solid #444; }
 @media print { .screen { display: none; } }"""
 
 
+def matriculation(text):
+    """argparse type: a matriculation number, returned in capitals."""
+    if not re.fullmatch("[A-Z][0-9]{8}[A-Z]", text.upper()):
+        raise UserError(f"--matric {text}: not a letter, eight digits and a letter, such as A12345678B")
+    return text.upper()
+
+
+def count_pages(path):
+    """Number of pages of a PDF. UserError if it is unreadable, has more than MAX_PAGES, or one that is not A4."""
+    require_packages("pypdf")
+    import pypdf
+
+    try:
+        sizes = [sorted((page.mediabox.width, page.mediabox.height)) for page in pypdf.PdfReader(path).pages]
+    except Exception as error:  # a damaged file makes the reader raise anything
+        raise UserError(f"cannot read {path} ({error}); export the report as PDF again") from None
+    if not 1 <= len(sizes) <= MAX_PAGES:
+        raise UserError(f"{path} has {len(sizes)} pages; 1 to {MAX_PAGES} are allowed")
+    for number, (short, long) in enumerate(sizes, 1):
+        if abs(short - 595) > 3 or abs(long - 842) > 3:
+            raise UserError(f"page {number} of {path} has {short:.0f} x {long:.0f} points; A4 has 595 x 842")
+    return len(sizes)
+
+
+def sent_views(folder):
+    """The views that the run's Codabench zip averages, as text; "" without a zip."""
+    path = folder / "submission-test.zip"
+    content = read_zip(path)[0].get("solution/ckpt.pth") if path.is_file() else None
+    if not content:
+        return ""
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(content)
+        return str(load(file.name).get("views", ""))
+
+
+def official_scores(folder, views, data=None):
+    """The official scores, one per held-out image, of the weights of a run that have its scores, from these views.
+
+    Those of one view per image are the run's own; others are computed, on the CPU. UserError without the pairs.
+    """
+    if not views:
+        return [image_score(row) for row in read_best(folder)["image_scores"].values()]
+    weights, device = scored_weights(folder), select_device("cpu")
+    model, info = load_model(weights)
+    pairs = load_pairs(find_data_of(weights, data))
+    indices = held_out(info, weights, pairs.keys())
+    confusions, _ = evaluate(model, pairs, indices, info["size"], device, views=parse_views(views))
+    return np.nanmean(f_scores(confusions), 1).tolist()
+
+
+def stamp(page):
+    """The draft with the hash of its text."""
+    return page.replace(MADE, MADE.replace('""', f'"{hashlib.sha256(page.encode()).hexdigest()}"'))
+
+
+def is_unedited(page):
+    """True if the draft is as `stamp` returned it."""
+    return page == stamp(re.sub(MADE.replace('""', '"[0-9a-f]{64}"'), MADE, page))
+
+
 def settings(run, args):
-    """The training as HTML; `args` are its arguments, with today's defaults for those it lacks."""
-    values = vars(args) | {"from": args.start_from}
-    keys = dict.fromkeys([*SETTINGS.split(), *changed_settings(values | {"recipe": None}), *run["changed"]])
+    """The training in sentences, as HTML; `args` are its arguments, with current defaults for those it lacks."""
+    phases = ", then ".join(f"{n} at {size} pixels" for size, n in parse_sizes(args.sizes, args.epochs))
+    optimiser = {"adamw": "AdamW", "muon": "Muon for the matrices of hidden layers and AdamW for all other parameters"}
+    schedule = {
+        "cosine": "a cosine to 0",
+        "restarts": f"cosines with warm restarts, the first after {args.restart_period:g} epochs, each period "
+        f"{args.restart_growth:g} times as long as the last",
+        "constant": "a constant rate",
+    }
     changes = ", ".join(f"{k} {v:g}" for k, v in vars(strength(args)).items() if v and not k.endswith("alpha"))
-    row, yes = run["row"], ("no", "yes")
-    return f"""<p>{escape(", ".join(f"{key} {values[key]}" for key in keys))}.</p>
-<p>Augmentation: {changes or "none"}. Mirrored masks exchange left and right: {yes[args.exchange_sides]}; training masks
-with left and right reversed are repaired: {yes[args.fix_sides]}. {row["epochs"]} epochs in
-{duration(60 * row["minutes"])}. The weights of epoch {row["epoch"]}, the best on the validation images, are kept: this
-favours the score slightly.
-{escape(run["origin"])}</p>"""
+    over = {"present": "the labels present in the image", "all": "all labels"}[args.dice_over]
+    extras = [f"a focal exponent of {args.focal:g}"] * bool(args.focal)
+    extras += [f"label smoothing of {args.smoothing:g}"] * bool(args.smoothing)
+    extras += ["class weights of 1 / sqrt(frequency)"] * bool(args.class_weights)
+    changed = ", ".join(f"{key} {value}" for key, value in run["changed"].items())
+    source = f"Recipe {args.recipe} of this repository" if args.recipe else "No recipe but the defaults"
+    row, no = run["row"], lambda yes: "" if yes else "not "
+    decay = "" if args.decay_all else ", without biases and norms"
+    clip = f"clipped at a norm of {args.clip:g}" if args.clip else "not clipped"
+    average = f"The weights are an exponential moving average of decay {args.ema:g}. " if args.ema else ""
+    return f"""<p>The network was trained for {row["epochs"]} of {run["epochs"]} epochs ({phases}) in batches of
+{args.batch}, which took {duration(60 * row["minutes"])}. The optimiser is {optimiser[args.optimiser]}, with a learning
+rate of up to {args.lr:g}: {args.warmup:g} epochs of linear warm-up, then {schedule[args.schedule]}. The weight decay is
+{args.weight_decay:g}{decay}; gradients are {clip}; the dropout rate is {args.dropout:g}. {average}The weights of epoch
+{row["epoch"]}, the best on the validation images, are kept, which favours the score slightly.</p>
+<p>The loss is {args.ce:g} times the cross-entropy{f" (with {' and '.join(extras)})" if extras else ""} plus
+{args.dice:g} times a Dice loss averaged over {over}.</p>
+<p>The images are augmented at random ({changes or "not at all"}). Left and right labels are
+{no(args.exchange_sides)}exchanged in mirrored masks, and training masks with left and right reversed are
+{no(args.fix_sides)}repaired.</p>
+<p>{escape(f"{source}{f' with these changes: {changed}' if changed else ''}; seed {args.seed}. {run['origin']}")}</p>"""
 
 
 def experiments(run, runs, folder):
     """Table of the scored runs on the same kind of faces: this run, own runs, then the repository's records."""
-    # Git tracks the repository's records; outside a checkout the sources are unknown.
-    command = ["git", "ls-files", "*/args.json"]
-    git = subprocess.run(command, cwd=folder, capture_output=True, text=True) if shutil.which("git") else None
-    tracked = {Path(line).parent.name for line in git.stdout.splitlines()} if git and not git.returncode else None
+    tracked = recorded(folder)
     rows = [other for other in runs if other["row"] and other["row"]["synthetic"] == run["row"]["synthetic"]]
     rows.sort(key=lambda other: (other is not run, other["name"] in (tracked or ())))
     body = ""
@@ -74,8 +169,9 @@ def experiments(run, runs, folder):
         figures = f"{row['parameters']:,}", row["epochs"], f"{row['official']:.4f}"
         cells = row["name"], source, ", ".join([row["recipe"] or "no recipe", *changes]), *figures
         body += "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells)
-    return f"""<p>{min(len(rows), EXPERIMENTS)} of {len(rows)} scored runs. Differences below 0.004 say nothing: seeds
-alone differ by up to 0.003. Runs of the source "repository" are its records, not trained for this report.</p>
+    return f"""<p>{min(len(rows), EXPERIMENTS)} of {len(rows)} scored runs, each with one view per image. A
+difference matters if it exceeds two paired standard errors (see "compare two runs" in runs/index.html) and 0.003, which
+seeds alone can change. Runs of the source "repository" are its records, not trained for this report.</p>
 <table><tr><th>run<th>source<th>recipe and changes<th>parameters<th>epochs<th>official{body}</table>"""
 
 
@@ -85,19 +181,22 @@ def examples(folder):
     if not content:
         return "<p>No images: weights (best.pt) or data are missing.</p>"
     body = ""
-    titles = {"lowest": "Lowest but for reversed masks", "highest": "Highest", "reversed": "Reversed masks"}
+    lowest = "Lowest scores (reversed masks apart)"
+    titles = {"lowest": lowest, "highest": "Highest scores", "reversed": "Reversed masks"}
     for group, title in titles.items():
         chosen = [picture for picture in content["pictures"] if picture["group"] == group][:4]
         images = "".join(f'<img src="{escape(uri)}" alt="">' for picture in chosen for uri in picture["panels"])
         scores = ", ".join(f"{picture['score']:.3f}" for picture in chosen) or "none"
         body += f'<p>{title}: {scores}</p><div class="images">{images}</div>'
     return f"""<p>Image, mask, prediction (colours: see 4), errors (orange).</p>{body}
-<p>{content["reversed"]} of {content["images"]} masks have left and right reversed, which no network can predict.
-Without these the official score is {content["score_without_reversed"]:.4f}.</p>"""
+<p>{content["reversed"]} of {content["images"]} masks have left and right reversed, which no network can predict.</p>"""
 
 
-def draft(folder, author, matric):
-    """The report as HTML. UserError if the run was not scored or this version builds another network."""
+def draft(folder, author, matric, views="", data=None):
+    """The report as HTML, with the score of these views.
+
+    UserError if the run was not scored or this version builds another network.
+    """
     runs = read_runs(folder.parent)[0]
     run = next((run for run in runs if run["name"] == folder.name and run["row"] and run["best"]), None)
     if not run:
@@ -111,29 +210,29 @@ def draft(folder, author, matric):
     count = count_parameters(model)
     if row["parameters"] not in (0, count):
         raise UserError(f"this version builds another {args.model} than {folder}: check out {record['commit'][:12]}")
-    scores = [image_score(f) for f in run["best"]["image_scores"].values()]
+    scores = official_scores(folder, views, data)
     charts = find_scripts(TEMPLATE.read_text(encoding="utf-8"))[0]
     faces = "synthetic faces, which say nothing about real ones" if row["synthetic"] else "CelebAMask-HQ portraits"
-    start = f"starting from the weights of {args.start_from} (describe their training)"
-    origin = start if args.start_from else "no pretrained weights"
+    start = f"one that starts from the weights of {args.start_from} (describe theirs)"
+    origin = start if args.start_from else "from scratch"
     seen = "The weights were trained on all pairs, these images included; the score is of a training without them."
+    source = f"the views {views}, averaged" if views else "one view per image"
     template = f"""<!doctype html><html lang="en"><meta charset="utf-8"><!--POLICY-->
-<title>Report</title><style>{STYLE}</style>
+{MADE}<title>Report</title><style>{STYLE}</style>
 <p class="screen">A draft from the run's files: check and complete it. Do not publish it: it shows the dataset.</p>
 <h1>Face parsing with {count:,} parameters</h1>
 <p>{escape(author or "Author: ________")} · {escape(matric or "matriculation number: ________")}</p>
-<p><b>Validation F-measure (official score): {row["official"]:.4f}</b>, of the weights of epoch {row["epoch"]}, from one
-view per image (not mirrored, not rescaled), on {len(scores)} images; standard error
-{pstdev(scores) / len(scores) ** 0.5:.4f}. Pooled over batches of 32 images: {row["batch32"]:.4f}.
+<p><b>The validation F-measure (official score) is {np.mean(scores):.4f}</b> on {len(scores)} images, with a standard
+error of {pstdev(scores) / len(scores) ** 0.5:.4f}, from {escape(source)}.
 {seen if row["weights"] == "all pairs" else ""}</p>
-<p><b>Parameters: {count:,}</b> (fewer than {PARAM_LIMIT:,} are allowed).</p>
+<p><b>The network has {count:,} parameters</b>; fewer than {PARAM_LIMIT:,} are allowed.</p>
 <h2>1. Task</h2><p>Every pixel of a 512 x 512 image gets one of {len(NAMES)} labels; left and right are the person's.
-Data: {faces}; {args.val_split:.0%} of the pairs are held out for validation (seed {args.split_seed}). No other data,
-{escape(origin)}; one network. The official score is F averaged over the labels present in an image, then over the
-images; masks are scored as they are.</p>
+The data are {faces}, of which {args.val_split:.0%} are held out for validation (seed {args.split_seed}). There are no
+other data and no ensemble; the training is {escape(origin)}. The official score is F averaged over the labels present
+in an image, then over the images; masks are scored uncorrected.</p>
 <h2>2. Network: {escape(args.model)}, parameters by module</h2><pre>{escape(parameter_table(model))}</pre>
 <h2>3. Training</h2>{settings(run, args)}
-<h2>4. Results</h2><div class="two" id="results"></div>
+<h2>4. Results</h2><p>Curves and scores by label are from one view per image.</p><div class="two" id="results"></div>
 <h2>5. Examples</h2>{examples(folder)}
 <h2>6. Experiments</h2>{experiments(run, runs, folder.parent)}
 <script type="application/json" id="data"><!--DATA--></script><script>{charts}</script>
@@ -156,32 +255,44 @@ def browse(*flags):
     return done.stdout, done.stderr
 
 
+def make_draft(folder, author=None, matric=None, data=None):
+    """Write report.html, with the score of the views in the run's Codabench zip, and the page of all runs."""
+    write_page(folder.parent, folder.name, data=data)
+    write_text(folder / "report.html", stamp(draft(folder, author, matric, sent_views(folder), data)))
+
+
+def print_draft(folder):
+    """Print report.html as report.pdf; returns its number of pages. UserError without Chromium or pypdf."""
+    require_packages("pypdf")
+    source, target = folder / "report.html", folder / "report.pdf"
+    with atomic(target) as temporary:
+        browse("--no-pdf-header-footer", f"--print-to-pdf={temporary.resolve()}", source.resolve().as_uri())
+    return count_pages(target)
+
+
 def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--name", required=True, help="run to report on")
     parser.add_argument("--runs", default="runs", help="folder of all runs")
+    parser.add_argument("--data", help="folder with train/; default that of the training, else ./data")
     parser.add_argument("--author", help="name on the report")
     parser.add_argument("--matric", type=matriculation, help="matriculation number on the report")
     parser.switch("--overwrite", help="replace an existing draft")
     parser.switch("--pdf", help="print the existing draft instead")
     args = parser.parse_args()
     folder = find_run(args.name, args.runs)
-    source, target, name = folder / "report.html", folder / "report.pdf", make_name(folder)
+    source, name = folder / "report.html", make_name(folder)
     if args.pdf and (args.author or args.matric):
         raise UserError(f"AUTHOR= and MATRIC= are for the draft, `make report NAME={name}`; this prints it as it is")
     if not args.pdf:
         if source.is_file() and not args.overwrite:
             raise UserError(f"{source} exists: rename it to keep it, or replace it with OVERWRITE=1")
-        write_page(folder.parent, folder.name)
-        write_text(source, draft(folder, args.author, args.matric))
+        make_draft(folder, args.author, args.matric, args.data)
         print(f"{source}: check and complete it, then: make report-pdf NAME={name}")
         return
     if not source.is_file():
         raise UserError(f"no {source}; `make report NAME={name} AUTHOR= MATRIC=` creates it")
-    require_packages("pypdf")
-    with atomic(target) as temporary:
-        browse("--no-pdf-header-footer", f"--print-to-pdf={temporary.resolve()}", source.resolve().as_uri())
-    print(f"{target}: {count_pages(target)} pages; next: make report-zip NAME={name} MATRIC=")
+    print(f"{folder}/report.pdf: {print_draft(folder)} pages; next: make report-zip NAME={name} MATRIC=")
 
 
 if __name__ == "__main__":

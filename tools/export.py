@@ -16,7 +16,17 @@ import warnings
 from pathlib import Path
 from statistics import median
 
-from common import ArgumentParser, UserError, atomic, check_target, make_folder, require_packages, run_main, write_text
+from common import (
+    ArgumentParser,
+    UserError,
+    atomic,
+    check_target,
+    make_folder,
+    require_packages,
+    run_main,
+    show_time,
+    write_text,
+)
 
 import torch
 from torch import nn
@@ -121,7 +131,7 @@ def write_onnx(weights, out, logits, images):
     check_target(out, b"pytorch")
     model, info = checkpoint.load_model(weights)
     size = info["size"]
-    with atomic(out) as temporary:
+    with atomic(out) as temporary, show_time(f"exporting {weights}"):
         print(f"exporting {weights}: some 20 seconds", flush=True)
         convert(model, size, logits).save(temporary)
         same, torch_time, onnx_time = compare(temporary, model, portraits(images, size), logits)
@@ -179,7 +189,7 @@ def main():
     parser.add_argument("--images", default=ASTRONAUT, help="a photo, or a folder of portraits, for the comparison")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of the comparison; 0: torch's default")
     parser.switch("--release", help="create runs/release instead; needs --name")
-    parser.switch("--overwrite", help="with --release: replace it, its report and zip too")
+    parser.switch("--overwrite", help="with --release: deletes and replaces it, its report and zip")
     args = parser.parse_args()
     if bool(args.out) == args.release or (args.release and not args.name):
         raise UserError("give the file to write, OUT=parser.onnx; `make release NAME=a` creates runs/release")

@@ -6,6 +6,8 @@ python -m tools.leaderboard --recipes
 
 import functools
 import shlex
+import shutil
+import subprocess
 import textwrap
 from pathlib import Path
 
@@ -83,6 +85,14 @@ def survey(runs, read=summary):
     return [result for result in found if result is not None], unreadable
 
 
+def recorded(runs):
+    """Names of the runs that are the repository's records, which git tracks; None outside a checkout."""
+    if not shutil.which("git"):
+        return None
+    git = subprocess.run(["git", "ls-files", "*/args.json"], cwd=runs, capture_output=True, text=True)
+    return None if git.returncode else {Path(line).parent.name for line in git.stdout.splitlines()}
+
+
 def remark(folder):
     """A line about a run that can be resumed or runs, or has no score; else None."""
     args, lines = read_json(folder / "args.json")["args"], read_metrics(folder)
@@ -97,16 +107,33 @@ def remark(folder):
     return f"unfinished: {folder.name}, {done} of {total} epochs, {state}"
 
 
+LEGEND = """official: F over the labels present in an image, then over the images; one view per image
+batch32: the reference's figure, F of the pooled pixels of 32 images; epoch: the best one / the last
+size: thousands of parameters; weights: "all" were trained on all pairs, the score is of another
+training, "-" were not kept; settings: recipe and changes, shortened; `make report` shows all"""
+WIDTH = 100  # of a line
+
+
 def leaderboard(rows):
     """The table of `make runs` as text: summaries with real faces first, then by score."""
-    table = f"{'run':<24}official  batch32  images    epoch  parameters  minutes  date        weights    settings"
+    table = f"{'run':<20}official batch32   epoch   size  minutes weights settings"
     for row in sorted(rows, key=lambda row: (row["synthetic"], -row["official"])):
-        line = f"{row['name']:<24}{row['official']:>8.4f}{row['batch32']:>9.4f}{row['images'] or '-':>8}"
-        line += f"{row['epoch']:>5}/{row['epochs']:<3}{row['parameters']:>12,}{row['minutes']:>9.1f}"
+        line = f"{row['name']:<20}{row['official']:>8.4f}{row['batch32']:>8.4f}{row['epoch']:>5}/{row['epochs']:<3}"
         settings = " ".join([row["recipe"] or "defaults", *(f"{key}={value}" for key, value in row["changed"].items())])
-        line += f"  {row['date']:<12}{row['weights']:<11}{'synthetic faces; ' * row['synthetic']}{settings}"
-        table += "\n" + printable(line)
+        line += f"{row['parameters'] / 1000:>6.0f}{row['minutes']:>9.1f} {row['weights'].split()[0]:<8}"
+        line = printable(f"{line}{'synthetic faces; ' * row['synthetic']}{settings}")
+        table += "\n" + (line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}...")
     return table
+
+
+def own_first(rows, tracked):
+    """The tables of `make runs` as text: runs of the user, then those in `tracked`, the repository's records."""
+    tracked = tracked or ()
+    groups = {
+        "your runs": [row for row in rows if row["name"] not in tracked],
+        "records of the repository": [row for row in rows if row["name"] in tracked],
+    }
+    return "\n\n".join(f"{title}\n{leaderboard(group)}" for title, group in groups.items() if group)
 
 
 def recipe_table(rows):
@@ -130,8 +157,10 @@ def main():
     rows, unreadable = survey(args.runs)
     for name, reason in unreadable:
         print_message(f"skipped {name}: {reason}")
-    lines = [recipe_table(rows)] if args.recipes else [leaderboard(rows), *map(printable, survey(args.runs, remark)[0])]
-    print("\n".join(lines))
+    if args.recipes:
+        print(recipe_table(rows))
+        return
+    print("\n".join([own_first(rows, recorded(args.runs)), *map(printable, survey(args.runs, remark)[0]), "", LEGEND]))
 
 
 if __name__ == "__main__":

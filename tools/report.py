@@ -133,14 +133,14 @@ def weights_version(folder):
     return [FORMAT, path.stat().st_mtime_ns, path.stat().st_size] if path.is_file() else None
 
 
-def draw_pictures(folder, device):
+def draw_pictures(folder, device, data=None):
     """Predict a scored run's images with its weights; returns the content of pictures.json. UserError without data.
 
     Images whose mask has left and right reversed form their own group: their scores are errors of the mask.
     """
     version, rows = weights_version(folder), read_best(folder)["image_scores"]
     scores = {name: image_score(row) for name, row in rows.items()}
-    data = find_data_of(scored_weights(folder))
+    data = find_data_of(scored_weights(folder), data)
     pairs = {image.stem: (image, mask) for image, mask in find_pairs(data)}
     if not pairs.keys() >= scores.keys():
         raise UserError(f"{data} contains other pairs than the run was scored on")
@@ -164,8 +164,11 @@ def draw_pictures(folder, device):
     return content
 
 
-def write_page(runs, name=None, device="auto"):
-    """Write runs/index.html, after predicting missing images of run `name`, else of the best runs; returns its path."""
+def write_page(runs, name=None, device="auto", data=None):
+    """Write runs/index.html, after predicting missing images of run `name`, else of the best runs; returns its path.
+
+    `data`: the data folder with the images; default that of each run.
+    """
     found, unreadable = read_runs(runs)
     left = PICTURED
     for run in found:
@@ -173,19 +176,19 @@ def write_page(runs, name=None, device="auto"):
         run["pictures"] = read_pictures(folder)
         if run["best"] and weights_version(folder) and (chosen or not name and left) and not run["pictures"]:
             try:
-                run["pictures"] = draw_pictures(folder, select_device(device))
+                run["pictures"] = draw_pictures(folder, select_device(device), data)
             except UserError as error:
                 print_message(f"no images of {folder.name}: {error}")
         if run["pictures"] and left:
             left -= 1
         elif not (run["running"] or chosen):
             run["pictures"] = None
-    data = {"runs": found, "unreadable": unreadable, "labels": NAMES, "colours": HEX_COLOURS}
-    data["written"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    content = {"runs": found, "unreadable": unreadable, "labels": NAMES, "colours": HEX_COLOURS}
+    content["written"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     path = Path(runs, "index.html")
     check_target(path, b"<title>Runs")
     template = TEMPLATE.read_text(encoding="utf-8")
-    write_text(path, fill_template(template, data, find_scripts(template)))
+    write_text(path, fill_template(template, content, find_scripts(template)))
     return path
 
 

@@ -2,6 +2,7 @@
 
 python -m tools.report_zip --matric A12345678B --name a                     # build/A12345678B.zip, runs/a/report.pdf
 python -m tools.report_zip --matric A12345678B --report report.pdf --out .  # of the release or the best run
+python -m tools.report_zip                       # a first look: build/report-zip.zip with a draft, and what to fill in
 
 Masks and checkpoint are those in the run's Codabench zip (tools/package.py), which is created first if missing.
 """
@@ -10,7 +11,7 @@ import io
 import re
 from pathlib import Path
 
-from common import ArgumentParser, UserError, atomic, check_target, make_folder, read_json, require_packages, run_main
+from common import ArgumentParser, UserError, atomic, check_target, make_folder, print_message, read_json, run_main
 
 import torch
 
@@ -20,35 +21,12 @@ from data import find_data_of, load_pairs
 from evaluate import evaluate, held_out, official_score
 from model import PARAM_LIMIT, count_parameters
 from tools.check_submission import judge, read_zip, show
+from tools.course_report import MAX_PAGES, count_pages, is_unedited, make_draft, matriculation, print_draft
 from tools.package import ROOT, ZIP, make_submission, report_replacement, write_zip
+from tools.report import scored_weights
 from views import parse_views
 
-MAX_PAGES = 5
 CODE = "*.py *.toml *.md Makefile LICENSE requirements.txt tools/* checks/* checks/reference/* docs/*"
-
-
-def matriculation(text):
-    """argparse type: a matriculation number, returned in capitals."""
-    if not re.fullmatch("[A-Z][0-9]{8}[A-Z]", text.upper()):
-        raise UserError(f"--matric {text}: not a letter, eight digits and a letter, such as A12345678B")
-    return text.upper()
-
-
-def count_pages(path):
-    """Number of pages of a PDF. UserError if it is unreadable, has more than MAX_PAGES, or one that is not A4."""
-    require_packages("pypdf")
-    import pypdf
-
-    try:
-        sizes = [sorted((page.mediabox.width, page.mediabox.height)) for page in pypdf.PdfReader(path).pages]
-    except Exception as error:  # a damaged file makes the reader raise anything
-        raise UserError(f"cannot read {path} ({error}); export the report as PDF again") from None
-    if not 1 <= len(sizes) <= MAX_PAGES:
-        raise UserError(f"{path} has {len(sizes)} pages; 1 to {MAX_PAGES} are allowed")
-    for number, (short, long) in enumerate(sizes, 1):
-        if abs(short - 595) > 3 or abs(long - 842) > 3:
-            raise UserError(f"page {number} of {path} has {short:.0f} x {long:.0f} points; A4 has 595 x 842")
-    return len(sizes)
 
 
 def read_submission(path, images, own, remedy):
@@ -65,13 +43,17 @@ def read_submission(path, images, own, remedy):
 
 def describe_score(weights, content, data, views):
     """The official score of a loaded checkpoint with these views, or why it is unknown, as text."""
+    scored, known = scored_weights(weights.parent), ""
+    if not checkpoint.is_validated(content) and scored.name == "validated.pt":
+        weights, content = scored, checkpoint.load(scored)
+        known = "; it is of a training without these pairs, the weights handed in are of one on all pairs"
     if checkpoint.is_validated(content):
         pairs, model, device = load_pairs(data), checkpoint.restore(content, weights), torch.device("cpu")
         indices = held_out(content, weights, pairs.keys())
         doubt = checkpoint.doubt(content, pairs.keys(indices))
         score = official_score(evaluate(model, pairs, indices, content["size"], device, views=parse_views(views))[0])
-        unsure = f" ({weights.name} {doubt})" if doubt else ""
-        return f"{score:.4f}, the official score on the {len(indices)} pairs held out, from the views below{unsure}"
+        known += f" ({weights.name} {doubt})" if doubt else ""
+        return f"{score:.4f}, the official score on the {len(indices)} pairs held out, from the views below{known}"
     best = register.best_score(weights.parent)
     known = f"the run in run/ has {best:.4f}, from one view per image" if best >= 0 else "not measured"
     return f"unknown, since the weights were trained on all pairs; {known}"
@@ -80,7 +62,7 @@ def describe_score(weights, content, data, views):
 def write_readme(matric, folder, content, score, views, report, count):
     """The text of Readme.txt; `content` is the checkpoint, `count` the number of masks."""
     versions = read_json(folder / "args.json")["versions"]
-    return f"""Face parsing on CelebAMask-HQ, 19 labels: {matric}
+    return f"""Face parsing on CelebAMask-HQ, 19 labels: {matric or "matriculation number: ________"}
 
 Validation F-measure: {score}
 Views that the masks average: {views or "one per image"}
@@ -107,37 +89,56 @@ CelebAMask-HQ (Lee et al., CVPR 2020), weights trained on it and these masks are
 
 def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--matric", required=True, type=matriculation, help="matriculation number, such as A12345678B")
+    parser.add_argument(
+        "--matric", type=matriculation, help="matriculation number, such as A12345678B; none: a first look"
+    )
     parser.add_argument("--report", type=Path, help=f"PDF, at most {MAX_PAGES} A4 pages; default the run's report.pdf")
     parser.add_argument("--name", help="run to hand in; default the release, else the best run")
     parser.add_argument("--data", help="folder with train/ and test/; default that of the training, else ./data")
     parser.add_argument("--out", default="build", type=Path, help="folder for the zip")
     args = parser.parse_args()
     weights = register.find_weights(args.name)
+    if weights.is_relative_to(Path.cwd()):
+        weights = weights.relative_to(Path.cwd())
     folder, name = weights.parent, register.make_name(weights.parent)
     report, draft = args.report or folder / "report.pdf", folder / "report.html"
-    if not report.is_file():
+    target = args.out / f"{args.matric or 'report-zip'}.zip"
+    check_target(target, ZIP)
+    if not report.is_file() and (args.report or args.matric):
         raise UserError(f"no {report}: `make report NAME={name}`, then `make report-pdf NAME={name}`; or REPORT=FILE")
-    if not args.report and draft.is_file():
-        if draft.stat().st_mtime > report.stat().st_mtime:
-            raise UserError(f"{draft} is newer than {report}: print it again, `make report-pdf NAME={name}`")
-        if "________" in draft.read_text(encoding="utf-8"):
-            remedy = f"edit and print it, or `make report OVERWRITE=1 AUTHOR= MATRIC= NAME={name}`"
-            raise UserError(f"{draft} has blanks: {remedy}")
-    pages = count_pages(report)
-    check_target(args.out / f"{args.matric}.zip", ZIP)
     data = find_data_of(weights, args.data)
+    if not args.report and draft.is_file() and report.is_file() and draft.stat().st_mtime > report.stat().st_mtime:
+        raise UserError(f"{draft} is newer than {report}: print it again, `make report-pdf NAME={name}`")
     images = data / "test" / "images"
     submission = folder / "submission-test.zip"
     if not submission.is_file():
         print(f"no {submission} yet: making it, with one view per image", flush=True)
         if make_submission(weights, images, "test", submission):
             return 1
+    if not report.is_file():
+        if not draft.is_file():
+            print(f"no {draft} yet: making a draft", flush=True)
+            make_draft(folder, None, None, data)
+        try:
+            print_draft(folder)
+        except UserError as error:
+            print_message(error)
+            report = draft
+    pages = f"report of {count_pages(report)} pages" if report != draft else "report.html, to be printed as PDF"
+    page = draft.read_text(encoding="utf-8") if not args.report and draft.is_file() else ""
+    if args.matric and "________" in page:
+        remedy = f"edit and print it, or `make report OVERWRITE=1 AUTHOR= MATRIC= NAME={name}`"
+        raise UserError(f"{draft} has blanks: {remedy}")
+    if args.matric and is_unedited(page):
+        print_message(f"{draft} is an unedited draft: check and complete it, then `make report-pdf NAME={name}`")
     content = checkpoint.load(weights)
     remedy = f"`make submit NAME={name}` (and VIEWS=) creates a new one"
     sent, views = read_submission(submission, images, content["state_dict"], remedy)
     masks = {name: data for name, data in sent.items() if name.startswith("masks/")}
     score = describe_score(weights, content, data, views)
+    stated = re.search(r"official score\) is (0\.\d+)", page)
+    if stated and score.startswith("0.") and abs(float(stated[1]) - float(score[:6])) > 0.0005:
+        print_message(f"{draft} states {stated[1]}, but the masks handed in have {score[:6]}: correct it")
     readme = write_readme(args.matric, folder, content, score, views, report.name, len(masks))
     files = {report.name: report, "run/args.json": folder / "args.json", "run/metrics.jsonl": folder / "metrics.jsonl"}
     code = (path for pattern in CODE.split() for path in ROOT.glob(pattern) if path.is_file())
@@ -145,10 +146,13 @@ def main():
     entries = masks | {name: path.read_bytes() for name, path in files.items()}
     entries |= {"Readme.txt": readme.encode(), "checkpoint/ckpt.pth": sent["solution/ckpt.pth"]}
     make_folder(args.out)
-    report_replacement(args.out / f"{args.matric}.zip")
-    with atomic(args.out / f"{args.matric}.zip") as temporary:
+    report_replacement(target)
+    with atomic(target) as temporary:
         write_zip(temporary, entries)
-    print(f"{args.out / args.matric}.zip: report of {pages} pages, {len(masks)} masks, {len(files)} other files")
+    print(f"{target}: {pages}, {len(masks)} masks, {len(files)} other files")
+    if not args.matric:
+        remedy = f"`make report-pdf NAME={name}`, and `make report-zip NAME={name} MATRIC=A12345678B`"
+        print(f"to hand in: fill in author, matriculation number and your own text in {draft}, then {remedy}")
     return 0
 
 

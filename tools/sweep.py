@@ -32,6 +32,14 @@ def expand(flags):
         yield suffix.replace("/", "_").replace(":", "_").replace(",", "+"), list(chosen)
 
 
+def swept(folders, flags):
+    """The summaries of the scored runs, whose changes are the settings that were swept; `flags` of each run."""
+    for folder, own in zip(folders, flags, strict=True):
+        if row := summary(folder):
+            varied = (flag[2:].split("=", 1) for flag in own if any(flag not in other for other in flags))
+            yield row | {"changed": dict(varied)}
+
+
 def main():
     if "--help" in sys.argv:
         parse(["--help"])
@@ -53,7 +61,7 @@ def main():
             raise
         if status:
             return status
-    print("\n" + leaderboard(list(filter(None, map(summary, folders)))))
+    print("\n" + leaderboard(list(swept(folders, [flags for _, flags in runs]))))
     return 0
 
 
