@@ -436,7 +436,18 @@ def paste(height, width, portraits, cutout=None):
         score = None if score is None else round(score, 3)
         box = tuple(map(int, box))
         faces.append(Face(mask=own, box=box, window=window[:4], angle=round(window.angle, 1), score=score))
+    if cutout and found:  # a soft edge, but nothing far from the labels
+        reach = max(2, max(window.width for _, window, _ in found) // 100)
+        alpha[~_dilate(np.isin(mask, cutout), reach)] = 0
     return Parsed(mask=mask, owner=owner, faces=faces, alpha=alpha)
+
+
+def _dilate(selected, reach):
+    """bool (H, W): pixels at most `reach` rows and columns from one that is selected."""
+    x = torch.from_numpy(selected)[None].float()
+    for kernel in ((2 * reach + 1, 1), (1, 2 * reach + 1)):
+        x = F.max_pool2d(x, kernel, 1, (kernel[0] // 2, kernel[1] // 2))
+    return x[0].numpy() > 0
 
 
 def _inside(window, place):

@@ -201,6 +201,7 @@ def test_cut_out_has_soft_edges_and_keeps_the_photos_own(faces):
     inside = np.isin(parsed.mask, labels)
     assert (parsed.alpha[inside] > 0).mean() > 0.99 and (parsed.alpha[~inside] < 255).mean() > 0.99
     assert 0 < ((parsed.alpha > 0) & (parsed.alpha < 255)).mean() < 0.2
+    assert not parsed.alpha[~photo._dilate(inside, 6)].any()  # nothing far from the labels
     opacity = np.full((512, 512), 51, np.uint8)
     rgba = photo.cut_out(pixels, parsed.alpha, opacity)
     assert np.array_equal(rgba[..., 3], parsed.alpha // 5)
