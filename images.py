@@ -7,18 +7,19 @@ import warnings
 import zlib
 from pathlib import Path
 
-from common import UserError
+from common import UserError, check_target
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import EpsImagePlugin, Image, ImageOps, UnidentifiedImageError
 
 from labels import COLOURS, NUM_CLASSES, PALETTE
 
-MASK = b"PLTE" + re.escape(bytes(PALETTE))  # in the first bytes of our masks, for common.check_target
+_MASK = b"PLTE" + re.escape(bytes(PALETTE))  # in the first bytes of our masks
 # Pillow cannot read the last two; listed, so that such files are an error instead of being skipped.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".heif")
 # A small file can claim huge dimensions (a decompression bomb): an error, not a warning.
 warnings.simplefilter("error", Image.DecompressionBombWarning)
+EpsImagePlugin.gs_binary = False  # a picture, whatever its name, starts no other program, Ghostscript
 # Pillow warns about damaged metadata in lines of its own source; the pixels are still readable.
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 # What Pillow's decoders raise for damaged bytes.
@@ -148,6 +149,13 @@ def mask_image(mask):
     image = Image.fromarray(mask)
     image.putpalette(PALETTE)
     return image
+
+
+def check_mask_target(path):
+    """UserError if writing a mask to `path` would replace anything but a predicted mask."""
+    if Path(path).is_file() and Path(path).resolve().parts[-3:-1] == ("train", "masks"):
+        raise UserError(f"{path} is a true mask to train on; choose another OUT (--out)")
+    check_target(path, _MASK)
 
 
 def overlay(pixels, mask, opacity=0.5):

@@ -25,9 +25,9 @@ from common import (
     ArgumentParser,
     UserError,
     atomic,
-    check_target,
     duration,
     make_folder,
+    natural,
     print_message,
     run_main,
     show_line,
@@ -40,7 +40,7 @@ from PIL import Image
 
 from checkpoint import load_model
 from device import select_device
-from images import MASK, image_files, mask_image, overlay, read_image, rgb_pixels
+from images import check_mask_target, image_files, mask_image, overlay, read_image, rgb_pixels
 from labels import NAMES
 from photo import cut_out, describe, parse_labels, parse_photos
 from register import find_weights
@@ -109,7 +109,7 @@ def add_arguments(parser):
     )
     parser.switch("--json", help="also write NAME.json: area, box and centroid of each label")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
+    parser.add_argument("--threads", type=natural, default=0, help="CPU threads; 0: torch's default")
 
 
 def parser_settings(args):
@@ -135,7 +135,7 @@ def write_results(args, path, pixels, parsed):
         with atomic(args.output / f"{path.stem}{ending}") as temporary:
             image.save(temporary, format="PNG")
     if args.json:
-        text = json.dumps({"image": path.name, **describe(parsed)}, ensure_ascii=False) + "\n"
+        text = json.dumps({"image": path.name, **describe(parsed)}) + "\n"
         write_text(args.output / f"{path.stem}.json", text)
 
 
@@ -152,7 +152,7 @@ def output_files(args):
     for name, path in made.items():
         target, mask = args.output / name, args.output / f"{path.stem}.png"
         if target.exists():  # a mask of ours beside it makes it ours too
-            check_target(mask if mask.exists() else target, MASK)
+            check_mask_target(mask if mask.exists() else target)
     return files
 
 
