@@ -16,7 +16,7 @@ import time
 import zipfile
 from pathlib import Path
 
-from common import ArgumentParser, UserError, atomic, check_target, make_folder, run_main
+from common import ArgumentParser, UserError, atomic, check_target, make_folder, natural, run_main
 
 import checkpoint
 import register
@@ -101,7 +101,7 @@ def main():
     parser.add_argument("--phase", choices=("test", "dev"), default="test", help="dev: only masks")
     parser.add_argument("--zip", help="zip to write; default submission-PHASE.zip in the run's folder, else in build")
     parser.add_argument("--views", help="views to average, such as flip,scales; default those in the checkpoint")
-    parser.add_argument("--run", type=int, default=5, help="images on which run.py is checked")
+    parser.add_argument("--run", type=natural, default=5, help="images on which run.py is checked")
     args = parser.parse_args()
     weights = register.find_weights(args.weights)
     path = os.path.relpath(weights) if weights.is_relative_to(Path.cwd()) else weights
