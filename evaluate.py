@@ -183,6 +183,8 @@ def main():
     if args.masks or args.truth:
         if not (args.masks and args.truth):
             raise UserError("--masks PREDICTED goes with --truth TRUE, two folders")
+        if args.weights or args.views or args.size:
+            raise UserError("--masks are scored as they are: without --weights (NAME=), --views and --size")
         print(score_table(compare_folders(args.masks, args.truth, args.partial)))
         return
     views, device = parse_views(args.views), select_device(args.device, args.threads)

@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ZIP = rb"\APK\x03\x04....\x08\x00\x00\x00!\x00"  # how the zips of `write_zip` begin: dated 1980-01-01
 # The modules that run.py imports, directly or not.
 MODULES = ("common.py", "labels.py", "images.py", "views.py", "model.py", "checkpoint.py")
+CODE_OF_RUN = (ROOT / "tools" / "run.py", *(ROOT / name for name in MODULES))
 
 
 def write_zip(path, entries):
@@ -44,7 +45,7 @@ def write_zip(path, entries):
 def write_solution(folder, content, views):
     """Write the folder solution/ for a loaded checkpoint."""
     folder.mkdir()
-    for path in (ROOT / "tools" / "run.py", ROOT / "requirements.txt", *(ROOT / name for name in MODULES)):
+    for path in (*CODE_OF_RUN, ROOT / "requirements.txt"):
         shutil.copy(path, folder)
     kept = ("model", "model_args", "size", "trained_on", "held_out")
     settings = {key: content[key] for key in kept if key in content}
