@@ -286,12 +286,17 @@ def start_from(model, args, names, rank):
         print(f"weights from {source}, after its epoch {after}")
 
 
+def place(training):
+    """The device and precision of a training, for args.json."""
+    dtype = str(training.amp_dtype or torch.float32).removeprefix("torch.")
+    return {"device_name": device_name(training.device), "amp": dtype}
+
+
 def create_run(training, used):
     """Write the first files of a new run; those of an older run stay until these are on the disk."""
-    args, device, folder = training.args, training.device, training.folder
+    args, folder = training.args, training.folder
     record = {"args": vars(args), "parameters": count_parameters(training.model), "pairs": used}
-    record |= {"processes": training.processes, "device": device.type, "device_name": device_name(device)}
-    record |= {"amp": str(training.amp_dtype or torch.float32).removeprefix("torch.")}
+    record |= {"processes": training.processes, "device": training.device.type, **place(training)}
     record |= {"tf32": torch.get_float32_matmul_precision() == "high", "command": sys.argv, **environment()}
     with register.replace_run(folder) as training.folder:
         save_last(training)
@@ -335,6 +340,11 @@ def resume(training, used):
         if [line.get("epoch") for line in lines] != list(range(1, done + 1)):
             raise UserError(f"{folder}/metrics.jsonl is damaged: restore it, or start a new run")
         write_metrics(folder, lines)
+        record = register.run_record(source)
+        for key, value in place(training).items():  # a run may go on elsewhere
+            if value not in record.get(key, value).split(" then "):
+                record[key] += f" then {value}"
+        write_text(folder / "args.json", json.dumps(record, indent=1) + "\n")
 
 
 def join_processes(args, device):

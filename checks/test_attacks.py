@@ -474,9 +474,20 @@ def test_scores_and_counts_are_of_what_was_asked(copy, capsys):
         path.unlink()
     assert command(evaluate.main, *flags) == 0 and "1 of the 3 pairs held out" in capsys.readouterr().err
     assert command(evaluate.main, *flags, "--batch=-4") == 2
+    masks = f"--masks={copy}/data/train/masks", f"--truth={copy}/data/train/masks"
+    assert [command(evaluate.main, *masks, *more) for more in ([], ["--views=flip"])] == [0, 2]
     assert command(params.main, "--name=whole", f"--runs={copy}/runs", "--lr=1") == 2
     with pytest.raises(UserError, match="--dropout"):
         options.parse(['--model-args={"dropout": 0.9}'])
+
+
+def test_a_record_names_the_places_of_a_resumed_run(copy):
+    path = copy / "runs/whole/args.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"device_name": "A40"}))
+    for _ in range(2):
+        assert command(train.main, *full(copy, "--resume=whole")) == 0
+        register._locks.clear()
+    assert json.loads(path.read_text())["device_name"] == f"A40 then {train.device_name(torch.device('cpu'))}"
 
 
 WRONG = [
