@@ -46,6 +46,8 @@ def load(path):
             raise UserError(f"{path} is damaged: {key} is not a {kind.__name__}")
     if not all(isinstance(value, torch.Tensor) for value in content["state_dict"].values()):
         raise UserError(f"{path} is damaged: its state_dict contains more than tensors")
+    if not all(isinstance(name, str) for name in content["model_args"]):
+        raise UserError(f"{path} is damaged: its model_args have other keys than names")
     if content["size"] % 32 or not 32 <= content["size"] <= 2048:
         raise UserError(f"{path} is damaged: its size {content['size']} is not a multiple of 32 from 32 to 2048")
     return content
@@ -98,6 +100,8 @@ def load_model(path, device="cpu"):
     """(network ready for inference, dict of the checkpoint's other entries) of a checkpoint file."""
     content = load(path)
     model = fold_batch_norm(restore(content, path, device))
+    if not is_finite(model):  # a negative variance is
+        raise UserError(f"{path} contains statistics that are no variances")
     return model, {key: value for key, value in content.items() if key != "state_dict"}
 
 

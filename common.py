@@ -32,6 +32,10 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
+# One process of several, which torchrun or train.py started; clusters set RANK alone for other ends.
+IN_GROUP = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
 class UserError(Exception):
     """A mistake the user can fix. The message is one line that names the cause and the remedy."""
 
@@ -99,11 +103,20 @@ def positive(text):
     return int(text)
 
 
+def natural(text):
+    """argparse type: an integer from 0 to 999999."""
+    if not re.fullmatch("[0-9]{1,6}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 to 999999")
+    return int(text)
+
+
 def run_main(main):
     """Call `main()` and exit with its return value; a UserError, OSError or lack of memory is one line and status 2.
 
     Ctrl-C exits with status 130, SIGTERM with 143. Any other exception is a bug and keeps its traceback.
     """
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # a name that the terminal's encoding lacks is no error
+        stream.reconfigure(errors="backslashreplace")
     # Pillow warns about damaged metadata in lines of its own source; the pixels are still readable.
     warnings.filterwarnings("ignore", module="PIL")
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
@@ -115,7 +128,7 @@ def run_main(main):
     try:
         sys.exit(main())
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # all processes raise the same error
+        if not IN_GROUP or os.environ["RANK"] == "0":  # all processes raise the same error
             print_message(error, "error")
         sys.exit(2)
     except KeyboardInterrupt:

@@ -26,7 +26,7 @@ def select_device(name="auto", threads=0):
     try:
         device = torch.device(name)
         torch.empty(1, device=device).item()  # "meta" has no values
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         raise UserError(f"--device {name} is not available here; use auto or cpu") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import ArgumentParser, UserError, print_message, run_main, show_progress
+from common import ArgumentParser, UserError, natural, print_message, run_main, show_progress
 
 import numpy as np
 import torch
@@ -133,8 +133,11 @@ def held_out(content, path, keys):
         index.setdefault(known, []).append(i)
         index.setdefault((name, None), []).append(i)
     pairs = checkpoint.pairs_in(content, "held_out")
-    held = [i for name, known in pairs for i in index.get(known or (name, None), [])]
-    if held := list(dict.fromkeys(held)) or [i for i, known in enumerate(checkpoint.seen(content, keys)) if not known]:
+    found = [index.get(known or (name, None), []) for name, known in pairs]
+    if missing := found.count([]):
+        print_message(f"{missing} of the {len(pairs)} pairs held out from {path} are missing: a score of the others")
+    held = list(dict.fromkeys(sum(found, [])))
+    if held := held or [i for i, known in enumerate(checkpoint.seen(content, keys)) if not known]:
         return np.array(held)
     args = register.run_record(path).get("args", {})
     return split(len(keys), args.get("val_split") or 0.1, args.get("split_seed", 42))[1]
@@ -170,9 +173,9 @@ def main():
     parser.add_argument("--cache", default="build/cache", help="cache folder")
     parser.add_argument("--views", default="", help="views to average: flip, scales, or numbers such as flip,1,1.5")
     parser.add_argument("--size", type=int, default=0, help="side of the network's input; 0: the checkpoint's own")
-    parser.add_argument("--batch", type=int, default=0, help="images per step; 0: 32 on a GPU, else 4")
+    parser.add_argument("--batch", type=natural, default=0, help="images per step; 0: 32 on a GPU, else 4")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
+    parser.add_argument("--threads", type=natural, default=0, help="CPU threads; 0: torch's default")
     parser.add_argument("--masks", type=Path, help="score this folder of PNG masks instead of a network")
     parser.add_argument("--truth", type=Path, help="with --masks: folder of the true masks, same names")
     parser.switch("--partial", help="with --masks: score them even if the truth has more")
@@ -180,6 +183,8 @@ def main():
     if args.masks or args.truth:
         if not (args.masks and args.truth):
             raise UserError("--masks PREDICTED goes with --truth TRUE, two folders")
+        if args.weights or args.views or args.size:
+            raise UserError("--masks are scored as they are: without --weights (NAME=), --views and --size")
         print(score_table(compare_folders(args.masks, args.truth, args.partial)))
         return
     views, device = parse_views(args.views), select_device(args.device, args.threads)

@@ -8,14 +8,14 @@ import struct
 import zlib
 from pathlib import Path
 
-from common import UserError
+from common import UserError, check_target
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from labels import COLOURS, NUM_CLASSES, PALETTE
 
-MASK = b"PLTE" + re.escape(bytes(PALETTE))  # in the first bytes of our masks, for common.check_target
+_MASK = b"PLTE" + re.escape(bytes(PALETTE))  # in the first bytes of our masks
 # Pillow cannot read the last two; listed, so that such files are an error instead of being skipped.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".heif")
 # What Pillow's decoders raise for damaged bytes.
@@ -48,6 +48,8 @@ def read_picture(path):
 def open_image(source, **settings):
     """Image.open, where a small file that claims huge dimensions (a decompression bomb) is an error, not a warning."""
     image = Image.open(source, **settings)
+    if image.format == "EPS":  # Pillow would start Ghostscript, whatever the file's name
+        raise UnidentifiedImageError
     if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
         raise Image.DecompressionBombError
     return image
@@ -195,6 +197,13 @@ def mask_image(mask):
     image = Image.fromarray(mask)
     image.putpalette(PALETTE)
     return image
+
+
+def check_mask_target(path):
+    """UserError if writing a mask to `path` would replace anything but a predicted mask."""
+    if Path(path).is_file() and Path(path).resolve().parts[-3:-1] == ("train", "masks"):
+        raise UserError(f"{path} is a true mask to train on; choose another OUT (--out)")
+    check_target(path, _MASK)
 
 
 def image_files(path):

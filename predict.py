@@ -25,9 +25,9 @@ from common import (
     ArgumentParser,
     UserError,
     atomic,
-    check_target,
     duration,
     make_folder,
+    natural,
     print_message,
     printable,
     run_main,
@@ -41,7 +41,7 @@ from PIL import Image
 
 from checkpoint import load_model
 from device import select_device
-from images import MASK, image_files, mask_image, read_image, read_picture, rgb_pixels
+from images import check_mask_target, image_files, mask_image, read_image, read_picture, rgb_pixels
 from labels import NAMES
 from locate import load_locator
 from photo import cut_out, describe, overlay, parse_labels, parse_photos
@@ -118,7 +118,7 @@ def add_arguments(parser):
     )
     parser.switch("--skip", help="skip images whose files are in the output folder already")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
+    parser.add_argument("--threads", type=natural, default=0, help="CPU threads; 0: torch's default")
 
 
 def parser_settings(args):
@@ -173,7 +173,7 @@ def output_files(args):
     for name, path in made.items():
         target, mask = args.output / name, args.output / f"{path.stem}.png"
         if target.exists() and not (args.skip and is_finished(args, path)):  # a mask of ours beside it makes it ours
-            check_target(mask if mask.exists() else target, MASK)
+            check_mask_target(mask if mask.exists() else target)
     return files
 
 

@@ -75,7 +75,12 @@ def replace_run(folder):
 def run_record(path):
     """The args.json next to a file in a run's folder, as a dict; {} if there is none."""
     record = Path(path).with_name("args.json")
-    return read_json(record) if record.is_file() else {}
+    content = read_json(record) if record.is_file() else {}
+    if not isinstance(content, dict) or any(not isinstance(content.get(key, {}), dict) for key in ("args", "pairs")):
+        raise UserError(f"{record} is damaged: restore it")
+    if not isinstance(content.get("args", {}).get("data"), (str, type(None))):
+        raise UserError(f"{record} is damaged: its data is no folder")
+    return content
 
 
 def run_arguments(folder):

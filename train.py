@@ -27,7 +27,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import UserError, duration, print_message, read_json, remove_unfinished, run_main, show_line, write_text
+from common import IN_GROUP, UserError, duration, print_message, remove_unfinished, run_main, show_line, write_text
 
 import numpy as np
 import PIL
@@ -134,6 +134,8 @@ def environment():
     commit = "unknown"
     try:
         git = {"cwd": HERE, "capture_output": True, "text": True}
+        # Not in another repository, in which these files were unpacked.
+        subprocess.run(["git", "ls-files", "--error-unmatch", "train.py"], check=True, **git)
         commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, **git).stdout.strip()
         commit += "+" * (subprocess.run(["git", "diff", "--quiet", "HEAD"], **git).returncode != 0)
     except (OSError, subprocess.CalledProcessError):
@@ -287,12 +289,17 @@ def start_from(model, args, names, rank):
         print(f"weights from {source}, after its epoch {after}")
 
 
+def place(training):
+    """The device and precision of a training, for args.json."""
+    dtype = str(training.amp_dtype or torch.float32).removeprefix("torch.")
+    return {"device_name": device_name(training.device), "amp": dtype}
+
+
 def create_run(training, used):
     """Write the first files of a new run; those of an older run stay until these are on the disk."""
-    args, device, folder = training.args, training.device, training.folder
+    args, folder = training.args, training.folder
     record = {"args": vars(args), "parameters": count_parameters(training.model), "pairs": used}
-    record |= {"processes": training.processes, "device": device.type, "device_name": device_name(device)}
-    record |= {"amp": str(training.amp_dtype or torch.float32).removeprefix("torch.")}
+    record |= {"processes": training.processes, "device": training.device.type, **place(training)}
     record |= {"tf32": torch.get_float32_matmul_precision() == "high", "command": sys.argv, **environment()}
     with register.replace_run(folder) as training.folder:
         save_last(training)
@@ -304,7 +311,7 @@ def create_run(training, used):
 def resume(training, used):
     """Load the state of last.pt into the training. UserError if it was trained on other pairs or does not fit."""
     folder = find_run(training.args.resume, training.args.runs)
-    recorded = read_json(folder / "args.json").get("pairs") or {}
+    recorded = register.run_record(folder / "last.pt").get("pairs") or {}
     if any(recorded.get(key, value) != value for key, value in used.items()):
         remedy = "give its data folder with DATA=, or start a new run"
         raise UserError(f"{folder} was trained on other pairs than {training.args.data or 'data'} has now; {remedy}")
@@ -319,6 +326,8 @@ def resume(training, used):
         if state["scaler"]:  # empty unless it was saved in fp16
             training.scaler.load_state_dict(state["scaler"])
         training.progress |= dict(state["progress"])
+        if any(type(training.progress[key]) is not type(value) for key, value in START.items()):
+            raise TypeError("its progress is damaged")
         held = checkpoint.pairs_in(state, "held_out")
         if "held_out" in state and {name for name, _ in held} != {name for name, _ in training.names["held_out"]}:
             raise UserError(f"{folder}/args.json holds out other pairs than {source}: restore it, or start a new run")
@@ -335,11 +344,16 @@ def resume(training, used):
         if [line.get("epoch") for line in lines] != list(range(1, done + 1)):
             raise UserError(f"{folder}/metrics.jsonl is damaged: restore it, or start a new run")
         write_metrics(folder, lines)
+        record = register.run_record(source)
+        for key, value in place(training).items():  # a run may go on elsewhere
+            if value not in record.get(key, value).split(" then "):
+                record[key] += f" then {value}"
+        write_text(folder / "args.json", json.dumps(record, indent=1) + "\n")
 
 
 def join_processes(args, device):
     """(rank, number of processes) of this process, joined to torchrun's group if it was started by torchrun."""
-    if "RANK" not in os.environ:
+    if not IN_GROUP:
         return 0, 1
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if device.type != "cuda" and (args.model != "microsegformer" or args.lmsa):
@@ -364,7 +378,7 @@ def on_rank_0(rank, function, *args):
 
 def start_processes(args):
     """With --nproc above 1, run this command once per process, and exit as they do. UserError without enough GPUs."""
-    if args.nproc <= 1 or "RANK" in os.environ:
+    if args.nproc <= 1 or IN_GROUP:
         return
     gpus = torch.cuda.device_count() if args.device in ("auto", "cuda") else 0
     if args.nproc > gpus:

@@ -31,6 +31,8 @@ ONE_VIEW = Views()
 
 def parse_views(text):
     """Views of "" or "none", "flip", "scales", "flip,scales", or numbers as in "flip,1,1.5"; else UserError."""
+    if not isinstance(text, str):
+        raise UserError(f"views {text!r} are no text such as flip,scales")
     flip, scales = False, []
     for part in filter(None, (part.strip() for part in ("" if text == "none" else text).split(","))):
         if part == "flip":

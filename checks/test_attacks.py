@@ -4,6 +4,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -36,6 +37,7 @@ from checks.test_train import full, set_up, train_here
 from data import find_pairs, load_pairs
 from images import mask_image, read_mask
 from tools import audit, check_submission, course_report, export, leaderboard, package, prepare, report, serve
+from tools import check_params as params
 from tools import run as tools_run
 from tools.synth import make_dataset
 
@@ -419,7 +421,7 @@ def test_pictures_are_decoded_one_at_a_time(monkeypatch):
         running.pop()
         raise UserError("no picture")
 
-    monkeypatch.setattr(serve, "decode_image", decode)
+    monkeypatch.setattr(serve, "decode_picture", decode)
     with serve.make_server(None, 0) as server, ThreadPoolExecutor(50) as pool:
         assert server.request_queue_size >= 50
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -442,3 +444,79 @@ def test_every_parameter_is_counted(content):
     files["solution/ckpt.pth"] = saved({key: value for key, value in content.items() if "/" not in key})
     verdicts = {check: (status, detail) for status, check, detail in check_submission.check_solution(files)}
     assert verdicts["checkpoint"][0] == "FAIL" and "parameters" in verdicts["checkpoint"][1]
+
+
+@cases("script", [predict.main, tools_run.main])
+@cases(("source", "out"), [("data/train/images", "data/train/masks"), ("photos", "photos")])
+def test_true_masks_and_photos_are_not_replaced(copy, script, source, out):
+    write({"photos/a.png": encoded(Image.new("RGB", (64, 48)))}, copy)
+    before = contents(copy / out)
+    flags = f"--input={copy}/{source}", f"--output={copy}/{out}", f"--weights={copy}/runs/whole/best.pt"
+    assert command(script, *flags) == 2 and contents(copy / out) == before
+
+
+def test_a_picture_starts_no_program_and_a_pipe_is_none(tmp_path, monkeypatch):
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n"
+    write({"a.jpg": postscript, "gs": f"#!/bin/sh\ntouch {tmp_path}/started".encode()}, tmp_path)
+    (tmp_path / "gs").chmod(0o755)
+    os.mkfifo(tmp_path / "b.jpg")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for name in ("a.jpg", "b.jpg"):
+        with pytest.raises(UserError, match="cannot read"):
+            prepare.read(tmp_path, name)
+        assert audit.inspect(tmp_path / name)[0] == ["unreadable"] and not (tmp_path / "started").exists()
+
+
+def test_scores_and_counts_are_of_what_was_asked(copy, capsys):
+    name = checkpoint.load(copy / "runs/whole/best.pt")["held_out"][0][0]
+    flags = f"--weights={copy}/runs/whole", f"--data={copy}/data", f"--cache={copy}/cache", "--device=cpu"
+    for path in (copy / "data/train").glob(f"*/{name}.*"):
+        path.unlink()
+    assert command(evaluate.main, *flags) == 0 and "1 of the 3 pairs held out" in capsys.readouterr().err
+    assert command(evaluate.main, *flags, "--batch=-4") == 2
+    masks = f"--masks={copy}/data/train/masks", f"--truth={copy}/data/train/masks"
+    assert [command(evaluate.main, *masks, *more) for more in ([], ["--views=flip"])] == [0, 2]
+    assert command(params.main, "--name=whole", f"--runs={copy}/runs", "--lr=1") == 2
+    with pytest.raises(UserError, match="--dropout"):
+        options.parse(['--model-args={"dropout": 0.9}'])
+
+
+def test_a_record_names_the_places_of_a_resumed_run(copy):
+    path = copy / "runs/whole/args.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"device_name": "A40"}))
+    assert command(train.main, *full(copy, "--resume=whole")) == 0
+    assert json.loads(path.read_text())["device_name"] == f"A40 then {train.device_name(torch.device('cpu'))}"
+
+
+WRONG = [
+    *[{"views": 5}, {"model_args": {5: 1}}, {"progress": {"epoch": 1.5}}, {"progress": {"seconds": "x"}}],
+    *["[]", '{"args": []}', '{"args": {"data": 5}}', '{"pairs": "x"}', {"state_dict": None}],
+]
+
+
+@cases("change", WRONG)
+def test_edited_weights_and_records_are_one_line(copy, capsys, change):
+    source = copy / "runs/whole/last.pt"
+    call = [tools_run.main, f"--input={copy}/data/test/images", f"--output={copy}/out", f"--weights={source}"]
+    if isinstance(change, str):
+        source.with_name("args.json").write_text(change)
+        call = [evaluate.main, f"--weights={source}", "--device=cpu"]
+    else:
+        content = checkpoint.load(source)
+        if "state_dict" in change:  # variances below 0: all logits would be NaN, all masks background
+            change = {"state_dict": {k: v - 9 * k.endswith("var") for k, v in content["state_dict"].items()}}
+        torch.save(content | change, source)
+        call = [train.main, *full(copy, "--resume=whole")] if "progress" in change else call
+    assert command(*call) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_environment_of_others_changes_nothing(tmp_path):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    git = ["git", "-C", tmp_path, "-c", "user.email=a", "-c", "user.name=a"]
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "a"], check=True)
+    env = os.environ | {"RANK": "1", "PYTHONIOENCODING": "ascii", "GIT_DIR": f"{tmp_path}/.git"}
+    code = "import common, train; common.run_main(lambda: train.print_message(train.environment()['commit'] + '\xf6'))"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True)
+    assert done.stderr == b"warning: unknown\\xf6\n"
+    done = subprocess.run([sys.executable, "predict.py", "--in=\xf6", "--out=x"], env=env, capture_output=True)
+    assert done.returncode == 2 and b"error: no such" in done.stderr

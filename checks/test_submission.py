@@ -297,6 +297,9 @@ def test_course_zip_refuses_other_weights_and_a_wrong_number(place, sound, tmp_p
     write_zip(tmp_path / "other.zip", sound | {CKPT: saved(other)})
     with pytest.raises(UserError, match="has other weights; make it again"):
         report_zip.read_submission(tmp_path / "other.zip", place / IMAGES, own, "make it again")
+    write_zip(tmp_path / "swapped.zip", sound | {"masks/a.png": sound["masks/c.png"]})
+    with pytest.raises(UserError, match="has other masks; make it again"):
+        report_zip.read_submission(tmp_path / "swapped.zip", place / IMAGES, own, "make it again")
     with pytest.raises(UserError, match="a letter, eight digits and a letter"):
         course_report.matriculation("12345678B")
 

@@ -90,7 +90,6 @@ def test_arguments_of_a_recipes_network_are_kept_for_that_network_only():
         (["--model-args={}"], narrow),
         (["--model=microunet", '--model-args={"attention": 0}'], narrow | {"attention": 0}),
         (["--model=microsegformer"], {}),
-        (["--model=microsegformer", '--model-args={"lmsa": false}'], {"lmsa": False}),
     ]:
         assert json.loads(parse(["--recipe=search", *flags])[0].model_args) == expected
 

@@ -22,6 +22,8 @@ REVERSED = "left and right reversed"
 
 def inspect(path):
     """Check one file: (faults, digest of an image's pixels or None, pixels (19,) of each label of a mask or None)."""
+    if not path.is_file():  # reading a pipe would wait
+        return ["unreadable"], None, None
     try:
         with open_image(path) as image:
             image.load()

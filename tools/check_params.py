@@ -7,11 +7,11 @@ python -m tools.check_params --model microsegformer --no-lmsa   # of a training 
 
 import sys
 
-from common import run_main
+from common import UserError, run_main
 
 from checkpoint import load
 from model import PARAM_LIMIT, build, check_logits, count_parameters
-from options import from_record, network_arguments, parse
+from options import flag, from_record, network_arguments, parse
 from register import find_run, find_weights, run_arguments
 
 
@@ -25,6 +25,8 @@ def parameter_table(model):
 def main():
     args, given = parse(sys.argv[1:])
     if args.name:
+        if ignored := sorted(given - {"name", "runs"}):
+            raise UserError(f"{flag(ignored[0])} has no effect with --name, whose network is that of its args.json")
         folder = find_run(args.name, args.runs)
         args = from_record(run_arguments(folder), folder / "args.json")
     name, arguments, source = args.model, network_arguments(args), ""

@@ -15,7 +15,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from common import ArgumentParser, UserError, printable, run_main, show_line
+from common import ArgumentParser, UserError, natural, printable, run_main, show_line
 
 import numpy as np
 import torch
@@ -213,7 +213,7 @@ def main():
     parser.add_argument("--zip", required=True, help="zip to check")
     parser.add_argument("--data", help="folder with test/images and dev/images; default ./data")
     parser.add_argument("--phase", choices=("test", "dev"), default="test", help="dev: only masks are needed")
-    parser.add_argument("--run", type=int, default=0, help="number of images on which to EXECUTE the zip's run.py")
+    parser.add_argument("--run", type=natural, default=0, help="number of images on which to EXECUTE the zip's run.py")
     args = parser.parse_args()
     require_file(args.zip)
     valid = show(judge(args.zip, find_data_of(args.zip, args.data) / args.phase / "images", args.phase, args.run))

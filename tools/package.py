@@ -16,7 +16,7 @@ import time
 import zipfile
 from pathlib import Path
 
-from common import ArgumentParser, UserError, atomic, check_target, make_folder, run_main
+from common import ArgumentParser, UserError, atomic, check_target, make_folder, natural, run_main
 
 import checkpoint
 import register
@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ZIP = rb"\APK\x03\x04....\x08\x00\x00\x00!\x00"  # how the zips of `write_zip` begin: dated 1980-01-01
 # The modules that run.py imports, directly or not.
 MODULES = ("common.py", "labels.py", "images.py", "views.py", "model.py", "checkpoint.py")
+CODE_OF_RUN = (ROOT / "tools" / "run.py", *(ROOT / name for name in MODULES))
 
 
 def write_zip(path, entries):
@@ -44,7 +45,7 @@ def write_zip(path, entries):
 def write_solution(folder, content, views):
     """Write the folder solution/ for a loaded checkpoint."""
     folder.mkdir()
-    for path in (ROOT / "tools" / "run.py", ROOT / "requirements.txt", *(ROOT / name for name in MODULES)):
+    for path in (*CODE_OF_RUN, ROOT / "requirements.txt"):
         shutil.copy(path, folder)
     kept = ("model", "model_args", "size", "trained_on", "held_out")
     settings = {key: content[key] for key in kept if key in content}
@@ -101,7 +102,7 @@ def main():
     parser.add_argument("--phase", choices=("test", "dev"), default="test", help="dev: only masks")
     parser.add_argument("--zip", help="zip to write; default submission-PHASE.zip in the run's folder, else in build")
     parser.add_argument("--views", help="views to average, such as flip,scales; default those in the checkpoint")
-    parser.add_argument("--run", type=int, default=5, help="images on which run.py is checked")
+    parser.add_argument("--run", type=natural, default=5, help="images on which run.py is checked")
     args = parser.parse_args()
     weights = register.find_weights(args.weights)
     path = os.path.relpath(weights) if weights.is_relative_to(Path.cwd()) else weights

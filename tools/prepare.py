@@ -120,6 +120,8 @@ def plan(raw, data, count=None):
 def read(raw, name, load=True):
     """(bytes, PIL image, decoded if `load`) of a file in RAW. UserError if it is damaged or a decompression bomb."""
     try:
+        if raw.is_dir() and not (raw / name).is_file():
+            raise ValueError("not a file")
         with open(raw / name, "rb") if raw.is_dir() else open_zip(raw).open(name) as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
@@ -195,7 +197,7 @@ def require_same_source(raw, data, paths, size):
     files = [raw / name for name in list_files(raw, data)] if raw.is_dir() else [raw]
     state = size, [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     digest, marker = hashlib.sha256(ascii(state).encode()).hexdigest(), data / ".raw"
-    if marker.is_file() and marker.read_text() == digest:
+    if marker.is_file() and marker.read_bytes() == digest.encode():
         return
     if any(path.exists() for path in paths):
         raise UserError(f"{data} was made from another RAW than {raw} is now; give another DATA, or remove it first")

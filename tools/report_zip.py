@@ -19,10 +19,11 @@ import checkpoint
 import register
 from data import find_data_of, load_pairs
 from evaluate import evaluate, held_out, official_score
+from images import image_files
 from model import PARAM_LIMIT, count_parameters
-from tools.check_submission import judge, read_zip, show
+from tools.check_submission import check_masks, check_run, judge, read_zip, show
 from tools.course_report import MAX_PAGES, count_pages, is_unedited, make_draft, matriculation, print_draft
-from tools.package import ROOT, ZIP, make_submission, report_replacement, write_zip
+from tools.package import CODE_OF_RUN, ROOT, ZIP, make_submission, report_replacement, write_zip
 from tools.report import scored_weights
 from views import parse_views
 
@@ -30,7 +31,7 @@ CODE = "*.py *.toml *.md Makefile LICENSE requirements.txt tools/* checks/* chec
 
 
 def read_submission(path, images, own, remedy):
-    """({name: bytes}, views) of a Codabench zip. UserError if a check fails or its weights are not `own`."""
+    """({name: bytes}, views) of a Codabench zip. UserError if a check fails, or its weights or masks are others."""
     if not show(judge(path, images, "test")):
         raise UserError(f"{path} has the faults above; {remedy}")
     files, _ = read_zip(path)
@@ -38,6 +39,12 @@ def read_submission(path, images, own, remedy):
     sent = content["state_dict"]
     if sent.keys() != own.keys() or not all(sent[k].dtype == v.dtype and sent[k].equal(v) for k, v in own.items()):
         raise UserError(f"{path} has other weights; {remedy}")
+    # The images may have been replaced since, under the same names: our code, not the zip's, repeats two masks.
+    paths = image_files(images)
+    code = {f"solution/{file.name}": file.read_bytes() for file in CODE_OF_RUN}
+    alone = code | {"solution/ckpt.pth": files["solution/ckpt.pth"]}
+    if not show(check_run(alone, check_masks(files, paths)[0], paths, 2)):
+        raise UserError(f"{path} has other masks; {remedy}")
     return files, content.get("views", "")
 
 

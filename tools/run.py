@@ -14,7 +14,7 @@ from common import ArgumentParser, UserError, atomic, make_folder, run_main, sho
 import torch
 
 from checkpoint import load_model
-from images import image_files, mask_image, read_image
+from images import check_mask_target, image_files, mask_image, read_image
 from views import parse_views, parse_whole
 
 
@@ -24,14 +24,14 @@ def find_outputs(source, output):
     if not Path(source).is_dir():
         if output.is_dir():
             raise UserError(f"--output {output} is a folder; give a file for the mask of one image")
-        if output.resolve() == files[0].resolve():
-            raise UserError(f"--output {output} would replace the image; give another file")
         make_folder(output.parent)
+        check_mask_target(output)
         return [(files[0], output)]
     make_folder(output)
     for path in files:
         if (first := outputs.setdefault(path.stem, path)) != path:
             raise UserError(f"{first} and {path} would both be written to {path.stem}.png; rename one")
+        check_mask_target(output / f"{path.stem}.png")
     return [(path, output / f"{stem}.png") for stem, path in outputs.items()]
 
 

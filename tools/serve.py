@@ -13,7 +13,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from common import ArgumentParser, UserError, run_main
+from common import ArgumentParser, UserError, natural, run_main
 
 from images import decode_picture, mask_image
 from labels import HEX_COLOURS, NAMES
@@ -119,7 +119,7 @@ def main():
     parser.add_argument("--views", default="", help="views to average: flip, scales, or numbers such as flip,1,1.5")
     parser.add_argument("--port", type=int, default=8000, help="port on 127.0.0.1; 0: any free one")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
+    parser.add_argument("--threads", type=natural, default=0, help="CPU threads; 0: torch's default")
     args = parser.parse_args()
     face_parser = FaceParser(args.weights, views=args.views, device=args.device, threads=args.threads)
     with make_server(face_parser, args.port) as server:
