@@ -288,6 +288,7 @@ def parse_face(models, pixels, window, size, views, device):
     Returns the Window parsed and its log-probabilities (1, 19, h, w).
     """
     log_p, more = parse_window(models, [pixels], window, _input_side(window, size), views, device), True
+    side = window.width
     for growth in GROWTH:
         window = window.scaled(growth)
         around = parse_window(models, [pixels], window, _input_side(window, size), views, device)
@@ -295,16 +296,18 @@ def parse_face(models, pixels, window, size, views, device):
         more = continues(around, window, *pixels.shape[:2])
         if not more:
             break
-    return window, confine(log_p, more)
+    return window, confine(log_p, more, side / window.width)
 
 
-def confine(log_p, rounded):
+def confine(log_p, rounded, portrait):
     """Make background certain in log-probabilities (1, 19, n, n) where labels are not connected to those at the centre.
 
-    If `rounded`, also outside the ellipse BUST, which touches the lower edge: what continues ends in a curve.
+    If `rounded`, also outside the ellipse BUST, which touches the lower edge: what continues ends in a curve. Parts of
+    a face lie inside the portrait, whose side is this fraction of n.
     """
+    along = (torch.arange(log_p.shape[-1], device=log_p.device) + 0.5) / log_p.shape[-1] - 0.5
+    log_p[:, FACE_LABELS[1:]] -= 50 * (torch.hypot(along, along[:, None]) > portrait / 2).to(log_p.dtype)
     labels = log_p.argmax(1, keepdim=True)
-    along = (torch.arange(labels.shape[-1], device=log_p.device) + 0.5) / labels.shape[-1] - 0.5
     allowed = labels > 0
     if rounded:
         allowed &= torch.hypot(along / BUST[0], (along[:, None] - BUST[1]) / (0.5 - BUST[1])) < 1

@@ -220,3 +220,11 @@ def test_release_finds_and_parses_the_astronaut(monkeypatch, roll):
     parts = {"l_eye": (247, 103), "r_eye": (203, 100), "l_brow": (250, 92), "r_brow": (202, 89)}
     for name, place in (parts | {"nose": (224, 117), "u_lip": (223, 141), "l_lip": (223, 150)}).items():
         assert np.hypot(*np.subtract(regions[name]["centroid"], place)) < 12, name
+
+
+def test_parts_of_a_face_lie_in_its_portrait():
+    log_p = torch.full((1, 19, 90, 90), -9.0)
+    log_p[:, NAMES.index("cloth")] = -1
+    log_p[:, NAMES.index("eye_g"), 40:48, 40:48], log_p[:, NAMES.index("eye_g"), 78:86, 40:48] = 0, 0
+    labels = photo.confine(log_p, False, 0.5).argmax(1)[0]
+    assert (labels[40:48, 40:48] == NAMES.index("eye_g")).all() and (labels[78:86, 40:48] == NAMES.index("cloth")).all()
