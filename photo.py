@@ -113,7 +113,8 @@ def match_layout(parts):
     scale, rotation and shift (Umeyama 1991), times the certainty. Portrait: x and y of its centre and its side in the
     parts' unit of length, and its roll in degrees, clockwise.
     """
-    layout = torch.tensor(list(LAYOUT.values()), device=parts.device)
+    parts = parts.cpu()  # few numbers and many steps
+    layout = torch.tensor(list(LAYOUT.values()))
     place, extent = torch.view_as_complex(parts[..., :2].contiguous()), parts[..., 2]
     usual = torch.complex(layout[:, 0], layout[:, 1])
     present = (extent > 0).float()

@@ -103,7 +103,7 @@ def run(func, args, kwargs):
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     gpus, name = [t for t in tensors if isinstance(t, Gpu)], func.overloadpacket.__name__
     device = torch.device(kwargs["device"]) if kwargs.get("device") is not None else gpus[0].device if gpus else None
-    if not gpus and (device is None or device.type == "cpu"):
+    if not gpus and (device is None or device.type != "cuda"):
         return func(*args, **kwargs)
     if device.type == "cuda" and device.index >= GPUS:
         raise RuntimeError("CUDA error: invalid device ordinal")

@@ -14,7 +14,7 @@ from checks.references import metrics
 from tools.synth import make_dataset
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="the emulated GPU needs g++")
-UNET = "--model=microunet --optimiser=muon --ema=0.9 --augment=robust --noise=0.5 --cutmix=0.5 --sizes=32:1,64:1"
+UNET = "--model=microunet --dropout=0 --optimiser=muon --ema=0.9 --augment=robust --noise=0.5 --cutmix=0.5 --sizes=32:1,64:1"
 SEGFORMER = "--dropout=0 --augment=strong --sizes=64:1 --class-weights=balanced"
 PHOTO, RELEASE = "docs/astronaut.jpg", "runs/release/best.pt"
 LAST = f"""
@@ -54,7 +54,7 @@ def train(place, name, flags, **settings):
     ("flags", "settings", "tolerance"),
     [
         (f"{UNET} --amp=bf16", {}, 1e-2),
-        (f"{UNET} --amp=off --optimiser=adamw --lr=1e-4 --nproc=2", {"gpus": 2}, 3e-3),
+        (f"{UNET} --amp=off --optimiser=adamw --lr=1e-4 --nproc=2", {"gpus": 2}, 1e-3),
         (f"{SEGFORMER} --amp=off", {"free": 0}, 1e-3),  # the pairs are copied batch by batch
         (f"{SEGFORMER} --amp=fp16", {}, 5e-2),  # the scaler skips the first steps
     ],
