@@ -14,7 +14,8 @@ from checks.references import metrics
 from tools.synth import make_dataset
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="the emulated GPU needs g++")
-UNET = "--model=microunet --dropout=0 --optimiser=muon --ema=0.9 --augment=robust --noise=0.5 --cutmix=0.5 --sizes=32:1,64:1"
+UNET = "--model=microunet --dropout=0 --optimiser=muon --ema=0.9 --augment=robust --noise=0.5 --cutmix=0.5"
+UNET += " --sizes=32:1,64:1"
 SEGFORMER = "--dropout=0 --augment=strong --sizes=64:1 --class-weights=balanced"
 PHOTO, RELEASE = "docs/astronaut.jpg", "runs/release/best.pt"
 LAST = f"""
