@@ -115,8 +115,9 @@ def run_main(main):
 
     Ctrl-C exits with status 130, SIGTERM with 143. Any other exception is a bug and keeps its traceback.
     """
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # a name that the terminal's encoding lacks is no error
-        stream.reconfigure(errors="backslashreplace")
+    with contextlib.suppress(OSError):  # of a stream whose file was replaced
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # a name that the terminal's encoding lacks is no error
+            stream.reconfigure(errors="backslashreplace")
     # Pillow warns about damaged metadata in lines of its own source; the pixels are still readable.
     warnings.filterwarnings("ignore", module="PIL")
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
