@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import checkpoint
 import register
 from data import find_data, load_pairs, split
+from views import to_input
 
 STRIDE = 8
 UNIT = 64  # pixels: the portrait side whose logarithm is 0
@@ -103,7 +104,7 @@ def find_candidates(locator, pixels, device):
     while True:
         size = [max(STRIDE, round(length * scale / STRIDE) * STRIDE) for length in (width, height)]
         image = Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, reducing_gap=2)
-        images = torch.from_numpy(np.array(image)).to(device).permute(2, 0, 1)[None].float() / 255
+        images = to_input(np.array(image)[None], device).float() / 255
         output = locator(images.contiguous(memory_format=torch.channels_last))[0].float()
         heat = output[0].sigmoid()
         peaks = (heat == F.max_pool2d(heat[None], 3, 1, 1)[0]) & (heat > HEAT)
