@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import zipfile
-from pathlib import Path
 
 from common import UserError, duration, show_line, show_progress, show_time
 
@@ -26,7 +25,8 @@ from model import build
 from options import parse
 from register import lock
 from tools import course_report, report, report_zip, sweep
-from tools.leaderboard import LEGEND, leaderboard, make_line, own_first, recipe_table, remark, summary, survey
+from tools import leaderboard as tools_leaderboard
+from tools.leaderboard import EXPERIMENTS, LEGEND, leaderboard, make_line, read_folder, recipe_table, survey
 from tools.package import make_submission
 from tools.synth import make_dataset
 from train import rounded
@@ -72,6 +72,10 @@ def save_weights(folder, **content):
     checkpoint.save(folder / "best.pt", content)
 
 
+def best(folder):
+    return json.loads((folder / "best.json").read_text())
+
+
 def page_data(runs):
     return json.loads(re.search('id="data">(.*?)</script>', report.write_page(runs).read_text())[1])
 
@@ -92,13 +96,33 @@ def test_leaderboard_has_real_faces_by_best_score_then_synthetic_ones(runs):
     )
 
 
-def test_runs_of_the_user_come_first_and_lines_are_short(runs):
-    text = own_first(survey(runs)[0], {"high", NASTY}).replace(NASTY, "nasty")
-    assert re.findall("^(your runs|records|low|high|nasty|synthetic)", text, re.M) == (
-        ["your runs", "low", "synthetic", "records", "high", "nasty"]
-    )
-    rows = [row | {"changed": {"model_args": "x" * 99}} for row in survey(runs)[0]]
-    assert max(map(len, f"{own_first(rows, None)}\n{LEGEND}".splitlines())) <= 100
+@pytest.fixture
+def experiments(runs):
+    """`runs`, of which "high" and the one of a nasty name are lines of EXPERIMENTS, after a damaged one."""
+    lines = ["{"]
+    for folder in (runs / "high", runs / NASTY):
+        lines.append(json.dumps(read_folder(folder) | {"name": folder.name}))
+        shutil.rmtree(folder)
+    (runs / EXPERIMENTS).write_text("\n".join(lines))
+    return runs
+
+
+def test_experiments_are_listed_like_runs_after_those_of_the_user(experiments, monkeypatch, capsys):
+    (experiments / "low").rename(experiments / "high")  # another run of that name
+    for flags, expected in (["--all"], ["high", "synthetic", "records", "high", "nasty"]), ([], ["high", "synthetic"]):
+        monkeypatch.setattr("sys.argv", ["", "--runs", str(experiments), *flags])
+        tools_leaderboard.main()
+        out, err = capsys.readouterr()
+        text = out.replace(NASTY, "nasty")
+        assert re.findall("^(your runs|records|low|high|nasty|synthetic)", text, re.M) == ["your runs", *expected]
+        assert ("skipped line 1 of" in err) == bool(flags)
+    long = [run | {"changed": {"model_args": "x" * 99}} for run in survey(experiments)[0]]
+    assert max(map(len, f"{leaderboard(long)}\n{LEGEND}".splitlines())) <= 100
+    (experiments / "high/best.pt").write_text("of the other run")
+    assert [run["name"] for run in page_data(experiments)["runs"]] == ["high", NASTY, "synthetic"]  # own: damaged
+    monkeypatch.setattr("sys.argv", ["", f"--runs={experiments}/typo"])
+    with pytest.raises(UserError, match="no folder"):
+        tools_leaderboard.main()
 
 
 def test_unfinished_runs_are_listed_with_the_command_that_resumes_them(tmp_path):
@@ -106,9 +130,9 @@ def test_unfinished_runs_are_listed_with_the_command_that_resumes_them(tmp_path)
         folder = write_run(tmp_path, name, [0.5, 0.6, 0.3], *flags, "--sizes", "64:9")
         (folder / "last.pt").touch() if name != "gone" else None
     write_run(tmp_path, "done", [0.5])
-    (write_run(tmp_path, "whole", [0.5]) / "metrics.jsonl").write_text('{"epoch": 2}')
+    (write_run(tmp_path, "whole", [0.5]) / "metrics.jsonl").write_text('{"epoch": 2, "lr": 1, "loss": 1}')
     lock(tmp_path / "busy")
-    assert survey(tmp_path, remark)[0] == [
+    assert [run["remark"] for run in survey(tmp_path)[0] if run["remark"]] == [
         "unfinished: busy, 4 of 9 epochs, running",
         f"unfinished: cut, 4 of 9 epochs, make resume NAME={tmp_path}/cut",
         "without score: whole, 2 epochs on all pairs",
@@ -118,7 +142,7 @@ def test_unfinished_runs_are_listed_with_the_command_that_resumes_them(tmp_path)
 def test_the_table_of_a_sweep_shows_what_was_swept(tmp_path):
     flags = [["--sizes=32:1", f"--dice={dice}", f"--lr={lr}"] for dice in (1, 1.5) for lr in (0.1, 0.2)]
     folders = [write_run(tmp_path, f"{i}", [0.9 - i / 10], *own) for i, own in enumerate(flags)]
-    text = leaderboard(list(sweep.swept(folders, flags)))  # Dice 1.5 is the default
+    text = leaderboard(sweep.swept(folders, flags))  # Dice 1.5 is the default
     assert re.findall("defaults (.*)", text) == [f"dice={dice} lr={lr}" for dice in (1, 1.5) for lr in (0.1, 0.2)]
 
 
@@ -171,7 +195,7 @@ def scored(tmp_path_factory):
 
 def test_images_are_ranked_and_reversed_masks_listed_apart(scored):
     data = page_data(scored.parent)["runs"][0]["pictures"]
-    scores = {name: report.image_score(row) for name, row in report.read_best(scored)["image_scores"].items()}
+    scores = {name: report.image_score(row) for name, row in best(scored)["image_scores"].items()}
     flawed = sorted(scores)[2]
     order = sorted(scores.keys() - {flawed}, key=scores.get)
     groups = [[p["name"] for p in data["pictures"] if p["group"] == key] for key in ("lowest", "highest", "reversed")]
@@ -208,7 +232,8 @@ def test_git_ignores_images_of_the_dataset_and_committed_runs_are_readable():
         pytest.skip("no git checkout")
     files = ["runs/index.html", *(f"runs/a/{name}" for name in ("pictures.json", "report.html", "report.pdf"))]
     assert subprocess.run(["git", "check-ignore", *files], capture_output=True, text=True).stdout.split() == files
-    assert not survey("runs", report.read_run)[1] and summary(Path("runs/release"))["weights"] == "all pairs"
+    found, unreadable = survey("runs")
+    assert not unreadable and {run["name"]: run for run in found}["release"]["row"]["weights"] == "all pairs"
 
 
 def in_browser(path, script):
@@ -241,8 +266,7 @@ def test_the_page_sorts_filters_and_compares(runs):
     assert seen[:5] == ["h<ls", "<lhs", "shl<", "sh<l", "<"]
     assert seen[5:7] == [["0 3", "0.2 1", "0 0.001"], 36]
     high, low = (
-        [report.image_score(f) for f in report.read_best(runs / name)["image_scores"].values()]
-        for name in ("high", "low")
+        [report.image_score(f) for f in best(runs / name)["image_scores"].values()] for name in ("high", "low")
     )
     gains = np.subtract(low, high)
     gain = f"{gains.mean():+.4f} ± {gains.std(ddof=1) / 2:.4f} (4 images)".replace("-", "\u2212")
@@ -266,22 +290,20 @@ def test_the_page_fits_a_phone_and_its_table_a_screen(runs, width):
 def test_the_draft_states_the_figures_of_the_run(scored):
     save_weights(scored, validated=False)
     page = course_report.draft(scored, "A & B", "A12345678B")
-    own = np.mean([report.image_score(row) for row in report.read_best(scored)["image_scores"].values()])
+    own = np.mean([report.image_score(row) for row in best(scored)["image_scores"].values()])
     assert f"(official score) is {own:.4f}</b> on 6 images" in page and page.count(f"{own:.4f}") == 1
     assert "1,758,835 parameters</b>" in page and "1.5 times a Dice loss averaged over the labels present" in page
     assert "A &amp; B · A12345678B" in page and "None" not in page.split("<script")[0]
     *modules, total = [int(n.replace(",", "")) for n in re.search("<pre>(.*?)<", page, re.DOTALL)[1].split()[1::2]]
     assert sum(modules) == total == 1_758_835
-    assert "trained on all pairs" in page and "<td>a</td><td>unknown</td>" in page  # not in a git checkout
+    assert "trained on all pairs" in page and "<td>a</td><td>own</td>" in page
 
 
-def test_the_draft_marks_the_repositorys_records_and_synthetic_faces(runs):
-    for command in (["init", "-q"], ["add", "high"]):
-        subprocess.run(["git", *command], cwd=runs, check=True)
-    page = course_report.draft(runs / "high", None, None)
+def test_the_draft_marks_the_repositorys_records_and_synthetic_faces(experiments):
+    page = course_report.draft(experiments / "low", None, None)
     assert "<td>high</td><td>repository</td>" in page and "<td>low</td><td>own</td>" in page
     assert "<td>synthetic</td>" not in page
-    assert "say nothing about real ones" in course_report.draft(runs / "synthetic", None, None)
+    assert "say nothing about real ones" in course_report.draft(experiments / "synthetic", None, None)
 
 
 def test_a_draft_is_replaced_only_if_asked(runs, monkeypatch):

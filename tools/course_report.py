@@ -31,15 +31,13 @@ from options import from_record, network_arguments, parse_sizes, strength
 from register import find_run, make_name
 from tools.check_params import parameter_table
 from tools.check_submission import read_zip
-from tools.leaderboard import recorded
+from tools.leaderboard import survey
 from tools.report import (
     TEMPLATE,
     fill_template,
     find_scripts,
     image_score,
-    read_best,
     read_pictures,
-    read_runs,
     scored_weights,
     write_page,
 )
@@ -98,13 +96,14 @@ def sent_views(folder):
         return str(load(file.name).get("views", ""))
 
 
-def official_scores(folder, views, data=None):
+def official_scores(folder, best, views, data=None):
     """The official scores, one per held-out image, of the weights of a run that have its scores, from these views.
 
-    Those of one view per image are the run's own; others are computed, on the CPU. UserError without the pairs.
+    Those of one view per image are the run's own, in `best`; others are computed, on the CPU. UserError without the
+    pairs.
     """
     if not views:
-        return [image_score(row) for row in read_best(folder)["image_scores"].values()]
+        return [image_score(row) for row in best["image_scores"].values()]
     weights, device = scored_weights(folder), select_device("cpu")
     model, info = load_model(weights)
     pairs = load_pairs(find_data_of(weights, data))
@@ -157,15 +156,14 @@ rate of up to {args.lr:g}: {args.warmup:g} epochs of linear warm-up, then {sched
 <p>{escape(f"{source}{f' with these changes: {changed}' if changed else ''}; seed {args.seed}. {run['origin']}")}</p>"""
 
 
-def experiments(run, runs, folder):
+def experiments(run, runs):
     """Table of the scored runs on the same kind of faces: this run, own runs, then the repository's records."""
-    tracked = recorded(folder)
     rows = [other for other in runs if other["row"] and other["row"]["synthetic"] == run["row"]["synthetic"]]
-    rows.sort(key=lambda other: (other is not run, other["name"] in (tracked or ())))
+    rows.sort(key=lambda other: (other is not run, not other["own"]))
     body = ""
     for other in rows[:EXPERIMENTS]:
         row, changes = other["row"], [f"{key} {value}" for key, value in other["changed"].items()]
-        source = "unknown" if tracked is None else "repository" if row["name"] in tracked else "own"
+        source = "own" if other["own"] else "repository"
         figures = f"{row['parameters']:,}", row["epochs"], f"{row['official']:.4f}"
         cells = row["name"], source, ", ".join([row["recipe"] or "no recipe", *changes]), *figures
         body += "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells)
@@ -197,8 +195,8 @@ def draft(folder, author, matric, views="", data=None):
 
     UserError if the run was not scored or this version builds another network.
     """
-    runs = read_runs(folder.parent)[0]
-    run = next((run for run in runs if run["name"] == folder.name and run["row"] and run["best"]), None)
+    runs = survey(folder.parent)[0]
+    run = next((run for run in runs if run["folder"] == str(folder) and run["row"] and run["best"]), None)
     if not run:
         raise UserError(
             f"{folder} has no scores, or its files are damaged; if it was trained on all pairs, report on the run "
@@ -210,7 +208,7 @@ def draft(folder, author, matric, views="", data=None):
     count = count_parameters(model)
     if row["parameters"] not in (0, count):
         raise UserError(f"this version builds another {args.model} than {folder}: check out {record['commit'][:12]}")
-    scores = official_scores(folder, views, data)
+    scores = official_scores(folder, run["best"], views, data)
     charts = find_scripts(TEMPLATE.read_text(encoding="utf-8"))[0]
     faces = "synthetic faces, which say nothing about real ones" if row["synthetic"] else "CelebAMask-HQ portraits"
     start = f"one that starts from the weights of {args.start_from} (describe theirs)"
@@ -234,7 +232,7 @@ in an image, then over the images; masks are scored uncorrected.</p>
 <h2>3. Training</h2>{settings(run, args)}
 <h2>4. Results</h2><p>Curves and scores by label are from one view per image.</p><div class="two" id="results"></div>
 <h2>5. Examples</h2>{examples(folder)}
-<h2>6. Experiments</h2>{experiments(run, runs, folder.parent)}
+<h2>6. Experiments</h2>{experiments(run, runs)}
 <script type="application/json" id="data"><!--DATA--></script><script>{charts}</script>
 <script>{SHOW}</script></html>
 """

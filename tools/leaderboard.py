@@ -1,23 +1,25 @@
 """Leaderboard of the runs, and the recipes with the reference's scores beside ours.
 
-python -m tools.leaderboard
+python -m tools.leaderboard --all
 python -m tools.leaderboard --recipes
 """
 
 import functools
+import json
 import shlex
-import shutil
-import subprocess
 import textwrap
 from pathlib import Path
 
-from common import ArgumentParser, print_message, printable, read_json, run_main
+from common import ArgumentParser, UserError, print_message, printable, read_json, run_main
 
 import options
 from checkpoint import is_validated, load
+from labels import NUM_CLASSES
 from register import is_running, make_name, read_metrics
 
 NEUTRAL = options.NEUTRAL | {"name", "recipe", "overwrite"}
+RECORDS = ("release", "cycles")  # the runs of the repository that are folders
+EXPERIMENTS = "experiments.jsonl"  # its others: each line is a name and the content of that run's files
 
 
 def number(value):
@@ -27,27 +29,74 @@ def number(value):
     return value
 
 
-def summary(folder):
-    """The figures of a run as a dict; None if no epoch was scored."""
-    record, lines, path = read_json(folder / "args.json"), read_metrics(folder), folder / "best.pt"
-    args, scored = record["args"], [line for line in lines if "official" in line]
-    if not scored:
+def read_folder(folder):
+    """{name: content} of a run's files, as in a line of EXPERIMENTS."""
+    best = folder / "best.json"
+    files = {"args.json": read_json(folder / "args.json"), "metrics.jsonl": read_metrics(folder)}
+    return files | {"best.json": read_json(best) if best.is_file() else None}
+
+
+def read_run(folder, files):
+    """A run as a dict for JSON, of which `row` has its figures, None if no epoch was scored.
+
+    `files`: what `read_folder` returns. Raises any exception if they are damaged.
+    """
+    record, lines, usual = files["args.json"], [], ("epoch", "loss", "lr")
+    args, pairs, path = record["args"], record.get("pairs") or {}, folder / "best.pt"
+    for line in files["metrics.jsonl"]:
+        more = {"val_loss", "official", "train_official", "batch32", "minutes"} & line.keys()
+        lines.append({key: number(line[key]) for key in (*usual, *sorted(more))})
+    phases, changed = options.parse_sizes(args["sizes"], args["epochs"]), changed_settings(args)
+    run = {"name": folder.name, "folder": str(folder), "lines": lines, "phases": phases, "row": None}
+    run["own"] = folder.name not in RECORDS and folder.parent.name != EXPERIMENTS
+    run |= {"epochs": sum(length for _, length in phases), "running": is_running(folder)}
+    run["changed"] = {key: str(value) for key, value in changed.items()}
+    run["settings"] = {key: str(value) for key, value in args.items() if key not in NEUTRAL}
+    versions = ", ".join(f"{name} {value}" for name, value in record["versions"].items() if value)
+    machine = record.get("device_name") or record.get("device", "-")
+    machine += f", {record.get('amp', 'mixed precision unknown')}"
+    machine += ", TF32" * bool(record.get("tf32")) + ", compiled" * bool(args.get("compile"))
+    commit = record["commit"][:12] + "+" * record["commit"].endswith("+")  # +: files differed from it
+    run["origin"] = f"Started {record.get('started', '-')}, commit {commit}, on {machine}, {versions}."
+    run["best"] = check_best(files["best.json"]) if files["best.json"] is not None else None
+    if scored := [line for line in lines if "official" in line]:
+        row = {key: max(scored, key=lambda line: line["official"])[key] for key in ("official", "batch32", "epoch")}
+        row |= {"epochs": lines[-1]["epoch"], "minutes": lines[-1]["minutes"], "images": pairs.get("validation") or 0}
+        row |= {"lr": args["lr"], "dice": args["dice"], "parameters": record.get("parameters") or 0}
+        row = {key: number(value) for key, value in row.items()}
+        row |= {"name": folder.name, "model": args["model"], "recipe": args["recipe"], "line": make_line(args)}
+        row |= {"date": str(record.get("started", "-"))[:10], "synthetic": bool(pairs.get("drawn"))}
+        row["lmsa"] = ("no", "yes")[args["lmsa"]] if args["model"] == "microsegformer" else "-"
+        row["weights"] = ("yes" if is_validated(load(path)) else "all pairs") if path.is_file() else "-"
+        run["row"] = row
+    run["remark"] = remark(folder, args, run)
+    json.dumps(run, allow_nan=False)  # ValueError if not valid JSON
+    return run
+
+
+def remark(folder, args, run):
+    """A line about a run that can be resumed or runs, or has no score; else None."""
+    done, row = run["lines"][-1]["epoch"] if run["lines"] else 0, run["row"] or {"official": 0}
+    stale = 0 < args["patience"] <= done - row.get("epoch", done)
+    if done >= run["epochs"] or 0 < args.get("target", 0) <= row["official"] or stale:
+        return None if run["row"] else f"without score: {folder.name}, {done} epochs on all pairs"
+    if not (folder / "last.pt").is_file():
         return None
-    best, last = max(scored, key=lambda line: number(line["official"])), lines[-1]
-    figures = {key: best[key] for key in ("official", "batch32", "epoch")} | {key: args[key] for key in ("lr", "dice")}
-    figures |= {"epochs": last["epoch"], "minutes": last["minutes"], "parameters": record.get("parameters") or 0}
-    row = {key: number(value) for key, value in figures.items()}
-    row |= {
-        "name": folder.name,
-        "model": args["model"],
-        "recipe": args["recipe"],
-        "date": str(record.get("started", "-"))[:10],
-    }
-    pairs = record.get("pairs") or {}
-    row |= {"synthetic": bool(pairs.get("drawn")), "images": number(pairs.get("validation") or 0)}
-    row["lmsa"] = ("no", "yes")[args["lmsa"]] if args["model"] == "microsegformer" else "-"
-    row["weights"] = ("yes" if is_validated(load(path)) else "all pairs") if path.is_file() else "-"
-    return row | {"changed": changed_settings(args), "line": make_line(args)}
+    state = "running" if run["running"] else f"make resume NAME={make_name(folder)}"
+    return f"unfinished: {folder.name}, {done} of {run['epochs']} epochs, {state}"
+
+
+def check_best(content):
+    """The scores by label and image in best.json's content; an exception if it is damaged."""
+    best = {key: content[key] for key in ("labels", "images_with_label", "confusion", "image_scores")}
+    rows, images = [best["labels"], best["images_with_label"], *best["confusion"]], [*best["image_scores"].values()]
+    if len(best["confusion"]) != NUM_CLASSES or any(len(row) != NUM_CLASSES for row in rows):
+        raise ValueError(f"best.json is not about {NUM_CLASSES} labels")
+    if any(len(row) not in (1, NUM_CLASSES) for row in images):  # 1: only their mean, in EXPERIMENTS
+        raise ValueError(f"best.json has images without the F of {NUM_CLASSES} labels")
+    for value in (value for row in rows + images for value in row if value is not None):  # F of an absent label is None
+        number(value)
+    return best
 
 
 @functools.cache
@@ -70,78 +119,56 @@ def make_line(args):
     return " ".join(["make train", *(f"{key.upper()}={shlex.quote(str(value))}" for key, value in settings.items())])
 
 
-def survey(runs, read=summary):
-    """(read(folder) of each run, without None; [(name, reason) of each run that cannot be read]).
+def survey(runs, experiments=True):
+    """(`read_run` of each run: real faces first, then by score, unscored ones last; [(name, reason) if unreadable]).
 
     The only place that catches what reading the files of others can raise: anything, from RecursionError to KeyError.
+    UserError if there is no such folder.
     """
-    found, unreadable = [], []
-    for path in sorted(Path(runs).glob("*/args.json")):
+    if not Path(runs).is_dir():
+        raise UserError(f"no folder {runs}; RUNS= names the folder of all runs")
+    path, found, unreadable = Path(runs, EXPERIMENTS), [], []
+    sources = [(folder.parent.name, folder.parent) for folder in sorted(Path(runs).glob("*/args.json"))]
+    if experiments and path.is_file():
+        sources += [(f"line {i} of {path}", line) for i, line in enumerate(path.read_bytes().splitlines(), 1)]
+    for name, source in sources:
         try:
-            found.append(read(path.parent))
+            files = read_folder(source) if isinstance(source, Path) else json.loads(source)
+            folder = source if isinstance(source, Path) else path / Path(files["name"]).name  # which cannot exist
+            found.append(read_run(folder, files))
         except Exception as error:  # noqa: BLE001
             reason = textwrap.shorten(f"{type(error).__name__}: {error}", 150)
-            unreadable.append((path.parent.name, f"damaged or of another version ({reason})"))
-    return [result for result in found if result is not None], unreadable
-
-
-def recorded(runs):
-    """Names of the runs that are the repository's records, which git tracks; None outside a checkout."""
-    if not shutil.which("git"):
-        return None
-    git = subprocess.run(["git", "ls-files", "*/args.json"], cwd=runs, capture_output=True, text=True)
-    return None if git.returncode else {Path(line).parent.name for line in git.stdout.splitlines()}
-
-
-def remark(folder):
-    """A line about a run that can be resumed or runs, or has no score; else None."""
-    args, lines = read_json(folder / "args.json")["args"], read_metrics(folder)
-    total = sum(length for _, length in options.parse_sizes(args["sizes"], args["epochs"]))
-    done = lines[-1]["epoch"] if lines else 0
-    score, epoch = max(((line["official"], line["epoch"]) for line in lines if "official" in line), default=(0, done))
-    if done >= total or 0 < args.get("target", 0) <= score or 0 < args["patience"] <= done - epoch:
-        return None if score else f"without score: {folder.name}, {done} epochs on all pairs"
-    if not (folder / "last.pt").is_file():
-        return None
-    state = "running" if is_running(folder) else f"make resume NAME={make_name(folder)}"
-    return f"unfinished: {folder.name}, {done} of {total} epochs, {state}"
+            unreadable.append((name, f"damaged or of another version ({reason})"))
+    found.sort(key=lambda run: (row["synthetic"], -row["official"]) if (row := run["row"]) else (2,))
+    return found, unreadable
 
 
 LEGEND = """official: F over the labels present in an image, then over the images; one view per image
 batch32: the reference's figure, F of the pooled pixels of 32 images; epoch: the best one / the last
 size: thousands of parameters; weights: "all" were trained on all pairs, the score is of another
-training, "-" were not kept; settings: recipe and changes, shortened; `make report` shows all"""
+training, "-" were not kept; settings: recipe and changes, shortened; `make report` shows all;
+`make runs ALL=1` adds the experiments of docs/experiments.md"""
 WIDTH = 100  # of a line
 
 
-def leaderboard(rows):
-    """The table of `make runs` as text: summaries with real faces first, then by score."""
+def leaderboard(runs):
+    """The table of `make runs` as text: the scored ones of `runs`."""
     table = f"{'run':<20}official batch32   epoch   size  minutes weights settings"
-    for row in sorted(rows, key=lambda row: (row["synthetic"], -row["official"])):
+    for run, row in ((run, run["row"]) for run in runs if run["row"]):
         line = f"{row['name']:<20}{row['official']:>8.4f}{row['batch32']:>8.4f}{row['epoch']:>5}/{row['epochs']:<3}"
-        settings = " ".join([row["recipe"] or "defaults", *(f"{key}={value}" for key, value in row["changed"].items())])
         line += f"{row['parameters'] / 1000:>6.0f}{row['minutes']:>9.1f} {row['weights'].split()[0]:<8}"
-        line = printable(f"{line}{'synthetic faces; ' * row['synthetic']}{settings}")
+        line += "synthetic faces; " * row["synthetic"] + (row["recipe"] or "defaults")
+        line = printable(line + "".join(f" {key}={value}" for key, value in run["changed"].items()))
         table += "\n" + (line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}...")
     return table
 
 
-def own_first(rows, tracked):
-    """The tables of `make runs` as text: runs of the user, then those in `tracked`, the repository's records."""
-    tracked = tracked or ()
-    groups = {
-        "your runs": [row for row in rows if row["name"] not in tracked],
-        "records of the repository": [row for row in rows if row["name"] in tracked],
-    }
-    return "\n\n".join(f"{title}\n{leaderboard(group)}" for title, group in groups.items() if group)
-
-
-def recipe_table(rows):
+def recipe_table(runs):
     """The table of `make recipes` as text: the reference's score and those of our best run with these settings."""
     lines = [f"{'recipe':<32} reference   batch32  official  about"]
+    rows = [run["row"] for run in runs if run["row"] and run["changed"].keys() <= {"seed", "from"}]
     for name, recipe in options.load_recipes().items():
-        own = [row for row in rows if row["recipe"] == name and row["changed"].keys() <= {"seed", "from"}]
-        best = max((row for row in own if not row["synthetic"]), key=lambda row: row["official"], default={})
+        best = next((row for row in rows if row["recipe"] == name and not row["synthetic"]), {})
         scores = recipe.get("reference"), best.get("batch32"), best.get("official")
         figures = "".join(f"{score:>10.4f}" if score else f"{'-':>10}" for score in scores)
         lines.append(f"{name:<32}{figures}  {recipe.get('about', '')}")
@@ -151,16 +178,20 @@ def recipe_table(rows):
 def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", default="runs", help="folder of all runs")
+    parser.switch("--all", help="list the experiments of the repository too")
     parser.switch("--recipes", help="list the recipes instead")
     args = parser.parse_args()
     options.load_recipes()  # an error in it is no error of the runs
-    rows, unreadable = survey(args.runs)
+    runs, unreadable = survey(args.runs, args.all or args.recipes)
     for name, reason in unreadable:
         print_message(f"skipped {name}: {reason}")
     if args.recipes:
-        print(recipe_table(rows))
+        print(recipe_table(runs))
         return
-    print("\n".join([own_first(rows, recorded(args.runs)), *map(printable, survey(args.runs, remark)[0]), "", LEGEND]))
+    for title, own in (("your runs", True), ("records of the repository", False)):
+        if group := [run for run in runs if run["row"] and run["own"] == own]:
+            print(f"{title}\n{leaderboard(group)}\n")
+    print("\n".join([*(printable(run["remark"]) for run in runs if run["remark"]), LEGEND]))
 
 
 if __name__ == "__main__":

@@ -23,10 +23,8 @@ from checkpoint import load_model, seen
 from data import find_data_of, find_pairs, reversed_sides
 from device import select_device
 from images import image_hash, mask_image, read_image, read_mask
-from labels import HEX_COLOURS, NAMES, NUM_CLASSES
-from options import parse_sizes
-from register import is_running, read_metrics
-from tools.leaderboard import NEUTRAL, changed_settings, number, summary, survey
+from labels import HEX_COLOURS, NAMES
+from tools.leaderboard import check_best, number, survey
 from views import parse_whole
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -35,51 +33,6 @@ EACH = 6  # images per group
 SIDE = 192  # of an image on the page
 FORMAT = 4  # of pictures.json
 ERROR_COLOUR = (213, 94, 0)  # vermillion: distinguishable from grey for colour-blind readers
-
-
-def read_run(folder):
-    """A run's data for the page, as a dict for JSON; LookupError, TypeError or ValueError if files are damaged."""
-    record, row, lines = read_json(folder / "args.json"), summary(folder), []
-    args = record["args"]
-    for line in read_metrics(folder):
-        keys = ["epoch", "loss", "lr", *({"val_loss", "official", "train_official"} & line.keys())]
-        lines.append({key: number(line[key]) for key in keys})
-    phases = parse_sizes(args["sizes"], args["epochs"])
-    run = {"name": folder.name, "lines": lines, "phases": phases, "best": read_best(folder), "row": row}
-    run |= {"epochs": sum(length for _, length in phases), "running": is_running(folder)}
-    run["changed"] = {key: str(value) for key, value in changed_settings(args).items()}
-    run["settings"] = {key: str(value) for key, value in args.items() if key not in NEUTRAL}
-    versions = ", ".join(f"{name} {value}" for name, value in record["versions"].items() if value)
-    machine = (
-        f"{record.get('device_name') or record.get('device', '-')}, {record.get('amp', 'mixed precision unknown')}"
-    )
-    machine += ", TF32" * bool(record.get("tf32")) + ", compiled" * bool(args.get("compile"))
-    commit = record["commit"][:12] + "+" * record["commit"].endswith("+")  # +: files differed from it
-    run["origin"] = f"Started {record.get('started', '-')}, commit {commit}, on {machine}, {versions}."
-    json.dumps(run, allow_nan=False)  # ValueError if not valid JSON
-    return run
-
-
-def read_runs(runs):
-    """(`read_run` of each run: real faces first, then by score, unscored ones last; [(name, reason) if unreadable])."""
-    found, unreadable = survey(runs, read_run)
-    scored = [run for run in found if run["row"]]
-    scored.sort(key=lambda run: (run["row"]["synthetic"], -run["row"]["official"]))
-    return scored + [run for run in found if not run["row"]], unreadable
-
-
-def read_best(folder):
-    """Scores by label and image from best.json, None if missing; an error as in `read_run` if it is damaged."""
-    if not (folder / "best.json").is_file():
-        return None
-    content = read_json(folder / "best.json")
-    best = {key: content[key] for key in ("labels", "images_with_label", "confusion", "image_scores")}
-    rows = [best["labels"], best["images_with_label"], *best["confusion"], *best["image_scores"].values()]
-    if len(best["confusion"]) != NUM_CLASSES or any(len(row) != NUM_CLASSES for row in rows):
-        raise ValueError(f"best.json is not about {NUM_CLASSES} labels")
-    for value in (value for row in rows for value in row if value is not None):  # F of an absent label is None
-        number(value)
-    return best
 
 
 def image_score(row):
@@ -138,7 +91,7 @@ def draw_pictures(folder, device, data=None):
 
     Images whose mask has left and right reversed form their own group: their scores are errors of the mask.
     """
-    version, rows = weights_version(folder), read_best(folder)["image_scores"]
+    version, rows = weights_version(folder), check_best(read_json(folder / "best.json"))["image_scores"]
     scores = {name: image_score(row) for name, row in rows.items()}
     data = find_data_of(scored_weights(folder), data)
     pairs = {image.stem: (image, mask) for image, mask in find_pairs(data)}
@@ -169,10 +122,10 @@ def write_page(runs, name=None, device="auto", data=None):
 
     `data`: the data folder with the images; default that of each run.
     """
-    found, unreadable = read_runs(runs)
+    found, unreadable = survey(runs)
     left = PICTURED
     for run in found:
-        folder, chosen = Path(runs, run["name"]), run["name"] == name
+        folder, chosen = Path(run["folder"]), run["folder"] == str(Path(runs, name or ""))
         run["pictures"] = read_pictures(folder)
         if run["best"] and weights_version(folder) and (chosen or not name and left) and not run["pictures"]:
             try:

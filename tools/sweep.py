@@ -14,7 +14,7 @@ from pathlib import Path
 from common import UserError, run_main
 
 from options import parse
-from tools.leaderboard import leaderboard, summary
+from tools.leaderboard import leaderboard, read_folder, read_run
 
 SINGLE = {"--name", "--data", "--from", "--runs", "--cache", "--model-args"}  # values may contain spaces
 
@@ -33,11 +33,12 @@ def expand(flags):
 
 
 def swept(folders, flags):
-    """The summaries of the scored runs, whose changes are the settings that were swept; `flags` of each run."""
+    """The scored runs by score, whose changes are the settings that were swept; `flags` of each run."""
+    runs = []
     for folder, own in zip(folders, flags, strict=True):
-        if row := summary(folder):
-            varied = (flag[2:].split("=", 1) for flag in own if any(flag not in other for other in flags))
-            yield row | {"changed": dict(varied)}
+        varied = (flag[2:].split("=", 1) for flag in own if any(flag not in other for other in flags))
+        runs.append(read_run(folder, read_folder(folder)) | {"changed": dict(varied)})
+    return sorted((run for run in runs if run["row"]), key=lambda run: -run["row"]["official"])
 
 
 def main():
@@ -61,7 +62,7 @@ def main():
             raise
         if status:
             return status
-    print("\n" + leaderboard(list(swept(folders, [flags for _, flags in runs]))))
+    print("\n" + leaderboard(swept(folders, [flags for _, flags in runs])))
     return 0
 
 
