@@ -63,7 +63,7 @@ def test_missing_packages_and_flags_are_one_line(untrained, tmp_path, monkeypatc
     assert exit_status(monkeypatch, "--name", untrained) == 2 and "OUT=parser.onnx" in capsys.readouterr().err
     monkeypatch.setattr(export, "PACKAGES", ("onnx_that_is_missing",))
     with pytest.raises(UserError, match="_that_is_missing not installed: .* -m pip install -r tools/requirements.txt"):
-        export.write_onnx(untrained / "best.pt", tmp_path / "a.onnx", False, None)
+        export.write_onnx(untrained / "best.pt", tmp_path / "a.onnx", False)
 
 
 def test_release_is_the_run_in_half_precision(untrained, tmp_path, monkeypatch):

@@ -11,31 +11,17 @@ convention. It replaces an older file only if onnxruntime gives torch's label to
 import json
 import logging
 import shutil
-import time
 import warnings
 from pathlib import Path
-from statistics import median
 
-from common import (
-    ArgumentParser,
-    UserError,
-    atomic,
-    check_target,
-    make_folder,
-    require_packages,
-    run_main,
-    show_time,
-    write_text,
-)
+from common import ArgumentParser, UserError, atomic, check_target, make_folder, require_packages, run_main, write_text
 
 import torch
 from torch import nn
 
 import checkpoint
 import register
-from augment import Strength, draw, warp
-from device import select_device
-from images import image_files, read_image
+from images import read_image
 from labels import HEX_COLOURS, NAMES
 from views import label_map, predict_logits, resize
 
@@ -79,69 +65,36 @@ def convert(model, size, logits):
     return program
 
 
-def fit(images, height, width):
-    """Resize uint8 images (B, 3, H, W) to uint8 (B, 3, height, width)."""
-    return (resize(images, height, width) * 255).byte()
-
-
-def portraits(source, size):
-    """Ten portraits, uint8 (10, 3, size, size): the first of a folder, else one photo moved in ten ways."""
-    paths = image_files(source)[:10]
-    images = [torch.from_numpy(read_image(path)).permute(2, 0, 1)[None] for path in paths]
-    if len(images) == 1:
-        image = fit(images[0], size, size).expand(10, -1, -1, -1)
-        move = draw(10, Strength(flip=0.5, rotate=15, scale=0.2, shift=0.1), (0,))["theta"]
-        return (warp(image, torch.zeros(10, size, size, dtype=torch.uint8), move, size)[0] * 255).byte()
-    return torch.cat([fit(image, size, size) for image in images])
-
-
 @torch.inference_mode()
-def compare(path, model, images, logits):
-    """Compare an ONNX file with its network on uint8 images (N, 3, size, size), at two sizes.
+def compare(path, model, size, logits):
+    """The fraction of the pixels of a photo and its mirror image to which an ONNX file gives its network's label.
 
-    Returns (smaller fraction of equal labels, seconds of torch, seconds of onnxruntime), for one image of `size`.
+    The smaller one of two sizes of input, `size` and about half of it.
     """
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    def by_onnx(x):
-        result = torch.from_numpy(session.run(None, {"image": x.numpy()})[0])
-        return result.argmax(1).byte() if logits else result
-
-    def by_torch(x):
-        return label_map(predict_logits(model, x.float() / 255), *x.shape[2:])
-
-    size = images.shape[-1]
-    smaller = fit(images, max(64, size // 64 * 32), size)
-    same = min(float((by_onnx(x) == by_torch(x)).float().mean()) for x in (images, smaller))
-    seconds = {by_torch: [], by_onnx: []}
-    for call in (by_torch, by_onnx) * 7:  # in turns, so that other work on the machine slows both
-        begin = time.monotonic()
-        call(images[:1])
-        seconds[call].append(time.monotonic() - begin)
-    return same, *(median(times) for times in seconds.values())
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    photo, fractions = torch.from_numpy(read_image(ASTRONAUT)).permute(2, 0, 1)[None], []
+    for side in (size, max(64, size // 64 * 32)):
+        images = (resize(torch.cat([photo, photo.flip(3)]), side, side) * 255).byte()
+        made = torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
+        own = label_map(predict_logits(model, images.float() / 255), side, side)
+        fractions.append(float(((made.argmax(1) if logits else made) == own).float().mean()))
+    return min(fractions)
 
 
-def write_onnx(weights, out, logits, images):
+def write_onnx(weights, out, logits):
     """Write the ONNX file. UserError if a package is missing or onnxruntime gives other labels than torch."""
     require_packages(*PACKAGES)
     check_target(out, b"pytorch")
     model, info = checkpoint.load_model(weights)
-    size = info["size"]
-    with atomic(out) as temporary, show_time(f"exporting {weights}"):
+    with atomic(out) as temporary:
         print(f"exporting {weights}: some 20 seconds", flush=True)
-        convert(model, size, logits).save(temporary)
-        same, torch_time, onnx_time = compare(temporary, model, portraits(images, size), logits)
+        convert(model, info["size"], logits).save(temporary)
+        same = compare(temporary, model, info["size"], logits)
         if same < SAME:
             raise UserError(f"onnxruntime gives {same:.4%} of pixels torch's label, below {SAME:.2%}; nothing written")
-    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB; {same:.4%} of pixels of {Path(images).name} have torch's label")
-    print(
-        f"one image of {size} x {size} in float32, {torch.get_num_threads()} threads: "
-        f"torch {torch_time * 1000:.0f} ms, onnxruntime {onnx_time * 1000:.0f} ms"
-    )
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB; {same:.4%} of pixels of {ASTRONAUT.name} have torch's label")
 
 
 def write_release(weights, folder, overwrite=False):
@@ -186,8 +139,6 @@ def main():
     parser.add_argument("--runs", default="runs", help="folder of all runs")
     parser.add_argument("--out", type=Path, help="ONNX file to write")
     parser.switch("--logits", help="the ONNX file gives logits instead of labels")
-    parser.add_argument("--images", default=ASTRONAUT, help="a photo, or a folder of portraits, for the comparison")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of the comparison; 0: torch's default")
     parser.switch("--release", help="create runs/release instead; needs --name")
     parser.switch("--overwrite", help="with --release: deletes and replaces it, its report and zip")
     args = parser.parse_args()
@@ -197,8 +148,7 @@ def main():
     if args.release:
         write_release(weights, register.find_run(args.name, args.runs), args.overwrite)
     else:
-        select_device("cpu", args.threads)
-        write_onnx(weights, args.out, args.logits, args.images)
+        write_onnx(weights, args.out, args.logits)
 
 
 if __name__ == "__main__":
