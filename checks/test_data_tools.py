@@ -145,6 +145,7 @@ def test_prepare_resumes(tmp_path):
         ({"train/masks/c.png": b""}, "1 training masks without an image, such as c"),
         ({"train/images/a.png": b""}, "train/images/a.jpg and train/images/a.png are the same"),
         ({"CelebA-HQ-img/0.jpg": b""}, "must contain either"),
+        ({"b/train/images/x.jpg": b"", "b/train/masks/x.png": b""}, "b/train/images/x.jpg and .* are of two data sets"),
         ({"CelebAMask-HQ-mask-anno/0/00000_nostril.png": b""}, "00000_nostril.png is not NUMBER_PART"),
         ({"CelebAMask-HQ-mask-anno/0/00000_nose.png": encoded(Image.new("L", (9, 9)))}, "differ in size"),
     ],
@@ -248,7 +249,7 @@ def test_mistakes_are_one_line_and_status_2(command, tmp_path):
     text, new, faces = write({"text.zip": b"no zip"}, tmp_path) / "text.zip", tmp_path / "new", tmp_path / "faces"
     synth.make_dataset(faces, 1, 1, 1, size=64, workers=1)
     for tool, flags, reason in (
-        (prepare, ("--raw", tmp_path / "missing", "--data", new), "no such file or folder"),
+        (prepare, ("--raw", tmp_path / "missing", "--data", new), "No such file"),
         (prepare, ("--raw", text, "--data", new), "cannot read"),
         (prepare, ("--raw", raw, "--data", tmp_path), "lies in the output"),
         (prepare, ("--raw", raw, "--data", other), "1 files not from"),

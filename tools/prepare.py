@@ -8,6 +8,7 @@ command resumes an interrupted run.
 """
 
 import functools
+import glob
 import hashlib
 import io
 import os
@@ -20,17 +21,8 @@ from common import ArgumentParser, UserError, atomic, in_parallel, make_folder, 
 import numpy as np
 from PIL import Image
 
+import images
 from data import SIZE
-from images import (
-    DECODE_ERRORS,
-    IMAGE_SUFFIXES,
-    is_turned,
-    labels_from_colours,
-    mask_image,
-    open_image,
-    palette_labels,
-    rgb_pixels,
-)
 from labels import NAMES, NUM_CLASSES
 
 SPLITS = {"train": "train", "dev": "dev", "val": "dev", "test": "test"}
@@ -44,47 +36,47 @@ def list_files(raw, data):
 
     UserError if RAW is missing or damaged.
     """
-    if not raw.exists():
-        raise UserError(f"no such file or folder: {raw}; give the downloaded zip or folder as RAW")
-    if raw.is_dir():
-        names = []
-        for folder, folders, files in os.walk(raw, followlinks=True):  # data sets are often linked into place
-            folders[:] = [name for name in folders if Path(folder, name).resolve() != data.resolve()]
-            names += [Path(folder, name).relative_to(raw).as_posix() for name in files]
-    else:
-        try:
+    try:
+        if raw.is_dir():  # data sets are often linked into place, and glob follows links
+            names, own = glob.glob("**", root_dir=raw, recursive=True), os.path.relpath(data.resolve(), raw.resolve())
+            names = [name for name in names if not PurePosixPath(name).is_relative_to(own)]
+        else:
             with zipfile.ZipFile(raw) as archive:
                 names = archive.namelist()
-        except (zipfile.BadZipFile, OSError) as error:
-            raise UserError(f"cannot read {raw} ({error}); give the downloaded zip or folder as RAW") from None
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"cannot read {raw} ({error}); give the downloaded zip or folder as RAW") from None
     names = (name for name in names if not re.search(r"(^|/)(\.|__MACOSX/)", name))
-    return sorted(name for name in names if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(name for name in names if PurePosixPath(name).suffix.lower() in images.IMAGE_SUFFIXES)
 
 
 def find_challenge(names):
-    """Map (split, "images" or "masks") to {stem: name} for the challenge's files."""
+    """Map (split, "images" or "masks") to {stem: name} for the challenge's files. UserError for two data sets."""
     found = {}
     for name in names:
         path = PurePosixPath(name)
         split, kind = path.parent.parent.name.lower(), path.parent.name.lower()
         if split in SPLITS and (kind == "images" or (split, kind) == ("train", "masks")):
-            _add(found.setdefault((SPLITS[split], kind), {}), path.stem, name)
+            files = found.setdefault((SPLITS[split], kind), {})
+            first = next(iter(files.values()), name)
+            if PurePosixPath(first).parent != path.parent:
+                raise UserError(f"{first} and {name} are of two data sets; give one of them as RAW")
+            _add(files, path.stem, name)
     return found
 
 
 def find_release(names):
     """({"00000": image name}, {"00000": {label: part name}}) of the raw CelebAMask-HQ release."""
-    images, parts = {}, {}
+    photos, parts = {}, {}
     for name in names:
         path = PurePosixPath(name)
         if path.parent.name == "CelebA-HQ-img" and path.stem.isdecimal():
-            _add(images, f"{int(path.stem):05d}", name)
+            _add(photos, f"{int(path.stem):05d}", name)
         elif "CelebAMask-HQ-mask-anno" in path.parts:
             number, _, part = path.stem.partition("_")
             if not number.isdecimal() or part not in PARTS:
                 raise UserError(f"{name} is not NUMBER_PART.png with a part of {', '.join(PARTS)}; remove it")
             _add(parts.setdefault(f"{int(number):05d}", {}), PARTS[part], name)
-    return images, parts
+    return photos, parts
 
 
 def _add(found, key, name):
@@ -99,18 +91,16 @@ def plan(raw, data, count=None):
     UserError if RAW contains neither form or both, or if one of the first `count` training files has no partner.
     """
     names = list_files(raw, data)
-    found = find_challenge(names)
-    images, masks = find_release(names)
-    if bool(found) == bool(images or masks):  # neither or both
+    found, (photos, masks) = find_challenge(names), find_release(names)
+    if bool(found) == bool(photos or masks):  # neither or both
         expected = "train/images and train/masks, or CelebA-HQ-img and CelebAMask-HQ-mask-anno"
         raise UserError(f"{raw} must contain either {expected}; unpack zips inside it first")
-    images, masks = images or found.pop(("train", "images"), {}), masks or found.pop(("train", "masks"), {})
-    stems = sorted(images.keys() | masks.keys())[:count]
-    for partners, what in ((masks, "images without a mask"), (images, "masks without an image")):
-        unpaired = [stem for stem in stems if stem not in partners]
-        if unpaired:
+    photos, masks = photos or found.pop(("train", "images"), {}), masks or found.pop(("train", "masks"), {})
+    stems = sorted(photos.keys() | masks.keys())[:count]
+    for partners, what in ((masks, "images without a mask"), (photos, "masks without an image")):
+        if unpaired := [stem for stem in stems if stem not in partners]:
             raise UserError(f"{raw} has {len(unpaired)} training {what}, such as {unpaired[0]}; download it again")
-    jobs = {f"train/images/{stem}.jpg": images[stem] for stem in stems}
+    jobs = {f"train/images/{stem}.jpg": photos[stem] for stem in stems}
     jobs |= {f"train/masks/{stem}.png": masks[stem] for stem in stems}
     for (split, _), files in found.items():
         jobs |= {f"{split}/images/{stem}.jpg": name for stem, name in files.items()}
@@ -126,10 +116,10 @@ def read(raw, name, load=True):
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
-        image = open_image(io.BytesIO(content))
+        image = images.open_image(io.BytesIO(content))
         if load:
             image.load()
-    except (*DECODE_ERRORS, zipfile.BadZipFile) as error:
+    except (*images.DECODE_ERRORS, zipfile.BadZipFile) as error:
         raise UserError(f"cannot read {name}: {error}; replace it, or remove it and its partner") from None
     return content, image
 
@@ -141,8 +131,8 @@ def labels_from_image(image, name):
     if image.mode not in ("L", "P", "RGB", "RGBA"):
         raise UserError(f"mask {name} has mode {image.mode}; convert it to 8-bit values 0-{NUM_CLASSES - 1}")
     if image.mode in ("L", "P"):
-        return palette_labels(image, f"mask {name}")
-    if (labels := labels_from_colours(image)) is None:
+        return images.palette_labels(image, f"mask {name}")
+    if (labels := images.labels_from_colours(image)) is None:
         raise UserError(f"mask {name} has colours of no label: label these pixels, or leave out the pair")
     return labels
 
@@ -165,7 +155,7 @@ def require_match(raw, image_name, mask):
     if width * mask_height != height * mask_width:
         sizes = f"{width} x {height}, its mask {mask_width} x {mask_height}"
         raise UserError(f"{image_name} is {sizes}: not the same picture; replace or remove the pair")
-    if is_turned(io.BytesIO(content)):
+    if images.is_turned(io.BytesIO(content)):
         raise UserError(f"{image_name} has an EXIF orientation, its mask may not; turn the pixels and remove it")
 
 
@@ -180,13 +170,13 @@ def convert(task):
         if (image.format, image.mode, image.size) == ("JPEG", "RGB", (size, size)):
             buffer.write(content)
         else:
-            image = Image.fromarray(rgb_pixels(image)).resize((size, size), Image.Resampling.LANCZOS)
+            image = Image.fromarray(images.rgb_pixels(image)).resize((size, size), Image.Resampling.LANCZOS)
             image.save(buffer, "JPEG", quality=95)
     else:
         mask = Image.fromarray(paint(raw, source)) if isinstance(source, dict) else read(raw, source)[1]
         require_match(raw, image_name, mask)
         labels = Image.fromarray(labels_from_image(mask, source))
-        mask_image(np.array(labels.resize((size, size), Image.Resampling.NEAREST))).save(buffer, "PNG")
+        images.mask_image(np.array(labels.resize((size, size), Image.Resampling.NEAREST))).save(buffer, "PNG")
     with atomic(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
     return True
@@ -214,8 +204,8 @@ def prepare(raw, data, count=None, size=SIZE, workers=None):
     if raw.is_dir() and raw.resolve().is_relative_to(data.resolve()):
         raise UserError(f"RAW {raw} lies in the output folder {data}; give another DATA")
     jobs = plan(raw, data, count)
-    images = {name: jobs.get(name.replace("/masks/", "/images/")[:-4] + ".jpg") for name in jobs}
-    tasks = [(raw, source, data / name, size, images[name]) for name, source in jobs.items()]
+    partners = {name: jobs.get(name.replace("/masks/", "/images/")[:-4] + ".jpg") for name in jobs}
+    tasks = [(raw, source, data / name, size, partners[name]) for name, source in jobs.items()]
     paths = {data / name for name in jobs}
     for folder in sorted({path.parent for path in paths}):
         make_folder(folder)
@@ -235,9 +225,8 @@ def main():
     args = parser.parse_args()
     jobs, written = prepare(args.raw, args.data, args.count)
     pairs, dev, test = (sum(name.startswith(key) for name in jobs) for key in ("train/masks", "dev/", "test/"))
-    print(
-        f"{args.data}: {pairs} training pairs, {dev} dev and {test} test images; {written} of {len(jobs)} files written"
-    )
+    images_of = f"{pairs} training pairs, {dev} dev and {test} test images"
+    print(f"{args.data}: {images_of}; {written} of {len(jobs)} files written")
 
 
 if __name__ == "__main__":
