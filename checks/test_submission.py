@@ -87,7 +87,7 @@ def place(tmp_path_factory):
     checkpoint.save(run / "best.pt", {"model": "microsegformer", "model_args": {}, "size": 64, "state_dict": state})
     (run / "args.json").write_text('{"args": {}, "versions": {"torch": "2.13.0", "numpy": "2.4.6"}}')
     (run / "metrics.jsonl").write_text('{"official": 0.71236, "batch32": 0.60004}\n{"official": 0.7, "batch32": 0.6}\n')
-    assert make_submission(run / "best.pt", images, "test", run / "submission-test.zip", "flip", run=1) == 0
+    make_submission(run / "best.pt", images, "test", run / "submission-test.zip", "flip", run=1)
     return root
 
 
@@ -109,9 +109,9 @@ def test_submission_contains_the_required_files_and_no_unused_module(sound):
 
 def test_same_content_gives_the_same_bytes_and_dev_contains_only_masks(place, sound, tmp_path):
     run, target = place / "runs" / "a", tmp_path / "again.zip"
-    assert make_submission(run / "best.pt", place / IMAGES, "test", target, "flip", run=0) == 0
+    make_submission(run / "best.pt", place / IMAGES, "test", target, "flip", run=0)
     assert target.read_bytes() == (run / "submission-test.zip").read_bytes()
-    assert make_submission(run / "best.pt", place / IMAGES, "dev", place / "judged.zip", "flip", run=1) == 0
+    make_submission(run / "best.pt", place / IMAGES, "dev", place / "judged.zip", "flip", run=1)
     assert read_zip(place / "judged.zip")[0] == {k: v for k, v in sound.items() if k.startswith("masks/")}
     assert faults(place, phase="dev") == ""
 
@@ -121,7 +121,9 @@ def test_failed_check_keeps_the_old_zip(place, tmp_path, monkeypatch, capsys):
     write_zip(kept, {"masks/old.png": b""})
     old = kept.read_bytes()
     monkeypatch.setattr(check_submission, "TIME_LIMIT", 0.01)
-    assert make_submission(place / WEIGHTS, place / IMAGES, "test", kept, run=1) == 1 and kept.read_bytes() == old
+    with pytest.raises(UserError, match="was not written, because a check failed"):
+        make_submission(place / WEIGHTS, place / IMAGES, "test", kept, run=1)
+    assert kept.read_bytes() == old
     assert "timed out after 0.01 seconds" in capsys.readouterr().out
 
 
@@ -256,15 +258,16 @@ def test_course_zip_contains_everything_and_its_readme_reproduces_the_masks(plac
         assert again == (tmp_path / "masks" / name).read_bytes() == sound[f"masks/{name}"]
 
 
-def test_readme_gives_the_score_of_the_weights_and_views_handed_in(place, monkeypatch):
+def test_readme_gives_the_score_of_the_weights_and_views_handed_in(place, tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     images, masks = (
         rng.integers(0, top, shape, np.uint8) for top, shape in ((256, (10, 3, 64, 64)), (19, (10, 64, 64)))
     )
     pairs = Pairs(images, masks, np.zeros(10, bool), list("abcdefghij"))
-    monkeypatch.setattr(report_zip, "load_pairs", lambda data: pairs)
-    weights = place / WEIGHTS
-    content = checkpoint.load(weights) | {"validated": True, "held_out": ["d", "b"]}
+    monkeypatch.setattr(course_report, "load_pairs", lambda data: pairs)
+    weights = tmp_path / "best.pt"
+    content = checkpoint.load(place / WEIGHTS) | {"validated": True, "held_out": ["d", "b"]}
+    checkpoint.save(weights, content)
     parser = FaceParser(weights, views="flip", device="cpu")
     own = [confusion(parser(images[i].transpose(1, 2, 0), whole=True).mask, masks[i]) for i in (3, 1)]
     text = report_zip.describe_score(weights, content, "data", "flip")
@@ -308,5 +311,7 @@ def test_sweep_expands_every_combination():
     runs = dict(sweep.expand(["--dice=0.5 1", "--name=my run", "--sizes=64:1,96:2 128", "--overwrite"]))
     assert list(runs) == ["dice0.5-sizes64_1+96_2", "dice0.5-sizes128", "dice1-sizes64_1+96_2", "dice1-sizes128"]
     assert runs["dice1-sizes128"] == ["--dice=1", "--name=my run", "--sizes=128", "--overwrite"]
-    with pytest.raises(UserError, match="several values"):
-        dict(sweep.expand(["--dice=1"]))
+    assert list(sweep.expand(["--dice=1 1"])) == [("dice1", ["--dice=1"])]
+    for flags, error in (["--dice=1"], "several values"), (["--dice", "1 2"], 'write it after "="'):
+        with pytest.raises(UserError, match=error):
+            dict(sweep.expand(flags))

@@ -6,46 +6,38 @@ python -m tools.course_report --name a --pdf       # print the draft, at most fi
 All figures come from the runs' files. The draft shows images of the dataset: hand it in, but do not publish it.
 """
 
-import hashlib
 import os
 import re
 import shutil
 import subprocess
 import tempfile
-from argparse import Namespace
 from html import escape
 from pathlib import Path
 from statistics import pstdev
 
-from common import ArgumentParser, UserError, atomic, duration, read_json, require_packages, run_main, write_text
+from common import ArgumentParser, UserError, atomic, check_target, duration, require_packages, run_main, write_text
 
 import numpy as np
+import torch
 
-from checkpoint import load, load_model
+from checkpoint import doubt, load, load_model
 from data import find_data_of, load_pairs
-from device import select_device
 from evaluate import evaluate, f_scores, held_out
 from labels import HEX_COLOURS, NAMES
 from model import PARAM_LIMIT, build, count_parameters
-from options import from_record, network_arguments, parse_sizes, strength
-from register import find_run, make_name
+from options import from_record, network_arguments, strength
+from register import find_run, make_name, run_arguments
 from tools.check_params import parameter_table
 from tools.check_submission import read_zip
 from tools.leaderboard import survey
-from tools.report import (
-    TEMPLATE,
-    fill_template,
-    find_scripts,
-    image_score,
-    read_pictures,
-    scored_weights,
-    write_page,
-)
+from tools.report import TEMPLATE, fill_template, find_scripts, image_score, read_pictures, scored_weights, write_page
 from views import parse_views
 
 EXPERIMENTS = 14  # rows that fit on five pages
+SETTINGS = ("weight_decay", "decay_all", "clip", "dropout", "ema", "keep", "focal", "smoothing", "class_weights")
+SETTINGS += ("restart_period", "restart_growth", "exchange_sides", "fix_sides")
 MAX_PAGES = 5
-MADE = '<meta name="made" content="">'  # filled with the hash of the draft, by which an unedited one is known
+TITLE = "Face parsing report"  # by which our PDF is known
 SHOW = 'document.getElementById("results").append(curves(DATA.runs), bars(DATA.runs));'
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 STYLE = """@page { size: A4; margin: 17mm 20mm; }
@@ -89,71 +81,39 @@ def sent_views(folder):
     """The views that the run's Codabench zip averages, as text; "" without a zip."""
     path = folder / "submission-test.zip"
     content = read_zip(path)[0].get("solution/ckpt.pth") if path.is_file() else None
-    if not content:
-        return ""
     with tempfile.NamedTemporaryFile() as file:
-        Path(file.name).write_bytes(content)
-        return str(load(file.name).get("views", ""))
+        Path(file.name).write_bytes(content or b"")
+        return str(load(file.name).get("views", "")) if content else ""
 
 
-def official_scores(folder, best, views, data=None):
-    """The official scores, one per held-out image, of the weights of a run that have its scores, from these views.
+def score(weights, views, data):
+    """Official scores (N,) of the images that a checkpoint held out, from these views, on the CPU.
 
-    Those of one view per image are the run's own, in `best`; others are computed, on the CPU. UserError without the
-    pairs.
+    Also returns why they may not be scores of unseen images, or "". UserError without the pairs.
     """
-    if not views:
-        return [image_score(row) for row in best["image_scores"].values()]
-    weights, device = scored_weights(folder), select_device("cpu")
     model, info = load_model(weights)
-    pairs = load_pairs(find_data_of(weights, data))
+    pairs = load_pairs(data)
     indices = held_out(info, weights, pairs.keys())
-    confusions, _ = evaluate(model, pairs, indices, info["size"], device, views=parse_views(views))
-    return np.nanmean(f_scores(confusions), 1).tolist()
-
-
-def stamp(page):
-    """The draft with the hash of its text."""
-    return page.replace(MADE, MADE.replace('""', f'"{hashlib.sha256(page.encode()).hexdigest()}"'))
-
-
-def is_unedited(page):
-    """True if the draft is as `stamp` returned it."""
-    return page == stamp(re.sub(MADE.replace('""', '"[0-9a-f]{64}"'), MADE, page))
+    device, views = torch.device("cpu"), parse_views(views)
+    confusions, _ = evaluate(model, pairs, indices, info["size"], device, views=views)
+    return np.nanmean(f_scores(confusions), 1), doubt(info, pairs.keys(indices))
 
 
 def settings(run, args):
     """The training in sentences, as HTML; `args` are its arguments, with current defaults for those it lacks."""
-    phases = ", then ".join(f"{n} at {size} pixels" for size, n in parse_sizes(args.sizes, args.epochs))
-    optimiser = {"adamw": "AdamW", "muon": "Muon for the matrices of hidden layers and AdamW for all other parameters"}
-    schedule = {
-        "cosine": "a cosine to 0",
-        "restarts": f"cosines with warm restarts, the first after {args.restart_period:g} epochs, each period "
-        f"{args.restart_growth:g} times as long as the last",
-        "constant": "a constant rate",
-    }
-    changes = ", ".join(f"{k} {v:g}" for k, v in vars(strength(args)).items() if v and not k.endswith("alpha"))
+    row, phases = run["row"], ", then ".join(f"{n} at {size} pixels" for size, n in run["phases"])
     over = {"present": "the labels present in the image", "all": "all labels"}[args.dice_over]
-    extras = [f"a focal exponent of {args.focal:g}"] * bool(args.focal)
-    extras += [f"label smoothing of {args.smoothing:g}"] * bool(args.smoothing)
-    extras += ["class weights of 1 / sqrt(frequency)"] * bool(args.class_weights)
-    changed = ", ".join(f"{key} {value}" for key, value in run["changed"].items())
-    source = f"Recipe {args.recipe} of this repository" if args.recipe else "No recipe but the defaults"
-    row, no = run["row"], lambda yes: "" if yes else "not "
-    decay = "" if args.decay_all else ", without biases and norms"
-    clip = f"clipped at a norm of {args.clip:g}" if args.clip else "not clipped"
-    average = f"The weights are an exponential moving average of decay {args.ema:g}. " if args.ema else ""
+    augmentation = ", ".join(f"{k} {v:g}" for k, v in vars(strength(args)).items() if v and not k.endswith("alpha"))
+    changed = "".join(f", {key} {value}" for key, value in run["changed"].items())
+    others = ", ".join(f"{key} {getattr(args, key) or 'none'}" for key in SETTINGS)
+    optimiser = {"adamw": "AdamW", "muon": "Muon, and AdamW for all but the matrices of hidden layers"}[args.optimiser]
     return f"""<p>The network was trained for {row["epochs"]} of {run["epochs"]} epochs ({phases}) in batches of
-{args.batch}, which took {duration(60 * row["minutes"])}. The optimiser is {optimiser[args.optimiser]}, with a learning
-rate of up to {args.lr:g}: {args.warmup:g} epochs of linear warm-up, then {schedule[args.schedule]}. The weight decay is
-{args.weight_decay:g}{decay}; gradients are {clip}; the dropout rate is {args.dropout:g}. {average}The weights of epoch
-{row["epoch"]}, the best on the validation images, are kept, which favours the score slightly.</p>
-<p>The loss is {args.ce:g} times the cross-entropy{f" (with {' and '.join(extras)})" if extras else ""} plus
-{args.dice:g} times a Dice loss averaged over {over}.</p>
-<p>The images are augmented at random ({changes or "not at all"}). Left and right labels are
-{no(args.exchange_sides)}exchanged in mirrored masks, and training masks with left and right reversed are
-{no(args.fix_sides)}repaired.</p>
-<p>{escape(f"{source}{f' with these changes: {changed}' if changed else ''}; seed {args.seed}. {run['origin']}")}</p>"""
+{args.batch}, which took {duration(60 * row["minutes"])}. The optimiser is {optimiser}, with a learning
+rate of up to {args.lr:g}: {args.warmup:g} epochs of linear warm-up, then the schedule "{args.schedule}". The weights of
+epoch {row["epoch"]}, the best on the validation images, are kept, which favours the score slightly. The loss is
+{args.ce:g} times the cross-entropy plus {args.dice:g} times a Dice loss averaged over {over}.</p>
+<p>Random augmentation: {augmentation or "none"}. Other settings: {escape(others)}.</p>
+<p>{escape(f"Recipe: {args.recipe or 'none'}{changed}; seed {args.seed}. {run['origin']}")}</p>"""
 
 
 def experiments(run, runs):
@@ -202,13 +162,17 @@ def draft(folder, author, matric, views="", data=None):
             f"{folder} has no scores, or its files are damaged; if it was trained on all pairs, report on the run "
             "that scores it, and give report-zip REPORT=FILE"
         )
-    record, row = read_json(folder / "args.json"), run["row"]
-    args = Namespace(**record["args"] | vars(from_record(record["args"], folder / "args.json")))
+    row, args = run["row"], from_record(run_arguments(folder), folder / "args.json")
     model = build(args.model, **network_arguments(args))
     count = count_parameters(model)
     if row["parameters"] not in (0, count):
-        raise UserError(f"this version builds another {args.model} than {folder}: check out {record['commit'][:12]}")
-    scores = official_scores(folder, run["best"], views, data)
+        raise UserError(
+            f"this version builds another {args.model} than {folder}; check out its commit: {run['origin']}"
+        )
+    scores = [image_score(f) for f in run["best"]["image_scores"].values()]
+    if views:
+        weights = scored_weights(folder)
+        scores = score(weights, views, find_data_of(weights, data))[0].tolist()
     charts = find_scripts(TEMPLATE.read_text(encoding="utf-8"))[0]
     faces = "synthetic faces, which say nothing about real ones" if row["synthetic"] else "CelebAMask-HQ portraits"
     start = f"one that starts from the weights of {args.start_from} (describe theirs)"
@@ -216,7 +180,7 @@ def draft(folder, author, matric, views="", data=None):
     seen = "The weights were trained on all pairs, these images included; the score is of a training without them."
     source = f"the views {views}, averaged" if views else "one view per image"
     template = f"""<!doctype html><html lang="en"><meta charset="utf-8"><!--POLICY-->
-{MADE}<title>Report</title><style>{STYLE}</style>
+<title>{TITLE}</title><style>{STYLE}</style>
 <p class="screen">A draft from the run's files: check and complete it. Do not publish it: it shows the dataset.</p>
 <h1>Face parsing with {count:,} parameters</h1>
 <p>{escape(author or "Author: ________")} · {escape(matric or "matriculation number: ________")}</p>
@@ -256,13 +220,18 @@ def browse(*flags):
 def make_draft(folder, author=None, matric=None, data=None):
     """Write report.html, with the score of the views in the run's Codabench zip, and the page of all runs."""
     write_page(folder.parent, folder.name, data=data)
-    write_text(folder / "report.html", stamp(draft(folder, author, matric, sent_views(folder), data)))
+    write_text(folder / "report.html", draft(folder, author, matric, sent_views(folder), data))
 
 
-def print_draft(folder):
-    """Print report.html as report.pdf; returns its number of pages. UserError without Chromium or pypdf."""
+def print_draft(folder, overwrite=False):
+    """Print report.html as report.pdf; returns its number of pages. UserError without Chromium or pypdf.
+
+    Also if report.pdf is no print of report.html, unless `overwrite` is true.
+    """
     require_packages("pypdf")
     source, target = folder / "report.html", folder / "report.pdf"
+    if not overwrite:
+        check_target(target, b"Title .%b" % TITLE.encode())
     with atomic(target) as temporary:
         browse("--no-pdf-header-footer", f"--print-to-pdf={temporary.resolve()}", source.resolve().as_uri())
     return count_pages(target)
@@ -275,7 +244,7 @@ def main():
     parser.add_argument("--data", help="folder with train/; default that of the training, else ./data")
     parser.add_argument("--author", help="name on the report")
     parser.add_argument("--matric", type=matriculation, help="matriculation number on the report")
-    parser.switch("--overwrite", help="replace an existing draft")
+    parser.switch("--overwrite", help="replace an existing draft, or with --pdf a report.pdf of another kind")
     parser.switch("--pdf", help="print the existing draft instead")
     args = parser.parse_args()
     folder = find_run(args.name, args.runs)
@@ -290,7 +259,9 @@ def main():
         return
     if not source.is_file():
         raise UserError(f"no {source}; `make report NAME={name} AUTHOR= MATRIC=` creates it")
-    print(f"{folder}/report.pdf: {print_draft(folder)} pages; next: make report-zip NAME={name} MATRIC=")
+    print(
+        f"{folder}/report.pdf: {print_draft(folder, args.overwrite)} pages; next: make report-zip NAME={name} MATRIC="
+    )
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ replaces an older one.
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
-import time
 import zipfile
 from pathlib import Path
 
@@ -52,18 +50,11 @@ def write_solution(folder, content, views):
     checkpoint.save(folder / "ckpt.pth", {**settings, "views": views, "state_dict": dict(content["state_dict"])})
 
 
-def report_replacement(path):
-    """Print the date and size of a file that is about to be replaced, if there is one."""
-    if path.is_file():
-        date = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
-        print(f"replacing {path} of {date}, {path.stat().st_size / 1e6:.1f} MB")
-
-
 def make_submission(weights, images, phase, target, views=None, run=5):
-    """Write the zip of a phase (test or dev) to `target` and return 0; 1, without writing, if it fails its checks.
+    """Write the zip of a phase (test or dev) to `target`, which keeps its older content if a check fails.
 
     `views` defaults to those in the checkpoint; the packaged run.py is executed once more on `run` images. UserError
-    if the model has too many parameters or a file cannot be read or written.
+    if the model has too many parameters, a check fails, or a file cannot be read or written.
     """
     content = checkpoint.load(weights)
     parameters = count_parameters(checkpoint.restore(content, weights))
@@ -74,8 +65,9 @@ def make_submission(weights, images, phase, target, views=None, run=5):
     images, target = Path(images).resolve(), Path(target)
     check_target(target, ZIP)
     count = len(image_files(images))
-    with tempfile.TemporaryDirectory(prefix="submission-") as folder:
-        solution, masks, made = Path(folder, "solution"), Path(folder, "masks"), Path(folder, "made.zip")
+    make_folder(target.parent)
+    with tempfile.TemporaryDirectory(prefix="submission-") as folder, atomic(target) as made:
+        solution, masks = Path(folder, "solution"), Path(folder, "masks")
         write_solution(solution, content, views)
         command = [*PYTHON, "run.py", "--weights", "ckpt.pth", "--input", str(images), "--output", str(masks)]
         if subprocess.run(command, cwd=solution).returncode:
@@ -83,16 +75,10 @@ def make_submission(weights, images, phase, target, views=None, run=5):
         folders = [masks] if phase == "dev" else [masks, solution]
         write_zip(made, {f"{part.name}/{path.name}": path.read_bytes() for part in folders for path in part.iterdir()})
         if not show(judge(made, images, phase, run)):
-            print(f"{target} was not written, because a check failed", file=sys.stderr)
-            return 1
-        make_folder(target.parent)
-        report_replacement(target)
-        with atomic(target) as temporary:
-            shutil.copyfile(made, temporary)
+            raise UserError(f"{target} was not written, because a check failed")
     size = target.stat().st_size / 1e6
     of = " of synthetic faces" if is_synthetic(images.parent.parent) else ""
     print(f"{target}: {count} masks{of}, {parameters:,} parameters, views: {views or 'none'}, {size:.1f} MB")
-    return 0
 
 
 def main():
@@ -108,11 +94,10 @@ def main():
     path = os.path.relpath(weights) if weights.is_relative_to(Path.cwd()) else weights
     default = "the release, " if weights.parent == register.RELEASE else "the best run, "
     print(f"weights: {'' if args.weights else default}{path}", flush=True)
-    folder = Path(path).parent
-    folder = folder if (folder / "args.json").is_file() else Path("build")
+    folder = Path(path).parent if weights.with_name("args.json").is_file() else Path("build")
     target = args.zip or folder / f"submission-{args.phase}.zip"
     images = find_data_of(weights, args.data) / args.phase / "images"
-    return make_submission(weights, images, args.phase, target, args.views, args.run)
+    make_submission(weights, images, args.phase, target, args.views, args.run)
 
 
 if __name__ == "__main__":

@@ -40,26 +40,19 @@ def image_score(row):
     return float(np.mean([f for f in row if f is not None]))
 
 
-def data_uri(image, form, **settings):
-    """A PIL image as a data URI."""
-    file = io.BytesIO()
-    image.save(file, form, **settings)
-    return f"data:image/{form.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def error_map(pixels, wrong):
-    """uint8 (H, W, 3): the image (H, W, 3) in pale grey, pixels that are `wrong` (H, W) bool in ERROR_COLOUR."""
-    grey = 110 + 0.55 * pixels.mean(2, keepdims=True)
-    return np.where(wrong[..., None], np.array(ERROR_COLOUR, float), grey).astype(np.uint8)
-
-
 def panels(pixels, true, predicted):
     """Data URIs of image, mask, prediction and errors, from uint8 (H, W, 3), (H, W) and (H, W)."""
-    errors = error_map(pixels, true != predicted)
-    photos = [Image.fromarray(photo).resize((SIDE, SIDE), Image.BOX) for photo in (pixels, errors)]
-    image, errors = (data_uri(photo, "JPEG", quality=82) for photo in photos)
-    masks = [mask_image(mask).resize((SIDE, SIDE), Image.NEAREST) for mask in (true, predicted)]
-    return [image, *(data_uri(mask, "PNG", optimize=True) for mask in masks), errors]
+    grey = 110 + 0.55 * pixels.mean(2, keepdims=True)
+    errors = np.where((true != predicted)[..., None], np.array(ERROR_COLOUR, float), grey).astype(np.uint8)
+    uris = []
+    for content in (pixels, true, predicted, errors):
+        photo, file = content.ndim == 3, io.BytesIO()
+        image = Image.fromarray(content) if photo else mask_image(content)
+        image = image.resize((SIDE, SIDE), Image.BOX if photo else Image.NEAREST)
+        image.save(file, "JPEG", quality=82) if photo else image.save(file, "PNG", optimize=True)
+        kind = "jpeg" if photo else "png"
+        uris.append(f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}")
+    return uris
 
 
 def read_pictures(folder):

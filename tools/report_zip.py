@@ -17,15 +17,13 @@ import torch
 
 import checkpoint
 import register
-from data import find_data_of, load_pairs
-from evaluate import evaluate, held_out, official_score
+from data import find_data_of
 from images import image_files
 from model import PARAM_LIMIT, count_parameters
 from tools.check_submission import check_masks, check_run, judge, read_zip, show
-from tools.course_report import MAX_PAGES, count_pages, is_unedited, make_draft, matriculation, print_draft
-from tools.package import CODE_OF_RUN, ROOT, ZIP, make_submission, report_replacement, write_zip
+from tools.course_report import MAX_PAGES, count_pages, make_draft, matriculation, score
+from tools.package import CODE_OF_RUN, ROOT, ZIP, make_submission, write_zip
 from tools.report import scored_weights
-from views import parse_views
 
 CODE = "*.py *.toml *.md Makefile LICENSE requirements.txt tools/* checks/* checks/reference/* docs/*"
 
@@ -55,12 +53,10 @@ def describe_score(weights, content, data, views):
         weights, content = scored, checkpoint.load(scored)
         known = "; it is of a training without these pairs, the weights handed in are of one on all pairs"
     if checkpoint.is_validated(content):
-        pairs, model, device = load_pairs(data), checkpoint.restore(content, weights), torch.device("cpu")
-        indices = held_out(content, weights, pairs.keys())
-        doubt = checkpoint.doubt(content, pairs.keys(indices))
-        score = official_score(evaluate(model, pairs, indices, content["size"], device, views=parse_views(views))[0])
+        scores, doubt = score(weights, views, data)
         known += f" ({weights.name} {doubt})" if doubt else ""
-        return f"{score:.4f}, the official score on the {len(indices)} pairs held out, from the views below{known}"
+        pairs = f"the {len(scores)} pairs held out"
+        return f"{scores.mean():.4f}, the official score on {pairs}, from the views below{known}"
     best = register.best_score(weights.parent)
     known = f"the run in run/ has {best:.4f}, from one view per image" if best >= 0 else "not measured"
     return f"unknown, since the weights were trained on all pairs; {known}"
@@ -88,7 +84,6 @@ Third-party libraries are in code/requirements.txt; the training's versions and 
 How to reproduce the masks, in code/, with the test images in DATA/test/images (an absolute path):
   python -m pip install -r requirements.txt
   python -m tools.run --input DATA/test/images --output ../masks-again --weights ../checkpoint/ckpt.pth
-Masks of other portraits: python predict.py --whole --input PHOTOS --output MASKS --weights ../checkpoint/ckpt.pth
 
 CelebAMask-HQ (Lee et al., CVPR 2020), weights trained on it and these masks are for non-commercial research only.
 """
@@ -96,9 +91,7 @@ CelebAMask-HQ (Lee et al., CVPR 2020), weights trained on it and these masks are
 
 def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--matric", type=matriculation, help="matriculation number, such as A12345678B; none: a first look"
-    )
+    parser.add_argument("--matric", type=matriculation, help="matriculation number, A12345678B; none: a first look")
     parser.add_argument("--report", type=Path, help=f"PDF, at most {MAX_PAGES} A4 pages; default the run's report.pdf")
     parser.add_argument("--name", help="run to hand in; default the release, else the best run")
     parser.add_argument("--data", help="folder with train/ and test/; default that of the training, else ./data")
@@ -120,47 +113,38 @@ def main():
     submission = folder / "submission-test.zip"
     if not submission.is_file():
         print(f"no {submission} yet: making it, with one view per image", flush=True)
-        if make_submission(weights, images, "test", submission):
-            return 1
+        make_submission(weights, images, "test", submission)
     if not report.is_file():
         if not draft.is_file():
             print(f"no {draft} yet: making a draft", flush=True)
             make_draft(folder, None, None, data)
-        try:
-            print_draft(folder)
-        except UserError as error:
-            print_message(error)
-            report = draft
+        report = draft
     pages = f"report of {count_pages(report)} pages" if report != draft else "report.html, to be printed as PDF"
     page = draft.read_text(encoding="utf-8") if not args.report and draft.is_file() else ""
     if args.matric and "________" in page:
         remedy = f"edit and print it, or `make report OVERWRITE=1 AUTHOR= MATRIC= NAME={name}`"
         raise UserError(f"{draft} has blanks: {remedy}")
-    if args.matric and is_unedited(page):
-        print_message(f"{draft} is an unedited draft: check and complete it, then `make report-pdf NAME={name}`")
     content = checkpoint.load(weights)
     remedy = f"`make submit NAME={name}` (and VIEWS=) creates a new one"
     sent, views = read_submission(submission, images, content["state_dict"], remedy)
     masks = {name: data for name, data in sent.items() if name.startswith("masks/")}
-    score = describe_score(weights, content, data, views)
+    known = describe_score(weights, content, data, views)
     stated = re.search(r"official score\) is (0\.\d+)", page)
-    if stated and score.startswith("0.") and abs(float(stated[1]) - float(score[:6])) > 0.0005:
-        print_message(f"{draft} states {stated[1]}, but the masks handed in have {score[:6]}: correct it")
-    readme = write_readme(args.matric, folder, content, score, views, report.name, len(masks))
+    if stated and known.startswith("0.") and abs(float(stated[1]) - float(known[:6])) > 0.0005:
+        print_message(f"{draft} states {stated[1]}, but the masks handed in have {known[:6]}: correct it")
+    readme = write_readme(args.matric, folder, content, known, views, report.name, len(masks))
     files = {report.name: report, "run/args.json": folder / "args.json", "run/metrics.jsonl": folder / "metrics.jsonl"}
     code = (path for pattern in CODE.split() for path in ROOT.glob(pattern) if path.is_file())
     files |= {f"code/{path.relative_to(ROOT)}": path for path in code}
     entries = masks | {name: path.read_bytes() for name, path in files.items()}
     entries |= {"Readme.txt": readme.encode(), "checkpoint/ckpt.pth": sent["solution/ckpt.pth"]}
     make_folder(args.out)
-    report_replacement(target)
     with atomic(target) as temporary:
         write_zip(temporary, entries)
     print(f"{target}: {pages}, {len(masks)} masks, {len(files)} other files")
     if not args.matric:
         remedy = f"`make report-pdf NAME={name}`, and `make report-zip NAME={name} MATRIC=A12345678B`"
         print(f"to hand in: fill in author, matriculation number and your own text in {draft}, then {remedy}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -23,10 +23,12 @@ def expand(flags):
     """[(name suffix, flags), ...] for every combination of values; each flag is "--flag=values" or a switch."""
     choices = []
     for flag, equals, value in (text.partition("=") for text in flags):
+        if not flag.startswith("--"):
+            raise UserError(f'{flag}: write it after "=", in one word with its flag, such as --dice="0.5 1.0 1.5"')
         choices.append([flag + equals + one for one in ([value] if flag in SINGLE else value.split() or [value])])
     if all(len(values) == 1 for values in choices):
         raise UserError('a sweep needs a flag with several values, such as DICE="0.5 1.0 1.5"')
-    for chosen in itertools.product(*choices):
+    for chosen in dict.fromkeys(itertools.product(*choices)):  # a value that is listed twice runs once
         varied = [flag for flag, values in zip(chosen, choices, strict=True) if len(values) > 1]
         suffix = "-".join(flag.removeprefix("--").replace("=", "") for flag in varied)
         yield suffix.replace("/", "_").replace(":", "_").replace(",", "+"), list(chosen)
