@@ -29,76 +29,56 @@ HEADERS = {
 }
 
 
-class Refused(Exception):
-    """A request to answer with (HTTP status, one line of text)."""
-
-
 class Handler(BaseHTTPRequestHandler):
     """GET / gives the page; POST /parse or /parse?whole takes a picture's bytes and gives its mask as PNG."""
 
-    protocol_version = "HTTP/1.1"
     timeout = 30  # seconds without a byte
     parser = page = None  # set by make_server
     busy = threading.Lock()
 
     def do_GET(self):
-        self.answer(self.get)
-
-    def do_POST(self):
-        self.answer(self.parse)
-
-    def answer(self, method):
-        """Send what `method` returns, (content type, bytes, further headers), or the reason why it was refused."""
-        status = 200
-        try:
-            self.check_sender()
-            kind, body, headers = method()
-        except Refused as refused:
-            status, text = refused.args
-            kind, body, headers = "text/plain; charset=utf-8", text.encode(), {"Connection": "close"}
+        status, content, faces = self.respond()
+        kind = "text/plain; charset=utf-8" if isinstance(content, str) else "image/png" if faces else "text/html"
+        body = content.encode() if isinstance(content, str) else content
         with contextlib.suppress(ConnectionError):  # the browser no longer waits
             self.send_response(status)
-            for name, value in {"Content-Type": kind, "Content-Length": len(body), **HEADERS, **headers}.items():
-                self.send_header(name, str(value))
+            for header in {"Content-Type": kind, "Content-Length": len(body), "X-Faces": faces, **HEADERS}.items():
+                self.send_header(*map(str, header))
             self.end_headers()
             self.wfile.write(body)
 
-    def check_sender(self):
-        """Refuse pages of other sites, also those whose name was made to resolve to this machine (DNS rebinding)."""
+    do_POST = do_GET
+
+    def respond(self):
+        """(HTTP status, bytes of the page or the mask, number of faces in the mask); the reason as str if refused."""
         port, host = self.server.server_address[1], self.headers.get("Host")
+        # Pages of other sites, also those whose name was made to resolve to this machine (DNS rebinding).
         if host not in (f"127.0.0.1:{port}", f"localhost:{port}"):
-            raise Refused(403, f"other hosts are refused; open http://127.0.0.1:{port} on this machine")
+            return 403, f"other hosts are refused; open http://127.0.0.1:{port} on this machine", ""
         if self.headers.get("Origin") not in (None, f"http://{host}"):
-            raise Refused(403, "requests of other sites are refused")
-
-    def get(self):
-        if self.path != "/":
-            raise Refused(404, "the page is at /")
-        return "text/html; charset=utf-8", self.page, {}
-
-    def parse(self):
+            return 403, "requests of other sites are refused", ""
+        if self.command == "GET":
+            return (200, self.page, "") if self.path == "/" else (404, "the page is at /", "")
         if self.path not in ("/parse", "/parse?whole"):
-            raise Refused(404, "pictures go to /parse")
+            return 404, "pictures go to /parse", ""
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch("[0-9]{1,12}", length):
-            raise Refused(411, "the length of the picture is missing")
-        body = self.rfile.read(min(int(length), MAX_BYTES))
+            return 411, "the length of the picture is missing", ""
+        body, rest = self.rfile.read(min(int(length), MAX_BYTES)), int(length) - MAX_BYTES
+        while rest > 0 and (part := self.rfile.read(min(rest, 1 << 20))):  # clients send everything, then listen
+            rest -= len(part)
         if int(length) > MAX_BYTES:
-            rest = int(length) - MAX_BYTES
-            while part := self.rfile.read(min(rest, 1 << 20)):  # clients send everything, then listen
-                rest -= len(part)
-            raise Refused(413, f"the picture has more than {MAX_BYTES / 1e6:.0f} MB")
-        whole = self.path.endswith("whole")
+            return 413, f"the picture has more than {MAX_BYTES / 1e6:.0f} MB", ""
         with self.busy:  # decoded one at a time: a picture of 81 megapixels takes a gigabyte
             try:
                 pixels, _ = decode_picture(io.BytesIO(body), "this file")
             except UserError as error:
-                raise Refused(415, str(error)) from None
-            parsed = self.parser(pixels, whole=whole)
+                return 415, str(error), ""
+            parsed = self.parser(pixels, whole=self.path.endswith("whole"))
         png = io.BytesIO()
         mask_image(parsed.mask).save(png, format="PNG")
-        faces = "not searched" if whole else 0 if parsed.missed else len(parsed.faces)
-        return "image/png", png.getvalue(), {"X-Faces": faces}
+        faces = "not searched" if self.path.endswith("whole") else 0 if parsed.missed else len(parsed.faces)
+        return 200, png.getvalue(), str(faces)
 
 
 def make_server(parser, port):
@@ -123,9 +103,8 @@ def main():
     args = parser.parse_args()
     face_parser = FaceParser(args.weights, views=args.views, device=args.device, threads=args.threads)
     with make_server(face_parser, args.port) as server:
-        print(
-            f"weights {face_parser.source}\nopen http://127.0.0.1:{server.server_address[1]}; Ctrl-C ends", flush=True
-        )
+        print(f"weights {face_parser.source}")
+        print(f"open http://127.0.0.1:{server.server_address[1]}; Ctrl-C ends", flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
