@@ -157,7 +157,7 @@ def test_masks_are_read_by_their_palette(tmp_path, mask):
     if error:
         with pytest.raises(UserError, match=error):
             read_mask(path)
-        assert {"label above 18", "palette of other colours"} & set(faults)
+        assert faults[0].startswith("file contains ")
     else:
         assert np.array_equal(read_mask(path), LABELS) and faults == ["not 512 x 512"]
 
@@ -464,7 +464,7 @@ def test_a_picture_starts_no_program_and_a_pipe_is_none(tmp_path, monkeypatch):
     for name in ("a.jpg", "b.jpg"):
         with pytest.raises(UserError, match="cannot read"):
             prepare.read(tmp_path, name)
-        assert audit.inspect(tmp_path / name)[0] == ["unreadable"] and not (tmp_path / "started").exists()
+        assert audit.inspect(tmp_path / name)[0][0].startswith("cannot read") and not (tmp_path / "started").exists()
 
 
 def test_scores_and_counts_are_of_what_was_asked(copy, capsys):

@@ -14,37 +14,26 @@ from common import ArgumentParser, UserError, in_parallel, printable, run_main
 import numpy as np
 
 from data import SIZE, find_data, reversed_sides
-from images import DECODE_ERRORS, image_files, image_hash, is_turned, open_image, palette_labels, rgb_pixels
+from images import image_files, image_hash, is_turned, read_image, read_mask
 from labels import NAMES, NUM_CLASSES
 
 REVERSED = "left and right reversed"
 
 
 def inspect(path):
-    """Check one file: (faults, digest of an image's pixels or None, pixels (19,) of each label of a mask or None)."""
-    if not path.is_file():  # reading a pipe would wait
-        return ["unreadable"], None, None
+    """Read one file as a training does: (faults, hash of an image's pixels or None, pixels (19,) by label or None)."""
+    is_mask = path.parent.name == "masks"
     try:
-        with open_image(path) as image:
-            image.load()
-    except DECODE_ERRORS:
-        return ["unreadable"], None, None
-    faults = ["not 512 x 512"] if image.size != (SIZE, SIZE) else []
+        pixels = read_mask(path) if is_mask else read_image(path)
+    except UserError as error:
+        return [str(error).replace(f"{path}", "file").split(";")[0]], None, None
+    faults = ["not 512 x 512"] if pixels.shape[:2] != (SIZE, SIZE) else []
     if path.parent.parent.name == "train" and is_turned(path):
         faults.append("EXIF orientation")
-    if path.parent.name == "images":
-        if image.mode != "RGB":
-            faults.append("image not RGB")
-        return faults, image_hash(rgb_pixels(image)), None
-    if image.format != "PNG" or image.mode not in ("P", "L"):
-        return [*faults, "mask not a PNG of mode P or L"], None, None
-    try:
-        mask = palette_labels(image, path)
-    except UserError as error:
-        return [*faults, "label above 18" if "contains label" in str(error) else "palette of other colours"], None, None
-    if reversed_sides(mask):
-        faults.append(REVERSED)
-    return faults, None, np.bincount(mask.ravel(), minlength=NUM_CLASSES)
+    if not is_mask:
+        return faults, image_hash(pixels), None
+    faults += [REVERSED] * reversed_sides(pixels)
+    return faults, None, np.bincount(pixels.ravel(), minlength=NUM_CLASSES)
 
 
 def audit(data, workers=None):
@@ -53,22 +42,19 @@ def audit(data, workers=None):
     Returns ({fault: [path, ...]}, pixels (M, 19) of each label of each readable mask). UserError if a folder is empty.
     """
     images, masks = (image_files(Path(data, "train", kind)) for kind in ("images", "masks"))
-    found = defaultdict(list)
+    found, first, pixels = defaultdict(list), {}, []
     for files, partners, fault in ((images, masks, "image without mask"), (masks, images, "mask without image")):
-        stems = {path.stem for path in partners}
+        stems, seen = {path.stem for path in partners}, {}
         found[fault] = [path for path in files if path.stem not in stems]
-        seen = {}
         found["name of another file"] += [path for path in files if seen.setdefault(path.stem, path) != path]
     others = [Path(data, split, "images") for split in ("dev", "test") if Path(data, split).is_dir()]
     files = images + masks + [path for folder in others for path in image_files(folder)]
-    first, pixels = {}, []
-    for path, (faults, digest, counts) in zip(files, in_parallel(inspect, files, workers, "checking"), strict=True):
-        if digest and first.setdefault(digest, path) != path:
-            faults.append(f"same pixels as {first[digest]}")
+    for path, (faults, known, counts) in zip(files, in_parallel(inspect, files, workers, "checking"), strict=True):
+        if known and first.setdefault(known, path) != path:
+            faults.append(f"same pixels as {first[known]}")
         for fault in faults:
             found[fault].append(path)
-        if counts is not None:
-            pixels.append(counts)
+        pixels += [] if counts is None else [counts]
     return {fault: paths for fault, paths in found.items() if paths}, np.array(pixels).reshape(-1, NUM_CLASSES)
 
 

@@ -11,8 +11,8 @@ from common import UserError, run_main
 
 from checkpoint import load
 from model import PARAM_LIMIT, build, check_logits, count_parameters
-from options import flag, from_record, network_arguments, parse
-from register import find_run, find_weights, run_arguments
+from options import flag, network_arguments, parse
+from register import find_weights
 
 
 def parameter_table(model):
@@ -24,16 +24,14 @@ def parameter_table(model):
 
 def main():
     args, given = parse(sys.argv[1:])
-    if args.name:
-        if ignored := sorted(given - {"name", "runs"}):
-            raise UserError(f"{flag(ignored[0])} has no effect with --name, whose network is that of its args.json")
-        folder = find_run(args.name, args.runs)
-        args = from_record(run_arguments(folder), folder / "args.json")
     name, arguments, source = args.model, network_arguments(args), ""
-    if not given - {"runs"}:
-        path = find_weights(runs=args.runs)
+    if given <= {"name", "runs"}:
+        path = find_weights(args.name, args.runs)
         content = load(path)
         name, arguments, source = content["model"], content["model_args"], f" of {path}"
+    elif args.name:
+        ignored = flag(min(given - {"name", "runs"}))
+        raise UserError(f"{ignored} has no effect with --name, whose network is that of its weights")
     model = build(name, **arguments)
     check_logits(model)
     print(f"{name}{source}\n{parameter_table(model)}")

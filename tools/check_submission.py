@@ -15,7 +15,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from common import ArgumentParser, UserError, natural, printable, run_main, show_line
+from common import ArgumentParser, UserError, natural, printable, run_main
 
 import numpy as np
 import torch
@@ -176,15 +176,13 @@ def check_run(files, masks, images, run):
         for name in (name for name in files if name.startswith("solution/")):
             Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
             Path(folder, name).write_bytes(files[name])
-        for done, path in enumerate(chosen):
-            show_line(f"run.py predicts image {done + 1} of {len(chosen)}", sys.stderr)
+        for path in chosen:
             try:
                 labels = execute(Path(folder, "solution"), path)
                 if path in masks and (differing := np.count_nonzero(labels != masks[path])):
                     raise UserError(f"run.py and masks/ differ in {differing:,} of {labels.size:,} pixels")
             except (UserError, subprocess.TimeoutExpired) as error:
                 faults.append(f"{path.name}: {error}")
-        show_line("", sys.stderr)
     return verdict("run", faults, f"run.py predicts the same masks for {len(chosen)} images")
 
 

@@ -52,12 +52,10 @@ def read_run(folder, files):
     run |= {"epochs": sum(length for _, length in phases), "running": is_running(folder)}
     run["changed"] = {key: str(value) for key, value in changed.items()}
     run["settings"] = {key: str(value) for key, value in args.items() if key not in NEUTRAL}
-    versions = ", ".join(f"{name} {value}" for name, value in record["versions"].items() if value)
-    machine = record.get("device_name") or record.get("device", "-")
-    machine += f", {record.get('amp', 'mixed precision unknown')}"
-    machine += ", TF32" * bool(record.get("tf32")) + ", compiled" * bool(args.get("compile"))
+    facts = [record.get("device_name") or record.get("device"), record.get("amp")]
+    facts += [f"{name} {value}" for name, value in record["versions"].items() if value]
     commit = record["commit"][:12] + "+" * record["commit"].endswith("+")  # +: files differed from it
-    run["origin"] = f"Started {record.get('started', '-')}, commit {commit}, on {machine}, {versions}."
+    run["origin"] = f"Started {record.get('started', '-')}, commit {commit}, on {', '.join(filter(None, facts))}."
     run["best"] = check_best(files["best.json"]) if files["best.json"] is not None else None
     if scored := [line for line in lines if "official" in line]:
         row = {key: max(scored, key=lambda line: line["official"])[key] for key in ("official", "batch32", "epoch")}
@@ -89,12 +87,11 @@ def remark(folder, args, run):
 def check_best(content):
     """The scores by label and image in best.json's content; an exception if it is damaged."""
     best = {key: content[key] for key in ("labels", "images_with_label", "confusion", "image_scores")}
-    rows, images = [best["labels"], best["images_with_label"], *best["confusion"]], [*best["image_scores"].values()]
-    if len(best["confusion"]) != NUM_CLASSES or any(len(row) != NUM_CLASSES for row in rows):
+    rows = [best["labels"], best["images_with_label"], *best["confusion"], *best["image_scores"].values()]
+    # In EXPERIMENTS an image has only its mean.
+    if len(best["confusion"]) != NUM_CLASSES or any(len(row) not in (1, NUM_CLASSES) for row in rows):
         raise ValueError(f"best.json is not about {NUM_CLASSES} labels")
-    if any(len(row) not in (1, NUM_CLASSES) for row in images):  # 1: only their mean, in EXPERIMENTS
-        raise ValueError(f"best.json has images without the F of {NUM_CLASSES} labels")
-    for value in (value for row in rows + images for value in row if value is not None):  # F of an absent label is None
+    for value in (value for row in rows for value in row if value is not None):  # F of an absent label is None
         number(value)
     return best
 

@@ -92,8 +92,7 @@ def main():
     args = parser.parse_args()
     weights = register.find_weights(args.weights)
     path = os.path.relpath(weights) if weights.is_relative_to(Path.cwd()) else weights
-    default = "the release, " if weights.parent == register.RELEASE else "the best run, "
-    print(f"weights: {'' if args.weights else default}{path}", flush=True)
+    print(f"weights: {path}{'' if args.weights else ' (no NAME given)'}", flush=True)
     folder = Path(path).parent if weights.with_name("args.json").is_file() else Path("build")
     target = args.zip or folder / f"submission-{args.phase}.zip"
     images = find_data_of(weights, args.data) / args.phase / "images"
