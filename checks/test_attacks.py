@@ -135,7 +135,7 @@ def test_two_files_of_one_name_are_refused(copy, kind):
     shutil.copy(path, path.with_suffix(".webp"))
     with pytest.raises(UserError, match="share a partner"):
         load_pairs(copy / "data", copy / "cache")
-    assert "name of another file" in audit.audit(copy / "data", workers=1)[0]
+    assert "name of another file" in audit.audit(copy / "data", workers=1)
 
 
 MASKS = {  # image, palette, error
@@ -180,7 +180,7 @@ def test_a_turned_training_image_is_refused(copy):
     Image.open(path).save(path, exif=TURNED)
     with pytest.raises(UserError, match="EXIF orientation"):
         load_pairs(copy / "data", copy / "cache", workers=1)
-    assert audit.audit(copy / "data", workers=1)[0]["EXIF orientation"] == [path]
+    assert audit.audit(copy / "data", workers=1)["EXIF orientation"] == [path]
 
 
 @cases("raw", ["folder", "raw.zip"])

@@ -1,7 +1,6 @@
 """tools/prepare.py, tools/audit.py and tools/synth.py, on tiny data sets made here."""
 
 import io
-import re
 import sys
 import zipfile
 
@@ -137,10 +136,13 @@ def test_prepare_resumes(tmp_path):
         ({"train/images/a.jpg": b""}, "cannot read train/images/a.jpg"),
         ({"train/masks/a.png": encoded(mask_image(LABELS))[:-60]}, "cannot read train/masks/a.png"),
         ({"test/images/t.jpg": encoded(Image.new("L", (100, 100)))}, "cannot read test/images/t.jpg"),
-        ({"train/masks/b.png": encoded(Image.new("RGB", (SIZE, SIZE), (1, 2, 3)))}, "b.png has colours of no label"),
+        (
+            {"train/masks/b.png": encoded(Image.new("RGB", (SIZE, SIZE), (1, 2, 3)))},
+            "b.png, PNG of mode RGB, is no PNG of labels",
+        ),
         ({"train/masks/b.png": encoded(Image.new("L", (SIZE, SIZE), 19))}, "b.png contains label 19"),
-        ({"train/masks/b.png": encoded(Image.new("I;16", (SIZE, SIZE), 1))}, "b.png has mode I;16"),
-        ({"train/masks/b.png": jpeg()}, "b.png is a JPEG"),
+        ({"train/masks/b.png": encoded(Image.new("I;16", (SIZE, SIZE), 1))}, "b.png, PNG of mode I;16, is no"),
+        ({"train/masks/b.png": jpeg()}, "b.png, JPEG of mode RGB, is no"),
         ({"train/images/c.jpg": jpeg()}, "1 training images without a mask, such as c"),
         ({"train/masks/c.png": b""}, "1 training masks without an image, such as c"),
         ({"train/images/a.png": b""}, "train/images/a.jpg and train/images/a.png are the same"),
@@ -186,17 +188,11 @@ def data(tmp_path):
     ],
 )
 def test_audit_finds_one_fault(name, content, fault, command, data):
-    assert audit.audit(data, workers=1)[0] == {}
+    assert audit.audit(data, workers=1) == {}
     write({name: content}, data)
-    assert audit.audit(data, workers=1)[0] == {fault.format(data): [data / name]}
+    assert audit.audit(data, workers=1) == {fault.format(data): [data / name]}
     status, out, _ = command(audit, "--data", data, "--list=1")
     assert status == int(fault != audit.REVERSED) and f"{fault.format(data)} (1): {data / name}" in out
-
-
-def test_audit_counts_labels(command, data):
-    write({"train/masks/b.png": encoded(mask_image(0 * MASK))}, data)
-    # 100 x 100 pixels of skin in one of two masks
-    assert f" 1 skin {100 * 100**2 / 512**2 / 2:.2f} 50.0" in re.sub(" +", " ", command(audit, "--data", data)[1])
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +210,7 @@ def test_synth_format_and_seed(faces):
 
 
 def test_synth_label_rates(faces):
-    # % of pixels and of masks in the challenge's masks, as tools/audit.py prints them
+    # % of pixels and of masks in the challenge's masks
     pixels = (28.7, 25.4, 2.1, 0.3, 0.2, 0.2, 0.4, 0.4, 0.5, 0.4, 0.3, 0.4, 0.7, 31.3, 1.1, 0.2, 0.01, 4.1, 3.3)
     present = (100, 100, 100, 6, 97, 97, 97, 96, 53, 48, 57, 100, 100, 97, 5, 23, 4, 98, 60)
     counts = np.array([np.bincount(np.ravel(mask), minlength=NUM_CLASSES) for _, mask in faces])

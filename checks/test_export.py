@@ -33,22 +33,19 @@ def untrained(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments", "logits"),
-    [("microsegformer", {}, True), ("microunet", {"depths": (1,) * 5}, False)],
-)
-def test_onnx_file_gives_the_labels_of_torch(untrained, tmp_path, monkeypatch, capsys, name, arguments, logits):
+@pytest.mark.parametrize(("name", "arguments"), [("microsegformer", {}), ("microunet", {"depths": (1,) * 5})])
+def test_onnx_file_gives_the_labels_of_torch(untrained, tmp_path, monkeypatch, capsys, name, arguments):
     onnx = pytest.importorskip("onnx")
     content = {"model": name, "model_args": arguments, "size": 128, "state_dict": build(name, **arguments).state_dict()}
     checkpoint.save(untrained / "best.pt", content)
     path = tmp_path / "parser.onnx"
-    assert exit_status(monkeypatch, "--name", untrained, "--out", path, f"--logits={int(logits)}") == 0
+    assert exit_status(monkeypatch, "--name", untrained, "--out", path) == 0
     assert "of pixels of astronaut.jpg have torch's label" in capsys.readouterr().out
     model = onnx.load(path)
     facts = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(facts["labels"])[17] == "neck" and "uint8 RGB" in facts["input"] and "128 x 128" in facts["input"]
     assert not any(node.op_type == "BatchNormalization" for node in model.graph.node)
-    assert [output.name for output in model.graph.output] == ["logits" if logits else "labels"]
+    assert [output.name for output in model.graph.output] == ["labels"]
 
 
 def test_a_file_with_other_labels_is_not_written(untrained, tmp_path, monkeypatch, capsys):
@@ -63,7 +60,7 @@ def test_missing_packages_and_flags_are_one_line(untrained, tmp_path, monkeypatc
     assert exit_status(monkeypatch, "--name", untrained) == 2 and "OUT=parser.onnx" in capsys.readouterr().err
     monkeypatch.setattr(export, "PACKAGES", ("onnx_that_is_missing",))
     with pytest.raises(UserError, match="_that_is_missing not installed: .* -m pip install -r tools/requirements.txt"):
-        export.write_onnx(untrained / "best.pt", tmp_path / "a.onnx", False)
+        export.write_onnx(untrained / "best.pt", tmp_path / "a.onnx")
 
 
 def test_release_is_the_run_in_half_precision(untrained, tmp_path, monkeypatch):

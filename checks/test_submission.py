@@ -140,7 +140,7 @@ def test_default_weights_are_named(place, monkeypatch, capsys):
         monkeypatch.setattr(register, "RELEASE", place / "runs" / name)
         assert exit_status(monkeypatch, package.main, "--data", "data") == 0
     lines, target = capsys.readouterr().out.splitlines(), "runs/a/submission-test.zip"
-    assert lines == ["weights: runs/a/best.pt (no NAME given)", target] * 2
+    assert [line.replace(f"{place}/", "") for line in lines] == ["weights: runs/a/best.pt (no NAME given)", target] * 2
 
 
 UNSAFE = ("../masks/a.png", "masks/../../a.png", "/masks/a.png", "masks\\a.png", "C:/masks/a.png")

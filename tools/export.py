@@ -3,9 +3,9 @@
 python -m tools.export --name a --out parser.onnx            # pip install -r tools/requirements.txt
 python -m tools.export --name a --release                    # what prediction and submission use by default
 
-The ONNX file maps `image`, uint8 RGB (N, 3, H, W) with sides in multiples of 32, to `labels`, uint8 (N, H, W), or with
---logits to `logits`, float32 (N, 19, H, W). Batch norm is folded; its metadata contains names, colours and this
-convention. It replaces an older file only if onnxruntime gives torch's label to 99.99 % of the pixels.
+The ONNX file maps `image`, uint8 RGB (N, 3, H, W) with sides in multiples of 32, to `labels`, uint8 (N, H, W). Batch
+norm is folded; its metadata contains names, colours and this convention. It replaces an older file only if onnxruntime
+gives torch's label to 99.99 % of the pixels.
 """
 
 import json
@@ -34,27 +34,26 @@ research and education; the same restriction applies to them. They contain no im
 
 
 class Exported(nn.Module):
-    """A network from uint8 images (N, 3, H, W) to labels (N, H, W), or to logits (N, 19, H, W)."""
+    """A network from uint8 images (N, 3, H, W) to labels (N, H, W)."""
 
-    def __init__(self, model, logits):
+    def __init__(self, model):
         super().__init__()
-        self.model, self.logits = model, logits
+        self.model = model
 
     def forward(self, image):
-        logits = self.model(image.float() / 255)
-        return logits if self.logits else logits.argmax(1).to(torch.uint8)
+        return self.model(image.float() / 255).argmax(1).to(torch.uint8)
 
 
-def convert(model, size, logits):
+def convert(model, size):
     """torch's ONNXProgram of a network; `size` is the side of the images it was trained on."""
     side = torch.export.Dim
     shapes = {0: side("batch"), 2: 32 * side("height", min=2, max=64), 3: 32 * side("width", min=2, max=64)}
-    names = {"input_names": ["image"], "output_names": ["logits" if logits else "labels"]}
+    names = {"input_names": ["image"], "output_names": ["labels"]}
     example = torch.zeros(2, 3, 256, 320, dtype=torch.uint8)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # torch reports on its own internals
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        network = Exported(model, logits).eval()
+        network = Exported(model).eval()
         program = torch.onnx.export(network, (example,), dynamic_shapes=(shapes,), verbose=False, **names)
     program.model.metadata_props.update(
         labels=json.dumps(NAMES),
@@ -66,7 +65,7 @@ def convert(model, size, logits):
 
 
 @torch.inference_mode()
-def compare(path, model, size, logits):
+def compare(path, model, size):
     """The fraction of the pixels of a photo and its mirror image to which an ONNX file gives its network's label.
 
     The smaller one of two sizes of input, `size` and about half of it.
@@ -79,19 +78,19 @@ def compare(path, model, size, logits):
         images = (resize(torch.cat([photo, photo.flip(3)]), side, side) * 255).byte()
         made = torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
         own = label_map(predict_logits(model, images.float() / 255), side, side)
-        fractions.append(float(((made.argmax(1) if logits else made) == own).float().mean()))
+        fractions.append(float((made == own).float().mean()))
     return min(fractions)
 
 
-def write_onnx(weights, out, logits):
+def write_onnx(weights, out):
     """Write the ONNX file. UserError if a package is missing or onnxruntime gives other labels than torch."""
     require_packages(*PACKAGES)
     check_target(out, b"pytorch")
     model, info = checkpoint.load_model(weights)
     with atomic(out) as temporary:
         print(f"exporting {weights}: some 20 seconds", flush=True)
-        convert(model, info["size"], logits).save(temporary)
-        same = compare(temporary, model, info["size"], logits)
+        convert(model, info["size"]).save(temporary)
+        same = compare(temporary, model, info["size"])
         if same < SAME:
             raise UserError(f"onnxruntime gives {same:.4%} of pixels torch's label, below {SAME:.2%}; nothing written")
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB; {same:.4%} of pixels of {ASTRONAUT.name} have torch's label")
@@ -138,7 +137,6 @@ def main():
     parser.add_argument("--weights", help="checkpoint, instead of the run's best.pt")
     parser.add_argument("--runs", default="runs", help="folder of all runs")
     parser.add_argument("--out", type=Path, help="ONNX file to write")
-    parser.switch("--logits", help="the ONNX file gives logits instead of labels")
     parser.switch("--release", help="create runs/release instead; needs --name")
     parser.switch("--overwrite", help="with --release: deletes and replaces it, its report and zip")
     args = parser.parse_args()
@@ -148,7 +146,7 @@ def main():
     if args.release:
         write_release(weights, register.find_run(args.name, args.runs), args.overwrite)
     else:
-        write_onnx(weights, args.out, args.logits)
+        write_onnx(weights, args.out)
 
 
 if __name__ == "__main__":

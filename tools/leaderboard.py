@@ -154,7 +154,7 @@ def leaderboard(runs):
     for run, row in ((run, run["row"]) for run in runs if run["row"]):
         line = f"{row['name']:<20}{row['official']:>8.4f}{row['batch32']:>8.4f}{row['epoch']:>5}/{row['epochs']:<3}"
         line += f"{row['parameters'] / 1000:>6.0f}{row['minutes']:>9.1f} {row['weights'].split()[0]:<8}"
-        line += "synthetic faces; " * row["synthetic"] + (row["recipe"] or "defaults")
+        line += f"{'synthetic faces; ' * row['synthetic']}{row['recipe'] or 'defaults'}"
         line = printable(line + "".join(f" {key}={value}" for key, value in run["changed"].items()))
         table += "\n" + (line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}...")
     return table

@@ -7,7 +7,6 @@ The masks come from the packaged run.py itself. The zip is checked as `make chec
 replaces an older one.
 """
 
-import os
 import shutil
 import subprocess
 import tempfile
@@ -91,9 +90,8 @@ def main():
     parser.add_argument("--run", type=natural, default=5, help="images on which run.py is checked")
     args = parser.parse_args()
     weights = register.find_weights(args.weights)
-    path = os.path.relpath(weights) if weights.is_relative_to(Path.cwd()) else weights
-    print(f"weights: {path}{'' if args.weights else ' (no NAME given)'}", flush=True)
-    folder = Path(path).parent if weights.with_name("args.json").is_file() else Path("build")
+    print(f"weights: {weights}{'' if args.weights else ' (no NAME given)'}", flush=True)
+    folder = weights.parent if weights.with_name("args.json").is_file() else Path("build")
     target = args.zip or folder / f"submission-{args.phase}.zip"
     images = find_data_of(weights, args.data) / args.phase / "images"
     make_submission(weights, images, args.phase, target, args.views, args.run)

@@ -23,7 +23,7 @@ from PIL import Image
 
 import images
 from data import SIZE
-from labels import NAMES, NUM_CLASSES
+from labels import NAMES
 
 SPLITS = {"train": "train", "dev": "dev", "val": "dev", "test": "test"}
 MAX_BYTES = 2**26  # of an image file: a zip member of zeros can claim gigabytes
@@ -126,15 +126,13 @@ def read(raw, name, load=True):
 
 def labels_from_image(image, name):
     """Labels (H, W) uint8 of a mask image: its values (mode L or P) or the labels' colours. UserError otherwise."""
-    if image.format == "JPEG":
-        raise UserError(f"mask {name} is a JPEG, which destroys labels; a mask must be a PNG")
-    if image.mode not in ("L", "P", "RGB", "RGBA"):
-        raise UserError(f"mask {name} has mode {image.mode}; convert it to 8-bit values 0-{NUM_CLASSES - 1}")
-    if image.mode in ("L", "P"):
-        return images.palette_labels(image, f"mask {name}")
-    if (labels := images.labels_from_colours(image)) is None:
-        raise UserError(f"mask {name} has colours of no label: label these pixels, or leave out the pair")
-    return labels
+    if image.format != "JPEG":  # which destroys labels
+        if image.mode in ("L", "P"):
+            return images.palette_labels(image, f"mask {name}")
+        if image.mode in ("RGB", "RGBA") and (labels := images.labels_from_colours(image)) is not None:
+            return labels
+    kind = f"{image.format} of mode {image.mode}"
+    raise UserError(f"mask {name}, {kind}, is no PNG of labels or of their colours alone; replace it or leave it out")
 
 
 def paint(raw, names):

@@ -19,10 +19,10 @@ from common import ArgumentParser, UserError, check_target, print_message, read_
 import numpy as np
 from PIL import Image
 
-from checkpoint import load_model, seen
+from checkpoint import is_validated, load_model
 from data import find_data_of, find_pairs, reversed_sides
 from device import select_device
-from images import image_hash, mask_image, read_image, read_mask
+from images import mask_image, read_image, read_mask
 from labels import HEX_COLOURS, NAMES
 from tools.leaderboard import check_best, number, survey
 from views import parse_whole
@@ -96,15 +96,14 @@ def draw_pictures(folder, device, data=None):
     each = min(EACH, (len(sound) + 1) // 2)
     groups = {"lowest": sound[:each], "highest": sound[each:][::-1][:EACH], "reversed": flawed[:EACH]}
     model, info = load_model(scored_weights(folder), device)
-    pictures, keys = [], [(name, image_hash(read_image(pairs[name][0]).transpose(2, 0, 1)).hex()) for name in order]
+    content = {"version": version, "images": len(order), "reversed": len(flawed), "pictures": []}
     for group, name in ((group, name) for group, names in groups.items() for name in names):
         pixels, true = (read(path) for read, path in zip((read_image, read_mask), pairs[name], strict=True))
         predicted = parse_whole(model, pixels, info["size"])
         lowest = sorted((f, NAMES[i]) for i, f in enumerate(rows[name]) if f is not None)[:3]
         picture = {"group": group, "name": name, "score": scores[name], "lowest": [[label, f] for f, label in lowest]}
-        pictures.append(picture | {"panels": panels(pixels, true, predicted)})
-    content = {"version": version, "images": len(order), "reversed": len(flawed), "pictures": pictures}
-    content["seen"] = any(seen(info, keys))
+        content["pictures"].append(picture | {"panels": panels(pixels, true, predicted)})
+    content["seen"] = not is_validated(info)
     content["score_without_reversed"] = float(np.mean([scores[name] for name in sound])) if sound else 0.0
     write_text(folder / "pictures.json", json.dumps(content))
     return content

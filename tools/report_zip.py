@@ -98,25 +98,19 @@ def main():
     parser.add_argument("--out", default="build", type=Path, help="folder for the zip")
     args = parser.parse_args()
     weights = register.find_weights(args.name)
-    if weights.is_relative_to(Path.cwd()):
-        weights = weights.relative_to(Path.cwd())
-    folder, name = weights.parent, register.make_name(weights.parent)
+    folder, name, data = weights.parent, register.make_name(weights.parent), find_data_of(weights, args.data)
     report, draft = args.report or folder / "report.pdf", folder / "report.html"
+    images, submission = data / "test" / "images", folder / "submission-test.zip"
     target = args.out / f"{args.matric or 'report-zip'}.zip"
     check_target(target, ZIP)
     if not report.is_file() and (args.report or args.matric):
         raise UserError(f"no {report}: `make report NAME={name}`, then `make report-pdf NAME={name}`; or REPORT=FILE")
-    data = find_data_of(weights, args.data)
     if not args.report and draft.is_file() and report.is_file() and draft.stat().st_mtime > report.stat().st_mtime:
         raise UserError(f"{draft} is newer than {report}: print it again, `make report-pdf NAME={name}`")
-    images = data / "test" / "images"
-    submission = folder / "submission-test.zip"
     if not submission.is_file():
-        print(f"no {submission} yet: making it, with one view per image", flush=True)
         make_submission(weights, images, "test", submission)
     if not report.is_file():
         if not draft.is_file():
-            print(f"no {draft} yet: making a draft", flush=True)
             make_draft(folder, None, None, data)
         report = draft
     pages = f"report of {count_pages(report)} pages" if report != draft else "report.html, to be printed as PDF"

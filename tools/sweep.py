@@ -14,7 +14,6 @@ from pathlib import Path
 from common import UserError, run_main
 
 from options import parse
-from tools.leaderboard import leaderboard, read_folder, read_run
 
 SINGLE = {"--name", "--data", "--from", "--runs", "--cache", "--model-args"}  # values may contain spaces
 
@@ -34,26 +33,15 @@ def expand(flags):
         yield suffix.replace("/", "_").replace(":", "_").replace(",", "+"), list(chosen)
 
 
-def swept(folders, flags):
-    """The scored runs by score, whose changes are the settings that were swept; `flags` of each run."""
-    runs = []
-    for folder, own in zip(folders, flags, strict=True):
-        varied = (flag[2:].split("=", 1) for flag in own if any(flag not in other for other in flags))
-        runs.append(read_run(folder, read_folder(folder)) | {"changed": dict(varied)})
-    return sorted((run for run in runs if run["row"]), key=lambda run: -run["row"]["official"])
-
-
 def main():
     if "--help" in sys.argv:
         parse(["--help"])
     runs = list(expand(sys.argv[1:]))
     settings = [parse(flags)[0] for _, flags in runs]  # checks every run before the first one starts
-    folders = []
-    for (suffix, flags), args in zip(runs, settings, strict=True):
+    for i, ((suffix, flags), args) in enumerate(zip(runs, settings, strict=True), 1):
         name = f"{args.name or args.recipe or 'sweep'}-{suffix}"
-        folders.append(Path(args.runs, name))
-        resumes = (folders[-1] / "args.json").is_file() and not args.overwrite  # its flags must be the same
-        print(f"--- {len(folders)} of {len(runs)}: {name}", flush=True)
+        resumes = Path(args.runs, name, "args.json").is_file() and not args.overwrite  # its flags must be the same
+        print(f"--- {i} of {len(runs)}: {name}", flush=True)
         child = subprocess.Popen([sys.executable, "train.py", *flags, f"--{'resume' if resumes else 'name'}={name}"])
         try:
             status = child.wait()
@@ -64,7 +52,7 @@ def main():
             raise
         if status:
             return status
-    print("\n" + leaderboard(swept(folders, [flags for _, flags in runs])))
+    print("`make runs` compares them")
     return 0
 
 
