@@ -68,10 +68,10 @@ speedrun: $(READY) ## from nothing (cache included) to an official score of 0.80
 	$(PY) train.py --recipe=speedrun --name=speedrun --overwrite --cache=build/speedrun $(flags)
 
 recipes: $(READY) ## list the recipes with the reference's scores and ours
-	$(PY) -m tools.leaderboard --recipes $(flags)
+	$(PY) -m tools.report --recipes $(flags)
 
 runs: $(READY) ## leaderboard of runs/
-	$(PY) -m tools.leaderboard $(flags)
+	$(PY) -m tools.report --table $(flags)
 
 # make predict IN=photos OUT=masks NAME=a VIEWS=flip,scales
 predict: $(READY) ## masks for IN (file or folder) into OUT

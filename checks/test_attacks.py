@@ -36,7 +36,7 @@ from checks.test_submission import saved
 from checks.test_train import full, set_up, train_here
 from data import find_pairs, load_pairs
 from images import mask_image, read_mask
-from tools import audit, check_submission, course_report, export, leaderboard, package, prepare, report, serve
+from tools import audit, check_submission, course_report, export, package, prepare, report, serve
 from tools import check_params as params
 from tools import run as tools_run
 from tools.synth import make_dataset
@@ -364,7 +364,7 @@ DAMAGES = [
 def test_one_damaged_run_does_not_stop_the_others(tmp_path, capsys, name, content):
     write_run(tmp_path, "sound", [0.5])
     (write_run(tmp_path, "bad", [0.6]) / name).write_text(content)
-    assert command(leaderboard.main, f"--runs={tmp_path}") == 0 and "sound" in capsys.readouterr().out
+    assert command(report.main, "--table", f"--runs={tmp_path}") == 0 and "sound" in capsys.readouterr().out
     report.write_page(tmp_path)
     assert register.best_score(tmp_path / "bad") <= 0.6
     assert command(train.main, f"--runs={tmp_path}", "--resume=bad", f"--data={tmp_path}/none") == 2
@@ -372,7 +372,7 @@ def test_one_damaged_run_does_not_stop_the_others(tmp_path, capsys, name, conten
 
 def test_names_and_settings_reach_the_terminal_as_text(tmp_path, capsys):
     edit(write_run(tmp_path, "a\x1b[31m\nb", [0.5]) / "args.json", recipe="x\x1b]0;\x07")
-    assert command(leaderboard.main, f"--runs={tmp_path}") == 0
+    assert command(report.main, "--table", f"--runs={tmp_path}") == 0
     out = capsys.readouterr().out
     assert not {"\x1b", "\x07"} & set(out) and len(out.split("\n\n")[0].splitlines()) == 3  # title, head, run
 

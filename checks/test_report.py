@@ -25,9 +25,8 @@ from model import build
 from options import parse
 from register import lock
 from tools import course_report, report, report_zip
-from tools import leaderboard as tools_leaderboard
-from tools.leaderboard import EXPERIMENTS, LEGEND, leaderboard, make_line, read_folder, recipe_table, survey
 from tools.package import make_submission
+from tools.report import EXPERIMENTS, LEGEND, leaderboard, make_line, read_folder, recipe_table, survey
 from tools.synth import make_dataset
 from train import rounded
 
@@ -116,8 +115,8 @@ def experiments(runs):
 def test_experiments_are_listed_like_runs_after_those_of_the_user(experiments, monkeypatch, capsys):
     (experiments / "low").rename(experiments / "high")  # another run of that name
     for flags, expected in (["--all"], ["high", "synthetic", "records", "high", "nasty"]), ([], ["high", "synthetic"]):
-        monkeypatch.setattr("sys.argv", ["", "--runs", str(experiments), *flags])
-        tools_leaderboard.main()
+        monkeypatch.setattr("sys.argv", ["", "--table", "--runs", str(experiments), *flags])
+        report.main()
         out, err = capsys.readouterr()
         text = out.replace(NASTY, "nasty")
         assert re.findall("^(your runs|records|low|high|nasty|synthetic)", text, re.M) == ["your runs", *expected]
@@ -126,9 +125,9 @@ def test_experiments_are_listed_like_runs_after_those_of_the_user(experiments, m
     assert max(map(len, f"{leaderboard(long)}\n{LEGEND}".splitlines())) <= 100
     (experiments / "high/best.pt").write_text("of the other run")
     assert [run["name"] for run in page_data(experiments)["runs"]] == ["high", NASTY, "synthetic"]  # own: damaged
-    monkeypatch.setattr("sys.argv", ["", f"--runs={experiments}/typo"])
+    monkeypatch.setattr("sys.argv", ["", "--table", f"--runs={experiments}/typo"])
     with pytest.raises(UserError, match="no folder"):
-        tools_leaderboard.main()
+        report.main()
 
 
 def test_unfinished_runs_are_listed_with_the_command_that_resumes_them(tmp_path):

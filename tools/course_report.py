@@ -27,10 +27,9 @@ from labels import HEX_COLOURS, NAMES
 from model import PARAM_LIMIT, build, count_parameters
 from options import from_record, network_arguments, strength
 from register import find_run, make_name, run_arguments
+from tools import report
 from tools.check_params import parameter_table
 from tools.check_submission import read_zip
-from tools.leaderboard import survey
-from tools.report import TEMPLATE, fill_template, find_scripts, image_score, read_pictures, scored_weights, write_page
 from views import parse_views
 
 EXPERIMENTS = 14  # rows that fit on five pages
@@ -103,7 +102,7 @@ def draft(folder, author, matric, views="", data=None):
 
     UserError if the run was not scored or this version builds another network.
     """
-    runs = survey(folder.parent)[0]
+    runs = report.survey(folder.parent)[0]
     run = next((run for run in runs if run["folder"] == str(folder) and run["row"] and run["best"]), None)
     if not run:
         why = "if it was trained on all pairs, report on the run that scores it, and give report-zip REPORT=FILE"
@@ -113,9 +112,9 @@ def draft(folder, author, matric, views="", data=None):
     count, rows = count_parameters(model), experiments(run, runs)
     if row["parameters"] not in (0, count):
         raise UserError(f"{folder} needs another version of {args.model}; check out its commit: {run['origin']}")
-    scores = [image_score(f) for f in run["best"]["image_scores"].values()]
+    scores = [report.image_score(f) for f in run["best"]["image_scores"].values()]
     if views:
-        weights = scored_weights(folder)
+        weights = report.scored_weights(folder)
         scores = score(weights, views, find_data_of(weights, data))[0]
     seen = "The weights were trained on all pairs, these images included; the score is of a training without them."
     start = f"one that starts from the weights of {args.start_from} (describe theirs)"
@@ -134,11 +133,11 @@ def draft(folder, author, matric, views="", data=None):
     texts |= {"settings": ", ".join(f"{key} {getattr(args, key) or 'none'}" for key in SETTINGS)}
     texts |= {"changes": rows[0][2]}
     texts = {key: escape(str(text)) for key, text in texts.items()}
-    charts, page = find_scripts(TEMPLATE.read_text(encoding="utf-8"))[0], PAGE.read_text(encoding="utf-8")
+    charts = report.find_scripts(report.TEMPLATE.read_text(encoding="utf-8"))[0]
     content = {"runs": [run], "labels": NAMES, "colours": HEX_COLOURS, "experiments": rows[:EXPERIMENTS]}
-    content["pictures"] = (read_pictures(folder) or {"pictures": []})["pictures"]
-    page = Template(page).substitute(texts, charts=charts)
-    return fill_template(page, content, find_scripts(page))
+    content["pictures"] = (report.read_pictures(folder) or {"pictures": []})["pictures"]
+    page = Template(PAGE.read_text(encoding="utf-8")).substitute(texts, charts=charts)
+    return report.fill_template(page, content)
 
 
 def browse(*flags):
@@ -157,7 +156,7 @@ def browse(*flags):
 
 def make_draft(folder, author=None, matric=None, data=None):
     """Write report.html, with the score of the views in the run's Codabench zip, and the page of all runs."""
-    write_page(folder.parent, folder.name, data=data)
+    report.write_page(folder.parent, folder.name, data=data)
     write_text(folder / "report.html", draft(folder, author, matric, sent_views(folder), data))
 
 

@@ -1,38 +1,196 @@
-"""The page of all runs, runs/index.html: leaderboard, curves, scores by label, worst and best images, comparisons.
+"""The runs: the leaderboard, the recipes with the reference's scores beside ours, and the page runs/index.html.
 
-python -m tools.report
-python -m tools.report --device cpu
+python -m tools.report --table --all
+python -m tools.report --recipes
+python -m tools.report --device cpu      # curves, scores by label, worst and best images, comparisons of two runs
 
 The page and runs/*/pictures.json contain images of the dataset: git ignores them, and they must not be published.
 """
 
 import base64
+import functools
 import hashlib
 import io
 import json
 import re
+import shlex
+import textwrap
 import time
 from pathlib import Path
 
-from common import ArgumentParser, UserError, check_target, print_message, read_json, run_main, write_text
+from common import ArgumentParser, UserError, check_target, print_message, printable, read_json, run_main, write_text
 
 import numpy as np
 from PIL import Image
 
-from checkpoint import is_validated, load_model
+import options
+from checkpoint import is_validated, load, load_model
 from data import find_data_of, find_pairs, reversed_sides
 from device import select_device
 from images import mask_image, read_image, read_mask
-from labels import HEX_COLOURS, NAMES
-from tools.leaderboard import check_best, number, survey
+from labels import HEX_COLOURS, NAMES, NUM_CLASSES
+from register import is_running, make_name, read_metrics
 from views import parse_whole
 
+NEUTRAL = options.NEUTRAL | {"name", "recipe", "overwrite"}
+RECORDS = ("release", "cycles")  # the runs of the repository that are folders
+EXPERIMENTS = "experiments.jsonl"  # its others: each line is a name and the content of that run's files
 TEMPLATE = Path(__file__).with_name("page.html")
 PICTURED = 6  # number of runs whose images are on the page: each takes about 300 kB
 EACH = 6  # images per group
 SIDE = 192  # of an image on the page
 FORMAT = 4  # of pictures.json
 ERROR_COLOUR = (213, 94, 0)  # vermillion: distinguishable from grey for colour-blind readers
+
+
+def number(value):
+    """`value` if it is a finite int or float, else ValueError: a run's files may contain anything."""
+    if type(value) not in (int, float) or not -1e300 < value < 1e300:
+        raise ValueError(f"{textwrap.shorten(repr(value), 40)} is not a finite number")
+    return value
+
+
+def read_folder(folder):
+    """{name: content} of a run's files, as in a line of EXPERIMENTS."""
+    best = folder / "best.json"
+    files = {"args.json": read_json(folder / "args.json"), "metrics.jsonl": read_metrics(folder)}
+    return files | {"best.json": read_json(best) if best.is_file() else None}
+
+
+def read_run(folder, files):
+    """A run as a dict for JSON, of which `row` has its figures, None if no epoch was scored.
+
+    `files`: what `read_folder` returns. Raises any exception if they are damaged.
+    """
+    record, lines, usual = files["args.json"], [], ("epoch", "loss", "lr")
+    args, pairs, path = record["args"], record.get("pairs") or {}, folder / "best.pt"
+    for line in files["metrics.jsonl"]:
+        more = {"val_loss", "official", "train_official", "batch32", "minutes"} & line.keys()
+        lines.append({key: number(line[key]) for key in (*usual, *sorted(more))})
+    phases, changed = options.parse_sizes(args["sizes"], args["epochs"]), changed_settings(args)
+    run = {"name": folder.name, "folder": str(folder), "lines": lines, "phases": phases, "row": None}
+    run["own"] = folder.name not in RECORDS and folder.parent.name != EXPERIMENTS
+    run |= {"epochs": sum(length for _, length in phases), "running": is_running(folder)}
+    run["changed"] = {key: str(value) for key, value in changed.items()}
+    run["settings"] = {key: str(value) for key, value in args.items() if key not in NEUTRAL}
+    facts = [record.get("device_name") or record.get("device"), record.get("amp")]
+    facts += [f"{name} {value}" for name, value in record["versions"].items() if value]
+    commit = record["commit"][:12] + "+" * record["commit"].endswith("+")  # +: files differed from it
+    run["origin"] = f"Started {record.get('started', '-')}, commit {commit}, on {', '.join(filter(None, facts))}."
+    run["best"] = check_best(files["best.json"]) if files["best.json"] is not None else None
+    if scored := [line for line in lines if "official" in line]:
+        row = {key: max(scored, key=lambda line: line["official"])[key] for key in ("official", "batch32", "epoch")}
+        row |= {"epochs": lines[-1]["epoch"], "minutes": lines[-1]["minutes"], "images": pairs.get("validation") or 0}
+        row |= {"lr": args["lr"], "dice": args["dice"], "parameters": record.get("parameters") or 0}
+        row = {key: number(value) for key, value in row.items()}
+        row |= {"name": folder.name, "model": args["model"], "recipe": args["recipe"], "line": make_line(args)}
+        row |= {"date": str(record.get("started", "-"))[:10], "synthetic": bool(pairs.get("drawn"))}
+        row["lmsa"] = ("no", "yes")[args["lmsa"]] if args["model"] == "microsegformer" else "-"
+        row["weights"] = ("yes" if is_validated(load(path)) else "all pairs") if path.is_file() else "-"
+        run["row"] = row
+    run["remark"] = remark(folder, args, run)
+    json.dumps(run, allow_nan=False)  # ValueError if not valid JSON
+    return run
+
+
+def remark(folder, args, run):
+    """A line about a run that can be resumed or runs, or has no score; else None."""
+    done, row = run["lines"][-1]["epoch"] if run["lines"] else 0, run["row"] or {"official": 0}
+    stale = 0 < args["patience"] <= done - row.get("epoch", done)
+    if done >= run["epochs"] or 0 < args.get("target", 0) <= row["official"] or stale:
+        return None if run["row"] else f"without score: {folder.name}, {done} epochs on all pairs"
+    if not (folder / "last.pt").is_file():
+        return None
+    state = "running" if run["running"] else f"make resume NAME={make_name(folder)}"
+    return f"unfinished: {folder.name}, {done} of {run['epochs']} epochs, {state}"
+
+
+def check_best(content):
+    """The scores by label and image in best.json's content; an exception if it is damaged."""
+    best = {key: content[key] for key in ("labels", "images_with_label", "confusion", "image_scores")}
+    rows = [best["labels"], best["images_with_label"], *best["confusion"], *best["image_scores"].values()]
+    # In EXPERIMENTS an image has only its mean.
+    if len(best["confusion"]) != NUM_CLASSES or any(len(row) not in (1, NUM_CLASSES) for row in rows):
+        raise ValueError(f"best.json is not about {NUM_CLASSES} labels")
+    for value in (value for row in rows for value in row if value is not None):  # F of an absent label is None
+        number(value)
+    return best
+
+
+@functools.cache
+def settings_of(recipe=None):
+    """{argument: value} of a training with a recipe; the defaults if there is no such recipe."""
+    return vars(options.parse(["--recipe", recipe] if recipe in options.load_recipes() else [])[0])
+
+
+def changed_settings(args):
+    """{setting: value} of a run that differ from the current recipe; one that no longer exists only if it was set."""
+    usual, own = settings_of(args["recipe"]), settings_of() | args  # a run older than a flag used the flag's default
+    changed = (k for k, v in own.items() if k not in NEUTRAL and (v not in (usual[k], None) if k in usual else v))
+    return {"from" if key == "start_from" else key: own[key] for key in changed}
+
+
+def make_line(args):
+    """The make command that repeats a run with these arguments."""
+    settings = {"recipe": args["recipe"]} if args["recipe"] in options.load_recipes() else {}
+    settings |= changed_settings(args)
+    return " ".join(["make train", *(f"{key.upper()}={shlex.quote(str(value))}" for key, value in settings.items())])
+
+
+def survey(runs, experiments=True):
+    """(`read_run` of each run: real faces first, then by score, unscored ones last; [(name, reason) if unreadable]).
+
+    The only place that catches what reading the files of others can raise: anything, from RecursionError to KeyError.
+    UserError if there is no such folder.
+    """
+    if not Path(runs).is_dir():
+        raise UserError(f"no folder {runs}; RUNS= names the folder of all runs")
+    path, found, unreadable = Path(runs, EXPERIMENTS), [], []
+    sources = [(folder.parent.name, folder.parent) for folder in sorted(Path(runs).glob("*/args.json"))]
+    if experiments and path.is_file():
+        sources += [(f"line {i} of {path}", line) for i, line in enumerate(path.read_bytes().splitlines(), 1)]
+    for name, source in sources:
+        try:
+            files = read_folder(source) if isinstance(source, Path) else json.loads(source)
+            folder = source if isinstance(source, Path) else path / Path(files["name"]).name  # which cannot exist
+            found.append(read_run(folder, files))
+        except Exception as error:  # noqa: BLE001
+            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 150)
+            unreadable.append((name, f"damaged or of another version ({reason})"))
+    found.sort(key=lambda run: (row["synthetic"], -row["official"]) if (row := run["row"]) else (2,))
+    return found, unreadable
+
+
+LEGEND = """official: F over the labels present in an image, then over the images; one view per image
+batch32: the reference's figure, F of the pooled pixels of 32 images; epoch: the best one / the last
+size: thousands of parameters; weights: "all" were trained on all pairs, the score is of another
+training, "-" were not kept; settings: recipe and changes, shortened; `make report` shows all;
+`make runs ALL=1` adds the experiments of docs/experiments.md"""
+WIDTH = 100  # of a line
+
+
+def leaderboard(runs):
+    """The table of `make runs` as text: the scored ones of `runs`."""
+    table = f"{'run':<20}official batch32   epoch   size  minutes weights settings"
+    for run, row in ((run, run["row"]) for run in runs if run["row"]):
+        line = f"{row['name']:<20}{row['official']:>8.4f}{row['batch32']:>8.4f}{row['epoch']:>5}/{row['epochs']:<3}"
+        line += f"{row['parameters'] / 1000:>6.0f}{row['minutes']:>9.1f} {row['weights'].split()[0]:<8}"
+        line += f"{'synthetic faces; ' * row['synthetic']}{row['recipe'] or 'defaults'}"
+        line = printable(line + "".join(f" {key}={value}" for key, value in run["changed"].items()))
+        table += "\n" + (line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}...")
+    return table
+
+
+def recipe_table(runs):
+    """The table of `make recipes` as text: the reference's score and those of our best run with these settings."""
+    lines = [f"{'recipe':<32} reference   batch32  official  about"]
+    rows = [run["row"] for run in runs if run["row"] and run["changed"].keys() <= {"seed", "from"}]
+    for name, recipe in options.load_recipes().items():
+        best = next((row for row in rows if row["recipe"] == name and not row["synthetic"]), {})
+        scores = recipe.get("reference"), best.get("batch32"), best.get("official")
+        figures = "".join(f"{score:>10.4f}" if score else f"{'-':>10}" for score in scores)
+        lines.append(f"{name:<32}{figures}  {recipe.get('about', '')}")
+    return "\n".join(lines)
 
 
 def image_score(row):
@@ -132,18 +290,18 @@ def write_page(runs, name=None, device="auto", data=None):
     content["written"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     path = Path(runs, "index.html")
     check_target(path, b"<title>Runs")
-    template = TEMPLATE.read_text(encoding="utf-8")
-    write_text(path, fill_template(template, content, find_scripts(template)))
+    write_text(path, fill_template(TEMPLATE.read_text(encoding="utf-8"), content))
     return path
 
 
-def fill_template(template, data, scripts):
+def fill_template(template, data):
     """The template with `data` as JSON in place of <!--DATA-->; without "<", no text in it can end the script.
 
-    <!--POLICY--> becomes a content security policy: these scripts, known by their hashes, and images inside the page.
+    <!--POLICY--> becomes a content security policy: the template's scripts, known by their hashes, and images inside
+    the page.
     """
-    hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
-    allowed = " ".join(f"'sha256-{value}'" for value in hashes)
+    hashes = (hashlib.sha256(script.encode()).digest() for script in find_scripts(template))
+    allowed = " ".join(f"'sha256-{base64.b64encode(value).decode()}'" for value in hashes)
     rules = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
     page = template.replace("<!--POLICY-->", f'<meta http-equiv="Content-Security-Policy" content="{rules}">', 1)
     return page.replace("<!--DATA-->", json.dumps(data).replace("<", "\\u003c"), 1)
@@ -158,9 +316,24 @@ def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", default="runs", help="folder of all runs")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    parser.switch("--table", help="print the leaderboard instead")
+    parser.switch("--all", help="with --table: the experiments of the repository too")
+    parser.switch("--recipes", help="print the recipes instead")
     args = parser.parse_args()
-    path = write_page(args.runs, device=args.device)
-    print(f"{path}: open it in a browser; never publish it (images of the dataset)")
+    options.load_recipes()  # an error in it is no error of the runs
+    if not (args.table or args.recipes):
+        print(f"{write_page(args.runs, device=args.device)}: open it in a browser; never publish it (dataset's images)")
+        return
+    runs, unreadable = survey(args.runs, args.all or args.recipes)
+    for name, reason in unreadable:
+        print_message(f"skipped {name}: {reason}")
+    if args.recipes:
+        print(recipe_table(runs))
+        return
+    for title, own in (("your runs", True), ("records of the repository", False)):
+        if group := [run for run in runs if run["row"] and run["own"] == own]:
+            print(f"{title}\n{leaderboard(group)}\n")
+    print("\n".join([*(printable(run["remark"]) for run in runs if run["remark"]), LEGEND]))
 
 
 if __name__ == "__main__":

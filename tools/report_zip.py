@@ -10,6 +10,7 @@ Masks and checkpoint are those in the run's Codabench zip (tools/package.py), wh
 import io
 import re
 from pathlib import Path
+from string import Template
 
 from common import ArgumentParser, UserError, atomic, check_target, make_folder, print_message, read_json, run_main
 
@@ -25,6 +26,7 @@ from tools.course_report import MAX_PAGES, count_pages, make_draft, matriculatio
 from tools.package import CODE_OF_RUN, ROOT, ZIP, make_submission, write_zip
 from tools.report import scored_weights
 
+README = Path(__file__).with_name("Readme.txt")
 CODE = "*.py *.toml *.md Makefile LICENSE requirements.txt tools/* checks/* checks/reference/* docs/*"
 
 
@@ -60,33 +62,6 @@ def describe_score(weights, content, data, views):
     best = register.best_score(weights.parent)
     known = f"the run in run/ has {best:.4f}, from one view per image" if best >= 0 else "not measured"
     return f"unknown, since the weights were trained on all pairs; {known}"
-
-
-def write_readme(matric, folder, content, score, views, report, count):
-    """The text of Readme.txt; `content` is the checkpoint, `count` the number of masks."""
-    versions = read_json(folder / "args.json")["versions"]
-    return f"""Face parsing on CelebAMask-HQ, 19 labels: {matric or "matriculation number: ________"}
-
-Validation F-measure: {score}
-Views that the masks average: {views or "one per image"}
-Parameters: {count_parameters(checkpoint.restore(content, folder)):,} (fewer than {PARAM_LIMIT:,} are allowed)
-
-Files
-  {report}: the report
-  masks/: the {count} predicted masks of the test images, PNG of mode P; pixel values are label ids
-  checkpoint/ckpt.pth: weights and arguments of the network, its input size, and the views to average
-  run/args.json, run/metrics.jsonl: command, settings and commit of the training, and its scores by epoch
-  code/: all code; code/README.md describes it
-
-Third-party libraries are in code/requirements.txt; the training's versions and machine:
-  {", ".join(f"{name} {version}" for name, version in versions.items())}
-
-How to reproduce the masks, in code/, with the test images in DATA/test/images (an absolute path):
-  python -m pip install -r requirements.txt
-  python -m tools.run --input DATA/test/images --output ../masks-again --weights ../checkpoint/ckpt.pth
-
-CelebAMask-HQ (Lee et al., CVPR 2020), weights trained on it and these masks are for non-commercial research only.
-"""
 
 
 def main():
@@ -126,7 +101,11 @@ def main():
     stated = re.search(r"official score\) is (0\.\d+)", page)
     if stated and known.startswith("0.") and abs(float(stated[1]) - float(known[:6])) > 0.0005:
         print_message(f"{draft} states {stated[1]}, but the masks handed in have {known[:6]}: correct it")
-    readme = write_readme(args.matric, folder, content, known, views, report.name, len(masks))
+    parameters = count_parameters(checkpoint.restore(content, folder))
+    versions = ", ".join(f"{name} {version}" for name, version in read_json(folder / "args.json")["versions"].items())
+    facts = {"matric": args.matric or "matriculation number: ________", "views": views or "one per image"}
+    facts |= {"score": known, "parameters": f"{parameters:,}", "limit": f"{PARAM_LIMIT:,}", "versions": versions}
+    readme = Template(README.read_text(encoding="utf-8")).substitute(facts, report=report.name, count=len(masks))
     files = {report.name: report, "run/args.json": folder / "args.json", "run/metrics.jsonl": folder / "metrics.jsonl"}
     code = (path for pattern in CODE.split() for path in ROOT.glob(pattern) if path.is_file())
     files |= {f"code/{path.relative_to(ROOT)}": path for path in code}
