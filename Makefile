@@ -51,7 +51,7 @@ data: $(READY) ## prepare DATA from RAW: the challenge's zip or folder, or the C
 	$(call needs,RAW,make data RAW=~/Downloads/challenge.zip)$(PY) -m tools.prepare $(flags)
 
 check-data: $(READY) ## audit DATA: unpaired, damaged, wrong or duplicate files, reversed sides
-	$(PY) -m tools.audit $(flags)
+	$(PY) -m tools.prepare --check $(flags)
 
 train: $(READY) ## train a run
 	$(PY) train.py $(flags)

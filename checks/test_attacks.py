@@ -36,8 +36,8 @@ from checks.test_submission import saved
 from checks.test_train import full, set_up, train_here
 from data import find_pairs, load_pairs
 from images import mask_image, read_mask
-from tools import audit, check_submission, course_report, export, package, prepare, report, serve
 from tools import check_params as params
+from tools import check_submission, course_report, export, package, prepare, report, serve
 from tools import run as tools_run
 from tools.synth import make_dataset
 
@@ -135,7 +135,7 @@ def test_two_files_of_one_name_are_refused(copy, kind):
     shutil.copy(path, path.with_suffix(".webp"))
     with pytest.raises(UserError, match="share a partner"):
         load_pairs(copy / "data", copy / "cache")
-    assert "name of another file" in audit.audit(copy / "data", workers=1)
+    assert "name of another file" in prepare.audit(copy / "data", workers=1)
 
 
 MASKS = {  # image, palette, error
@@ -153,7 +153,7 @@ def test_masks_are_read_by_their_palette(tmp_path, mask):
     if palette:
         image.putpalette(palette)
     path = write({"train/masks/a.png": encoded(image)}, tmp_path) / "train/masks/a.png"
-    faults = audit.inspect(path)[0]
+    faults = prepare.inspect(path)[0]
     if error:
         with pytest.raises(UserError, match=error):
             read_mask(path)
@@ -180,7 +180,7 @@ def test_a_turned_training_image_is_refused(copy):
     Image.open(path).save(path, exif=TURNED)
     with pytest.raises(UserError, match="EXIF orientation"):
         load_pairs(copy / "data", copy / "cache", workers=1)
-    assert audit.audit(copy / "data", workers=1)["EXIF orientation"] == [path]
+    assert prepare.audit(copy / "data", workers=1)["EXIF orientation"] == [path]
 
 
 @cases("raw", ["folder", "raw.zip"])
@@ -464,7 +464,7 @@ def test_a_picture_starts_no_program_and_a_pipe_is_none(tmp_path, monkeypatch):
     for name in ("a.jpg", "b.jpg"):
         with pytest.raises(UserError, match="cannot read"):
             prepare.read(tmp_path, name)
-        assert audit.inspect(tmp_path / name)[0][0].startswith("cannot read") and not (tmp_path / "started").exists()
+        assert prepare.inspect(tmp_path / name)[0][0].startswith("cannot read") and not (tmp_path / "started").exists()
 
 
 def test_scores_and_counts_are_of_what_was_asked(copy, capsys):

@@ -1,4 +1,4 @@
-"""tools/prepare.py, tools/audit.py and tools/synth.py, on tiny data sets made here."""
+"""tools/prepare.py and tools/synth.py, on tiny data sets made here."""
 
 import io
 import sys
@@ -13,7 +13,7 @@ from PIL import Image
 from data import SYNTHETIC_MARKER, reversed_sides, swap_sides
 from images import mask_image
 from labels import COLOURS, NAMES, NUM_CLASSES, PALETTE
-from tools import audit, prepare, synth
+from tools import prepare, synth
 
 SIZE = 32
 LABELS = (np.arange(SIZE * SIZE).reshape(SIZE, SIZE) // 8 % NUM_CLASSES).astype(np.uint8)
@@ -183,16 +183,16 @@ def data(tmp_path):
         ),
         ("train/masks/b.png", encoded(Image.fromarray(MASK), "JPEG"), "file is a JPEG, which destroys labels"),
         ("train/masks/b.png", encoded(Image.new("L", (512, 512), 19)), "file contains label 19"),
-        ("train/masks/b.png", encoded(mask_image(swap_sides(MASK))), audit.REVERSED),
+        ("train/masks/b.png", encoded(mask_image(swap_sides(MASK))), prepare.REVERSED),
         ("dev/images/copy.png", encoded(Image.open(io.BytesIO(jpeg(1, 512)))), "same pixels as {}/train/images/b.jpg"),
     ],
 )
 def test_audit_finds_one_fault(name, content, fault, command, data):
-    assert audit.audit(data, workers=1) == {}
+    assert prepare.audit(data, workers=1) == {}
     write({name: content}, data)
-    assert audit.audit(data, workers=1) == {fault.format(data): [data / name]}
-    status, out, _ = command(audit, "--data", data, "--list=1")
-    assert status == int(fault != audit.REVERSED) and f"{fault.format(data)} (1): {data / name}" in out
+    assert prepare.audit(data, workers=1) == {fault.format(data): [data / name]}
+    status, out, _ = command(prepare, "--check", "--data", data, "--list=1")
+    assert status == int(fault != prepare.REVERSED) and f"{fault.format(data)} (1): {data / name}" in out
 
 
 @pytest.fixture(scope="module")
@@ -252,8 +252,8 @@ def test_mistakes_are_one_line_and_status_2(command, tmp_path):
         (prepare, ("--raw", text, "--data", new), "cannot read"),
         (prepare, ("--raw", raw, "--data", tmp_path), "lies in the output"),
         (prepare, ("--raw", raw, "--data", other), "1 files not from"),
-        (audit, ("--data", tmp_path / "missing"), "no data folder"),
-        (audit, ("--data", raw / "test"), "no such file or folder"),
+        (prepare, ("--check", "--data", tmp_path / "missing"), "no data folder"),
+        (prepare, ("--check", "--data", raw / "test"), "no such file or folder"),
         (synth, ("--out", text / "faces"), "cannot create folder"),
         (synth, ("--out", other), "other files"),
         (synth, ("--out", faces, "--size=128"), "another --size"),

@@ -1,10 +1,12 @@
-"""Make a data folder (train/images, train/masks, dev/images, test/images) from a download.
+"""Make a data folder (train/images, train/masks, dev/images, test/images) from a download, or check one.
 
 python -m tools.prepare --raw challenge.zip
 python -m tools.prepare --raw CelebAMask-HQ --data data-hq --count 1000
+python -m tools.prepare --check --data data --list > faults.txt
 
 RAW is a folder or a zip: the challenge's data or the raw CelebAMask-HQ release (Lee et al., arXiv 1907.11922). The same
-command resumes an interrupted run.
+command resumes an interrupted run. A check has status 1 if files are unpaired, damaged, wrong or copies; reversed masks
+are no faults: training repairs them in memory.
 """
 
 import functools
@@ -14,17 +16,20 @@ import io
 import os
 import re
 import zipfile
+from collections import defaultdict
 from pathlib import Path, PurePosixPath
 
-from common import ArgumentParser, UserError, atomic, in_parallel, make_folder, positive, remove_unfinished, run_main
+import common
+from common import ArgumentParser, UserError, atomic, in_parallel, make_folder, positive, printable, run_main
 
 import numpy as np
 from PIL import Image
 
 import images
-from data import SIZE
+from data import SIZE, find_data, reversed_sides
 from labels import NAMES
 
+REVERSED = "left and right reversed"
 SPLITS = {"train": "train", "dev": "dev", "val": "dev", "test": "test"}
 MAX_BYTES = 2**26  # of an image file: a zip member of zeros can claim gigabytes
 PARTS = {name: label for label, name in enumerate(NAMES) if label}
@@ -207,7 +212,7 @@ def prepare(raw, data, count=None, size=SIZE, workers=None):
     paths = {data / name for name in jobs}
     for folder in sorted({path.parent for path in paths}):
         make_folder(folder)
-        remove_unfinished(folder, {path.name for path in paths})
+        common.remove_unfinished(folder, {path.name for path in paths})
         others = sorted(p.name for p in folder.iterdir() if p not in paths and not p.name.startswith("."))
         if others:
             raise UserError(f"{folder} has {len(others)} files not from {raw}, such as {others[0]}; give another DATA")
@@ -215,16 +220,65 @@ def prepare(raw, data, count=None, size=SIZE, workers=None):
     return jobs, sum(in_parallel(convert, tasks, workers, "preparing"))
 
 
+def inspect(path):
+    """Read one file as a training does: (faults, hash of an image's pixels; None for a mask)."""
+    is_mask = path.parent.name == "masks"
+    try:
+        pixels = images.read_mask(path) if is_mask else images.read_image(path)
+    except UserError as error:
+        return [str(error).replace(f"{path}", "file").split(";")[0]], None
+    faults = ["not 512 x 512"] if pixels.shape[:2] != (SIZE, SIZE) else []
+    if path.parent.parent.name == "train" and images.is_turned(path):
+        faults.append("EXIF orientation")
+    if is_mask:
+        faults += [REVERSED] * reversed_sides(pixels)
+    return faults, None if is_mask else images.image_hash(pixels)
+
+
+def audit(data, workers=None):
+    """{fault: [path, ...]} of DATA/train and, if they exist, DATA/dev and DATA/test. UserError if a folder is empty."""
+    photos, masks = (images.image_files(Path(data, "train", kind)) for kind in ("images", "masks"))
+    found, first = defaultdict(list), {}
+    for files, partners, fault in ((photos, masks, "image without mask"), (masks, photos, "mask without image")):
+        stems, seen = {path.stem for path in partners}, {}
+        found[fault] = [path for path in files if path.stem not in stems]
+        found["name of another file"] += [path for path in files if seen.setdefault(path.stem, path) != path]
+    others = [Path(data, split, "images") for split in ("dev", "test") if Path(data, split).is_dir()]
+    files = photos + masks + [path for folder in others for path in images.image_files(folder)]
+    for path, (faults, known) in zip(files, in_parallel(inspect, files, workers, "checking"), strict=True):
+        if known and first.setdefault(known, path) != path:
+            faults.append(f"same pixels as {first[known]}")
+        for fault in faults:
+            found[fault].append(path)
+    return {fault: paths for fault, paths in found.items() if paths}
+
+
 def main():
-    parser = ArgumentParser(description="Make a data folder from a download.")
-    parser.add_argument("--raw", required=True, help="downloaded data: a zip or folder")
-    parser.add_argument("--data", default="data", help="folder to create or complete")
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--raw", help="downloaded data: a zip or folder")
+    parser.add_argument("--data", help="folder to create or complete, or to check; default data")
     parser.add_argument("--count", type=positive, help="use only the first COUNT training pairs")
+    parser.switch("--check", help="check the folder instead")
+    parser.switch("--list", help="with --check: name every file, not only the first of each fault")
     args = parser.parse_args()
-    jobs, written = prepare(args.raw, args.data, args.count)
+    if args.check:
+        data = find_data(args.data)
+        found = audit(data)
+        for fault, paths in found.items():
+            for path in paths if args.list else paths[:1]:
+                more = "" if args.list or len(paths) == 1 else "; LIST=1 names all"
+                print(f"{printable(fault)} ({len(paths)}): {printable(str(path))}{more}")
+        repaired = len(found.pop(REVERSED, []))
+        print(f"{data}: {sum(map(len, found.values()))} faults, {repaired} reversed masks (repaired in training)")
+        return int(bool(found))
+    if not args.raw:
+        raise UserError("give the downloaded zip or folder as RAW (--raw)")
+    data = args.data or "data"
+    jobs, written = prepare(args.raw, data, args.count)
     pairs, dev, test = (sum(name.startswith(key) for name in jobs) for key in ("train/masks", "dev/", "test/"))
-    images_of = f"{pairs} training pairs, {dev} dev and {test} test images"
-    print(f"{args.data}: {images_of}; {written} of {len(jobs)} files written")
+    made = f"{pairs} training pairs, {dev} dev and {test} test images"
+    print(f"{data}: {made}; {written} of {len(jobs)} files written")
+    return 0
 
 
 if __name__ == "__main__":
