@@ -70,7 +70,7 @@ speedrun: $(READY) ## from nothing (cache included) to an official score of 0.80
 recipes: $(READY) ## list the recipes with the reference's scores and ours
 	$(PY) -m tools.report --recipes $(flags)
 
-runs: $(READY) ## leaderboard of runs/
+runs: $(READY) ## leaderboard of runs/; ALL=1 adds the experiments of docs/experiments.md
 	$(PY) -m tools.report --table $(flags)
 
 # make predict IN=photos OUT=masks NAME=a VIEWS=flip,scales

@@ -32,7 +32,7 @@ from tools.check_params import parameter_table
 from tools.check_submission import read_zip
 from views import parse_views
 
-EXPERIMENTS = 14  # rows that fit on five pages
+ROWS = 14  # experiments that fit on five pages
 SETTINGS = ("weight_decay", "decay_all", "clip", "dropout", "ema", "keep", "focal", "smoothing", "class_weights")
 SETTINGS += ("restart_period", "restart_growth", "exchange_sides", "fix_sides")
 MAX_PAGES = 5
@@ -134,7 +134,7 @@ def draft(folder, author, matric, views="", data=None):
     texts |= {"changes": rows[0][2]}
     texts = {key: escape(str(text)) for key, text in texts.items()}
     charts = report.find_scripts(report.TEMPLATE.read_text(encoding="utf-8"))[0]
-    content = {"runs": [run], "labels": NAMES, "colours": HEX_COLOURS, "experiments": rows[:EXPERIMENTS]}
+    content = {"runs": [run], "labels": NAMES, "colours": HEX_COLOURS, "experiments": rows[:ROWS]}
     content["pictures"] = (report.read_pictures(folder) or {"pictures": []})["pictures"]
     page = Template(PAGE.read_text(encoding="utf-8")).substitute(texts, charts=charts)
     return report.fill_template(page, content)

@@ -99,7 +99,7 @@ def plan(raw, data, count=None):
     found, (photos, masks) = find_challenge(names), find_release(names)
     if bool(found) == bool(photos or masks):  # neither or both
         expected = "train/images and train/masks, or CelebA-HQ-img and CelebAMask-HQ-mask-anno"
-        raise UserError(f"{raw} must contain either {expected}; unpack zips inside it first")
+        raise UserError(f"{raw} must contain either {expected}, not both; unpack zips inside it first")
     photos, masks = photos or found.pop(("train", "images"), {}), masks or found.pop(("train", "masks"), {})
     stems = sorted(photos.keys() | masks.keys())[:count]
     for partners, what in ((masks, "images without a mask"), (photos, "masks without an image")):
