@@ -23,7 +23,6 @@ from register import run_record
 SIZE = 512  # side of every stored image and mask
 IMAGE_BYTES, MASK_BYTES = 3 * SIZE * SIZE, SIZE * SIZE
 TAIL_BYTES = 1 + 2 * 16  # of a pair in the cache: reversed or not, hash of the image, hash of mask and flag
-CACHE_VERSION = 1
 SYNTHETIC = Path("build/synthetic-faces")
 SYNTHETIC_MARKER = "SYNTHETIC.txt"  # a file in every folder that tools/synth.py made
 
@@ -54,7 +53,7 @@ def swap_sides(mask):
 class Pairs:
     """All training pairs."""
 
-    images: np.ndarray  # uint8 (N, 3, 512, 512), memory-mapped
+    images: np.ndarray  # uint8 (N, 512, 512, 3), memory-mapped
     masks: np.ndarray  # uint8 (N, 512, 512), memory-mapped
     reversed: np.ndarray  # bool (N,): left and right are reversed in the mask
     names: list  # (N,), sorted
@@ -69,7 +68,7 @@ class Pairs:
         return [(self.names[i], None if self.hashes is None else self.hashes[i, 0].tobytes().hex()) for i in indices]
 
     def batch(self, indices, fix_sides=True):
-        """Copies (B, 3, 512, 512) and (B, 512, 512) of some pairs; `fix_sides` repairs reversed masks.
+        """Some pairs as uint8 tensors (B, 3, 512, 512), channels last, and (B, 512, 512); `fix_sides` repairs masks.
 
         UserError if the cache is damaged, which is checked when a pair is first read.
         """
@@ -82,7 +81,7 @@ class Pairs:
         if fix_sides:
             for i in np.flatnonzero(self.reversed[indices]):
                 masks[i] = swap_sides(masks[i])
-        return images, masks
+        return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(masks)
 
 
 class Batches:
@@ -103,7 +102,7 @@ class Batches:
             chosen = to_device(torch.from_numpy(positions), self.device)
             return [part[chosen] for part in self.resident]
         batch = self.pairs.batch(self.indices[positions], self.fix_sides)
-        return [to_device(torch.from_numpy(part), self.device) for part in batch]
+        return [to_device(part, self.device) for part in batch]
 
 
 def find_data(folder=None):
@@ -197,11 +196,11 @@ def load_pairs(data, cache="build/cache", workers=None):
     count = len(files)
     total = count * (IMAGE_BYTES + MASK_BYTES + TAIL_BYTES)
     digest = _digest(files)
-    path = Path(cache, f"{digest}.u8")
+    path = Path(cache, f"{digest}.hwc")
     if not path.is_file() or path.stat().st_size != total:
         _build_cache(path, files, total, workers)
     whole = np.memmap(path, np.uint8, "r")
-    images = whole[: count * IMAGE_BYTES].reshape(count, 3, SIZE, SIZE)
+    images = whole[: count * IMAGE_BYTES].reshape(count, SIZE, SIZE, 3)
     masks = whole[count * IMAGE_BYTES : count * (IMAGE_BYTES + MASK_BYTES)].reshape(count, SIZE, SIZE)
     tail = np.array(whole[-count * TAIL_BYTES :]).reshape(count, TAIL_BYTES)
     hashes = tail[:, 1:].reshape(count, 2, 16)
@@ -215,8 +214,8 @@ def _hashes(image, mask, is_reversed):
 
 
 def _digest(files):
-    """A key for the cache that changes with any byte or name of the files."""
-    digest = hashlib.sha256(f"version {CACHE_VERSION} size {SIZE}".encode())
+    """A key that changes with any byte or name of the files; runs record it, so it stays the same for ever."""
+    digest = hashlib.sha256(b"version 1 size 512")
     for path in (path for pair in files for path in pair):
         require_file(path)
         digest.update(path.name.encode("utf-8", "surrogateescape") + hashlib.sha256(path.read_bytes()).digest())
@@ -227,7 +226,7 @@ def _build_cache(path, files, total, workers):
     """Decode all pairs into the cache file `path` of `total` bytes, atomically."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for unfinished in path.parent.glob(f"{'[0-9a-f]' * 16}.u8.*.tmp"):  # of a killed process: a live one locks it
+        for unfinished in path.parent.glob(f"{'[0-9a-f]' * 16}.hwc.*.tmp"):  # of a killed process: a live one locks it
             with contextlib.suppress(OSError), open(unfinished) as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 unfinished.unlink()
@@ -242,6 +241,7 @@ def _build_cache(path, files, total, workers):
                 raise UserError(f"files of {files[0][0].parent.parent} changed while they were read; run it again")
             os.fsync(handle)
             os.replace(temporary, path)
+            path.with_suffix(".u8").unlink(missing_ok=True)  # the cache of an older version
         finally:
             os.close(handle)
             Path(temporary).unlink(missing_ok=True)
@@ -252,10 +252,10 @@ def _build_cache(path, files, total, workers):
 def _decode(task):
     """Decode one pair into its place in the cache file; runs in a worker process."""
     cache, index, count, image_path, mask_path = task
-    image, mask = read_image(image_path).transpose(2, 0, 1), read_mask(mask_path)
+    image, mask = read_image(image_path), read_mask(mask_path)
     for path, array in ((image_path, image), (mask_path, mask)):
-        if array.shape[-2:] != (SIZE, SIZE):
-            size = f"{array.shape[-1]} x {array.shape[-2]}"
+        if array.shape[:2] != (SIZE, SIZE):
+            size = f"{array.shape[1]} x {array.shape[0]}"
             raise UserError(f"{path} is {size}, not 512 x 512; `make data RAW=FOLDER DATA=NEW` resizes a data folder")
         if is_turned(path):
             raise UserError(f"{path} has an EXIF orientation, its partner may not; turn the pixels and remove it")

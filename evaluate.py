@@ -107,7 +107,7 @@ def evaluate(model, pairs, indices, size, device, *, views=ONE_VIEW, batch=0, ra
         if stop():
             break
         chosen = rows[start : start + batch]
-        images, masks = (to_device(torch.from_numpy(a), device) for a in pairs.batch(indices[chosen], fix_sides=False))
+        images, masks = (to_device(part, device) for part in pairs.batch(indices[chosen], fix_sides=False))
         with autocast(device, dtype):
             log_p = log_probabilities([model], images, size, views)
         # The loss is taken on the logit grid, which need not divide the mask: reduce by a power of two, then average.

@@ -119,8 +119,8 @@ def _to_srgb(image, source):
 
 
 def image_hash(image):
-    """16 bytes that identify an image (3, H, W) uint8 by its pixels, whatever its file and name."""
-    return hashlib.sha256(image.tobytes()).digest()[:16]
+    """16 bytes that identify uint8 pixels (H, W, 3), plane by plane, whatever their file and its name."""
+    return hashlib.sha256(image.transpose(2, 0, 1).tobytes()).digest()[:16]
 
 
 def is_turned(source):

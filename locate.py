@@ -133,7 +133,7 @@ class Scenes(IterableDataset):
         self.portraits = []  # PIL RGBA 256 x 256, opaque where the mask is not background
         for index in indices:
             opaque = Image.fromarray((pairs.masks[index] > 0).astype(np.uint8) * 255)
-            image = Image.fromarray(np.ascontiguousarray(pairs.images[index].transpose(1, 2, 0)))
+            image = Image.fromarray(pairs.images[index])
             image.putalpha(opaque)
             self.portraits.append(image.reduce(2))
 

@@ -134,7 +134,7 @@ def measure_portraits(parser, pairs, indices):
     rng, scores, blank = np.random.default_rng(0), {}, {}
     for index in indices:
         portrait, true = (
-            Image.fromarray(np.ascontiguousarray(pairs.images[index].transpose(1, 2, 0))),
+            Image.fromarray(pairs.images[index]),
             pairs.masks[index],
         )
         predicted = {name: (parser(np.array(f(portrait))).mask, true) for name, f in degradations(rng).items()}
