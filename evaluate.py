@@ -7,11 +7,12 @@ python evaluate.py --masks masks --truth data/train/masks --partial
 The held-out pairs are those that the checkpoint names, else those of its run's split, else of the reference's.
 """
 
+import json
 import sys
 import time
 from pathlib import Path
 
-from common import ArgumentParser, UserError, natural, print_message, run_main, show_progress
+from common import ArgumentParser, UserError, natural, print_message, read_json, run_main, show_progress, write_text
 
 import numpy as np
 import torch
@@ -166,6 +167,16 @@ def compare_folders(predicted, truth, partial=False):
     return np.stack(confusions)
 
 
+def record_views(path, views, names, confusions):
+    """Add the scores of some views to a run's best.json. UserError unless that file is of the same images."""
+    record = read_json(path)
+    if set(record.get("image_scores", {})) != names:
+        raise UserError(f"{path} has no scores of these {len(names)} images; --record is for the weights of a run")
+    scores = {"official": official_score(confusions), "batch32": batch_score(confusions)}
+    record["views"] = record.get("views", {}) | {views: scores}
+    write_text(path, json.dumps(record) + "\n")
+
+
 def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--weights", "--name", help="checkpoint or run; default the release, else the best run")
@@ -176,6 +187,7 @@ def main():
     parser.add_argument("--batch", type=natural, default=0, help="images per step; 0: 32 on a GPU, else 4")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--threads", type=natural, default=0, help="CPU threads; 0: torch's default")
+    parser.switch("--record", help="keep the score of these views in the run's best.json, under `views`")
     parser.add_argument("--masks", type=Path, help="score this folder of PNG masks instead of a network")
     parser.add_argument("--truth", type=Path, help="with --masks: folder of the true masks, same names")
     parser.switch("--partial", help="with --masks: score them even if the truth has more")
@@ -200,7 +212,10 @@ def main():
     if doubt := checkpoint.doubt(info, pairs.keys(indices)):
         print_message(f"{path} {doubt}")
     size, settings = args.size or info["size"], {"views": views, "batch": args.batch}
-    print(score_table(evaluate(model, pairs, indices, size, device, **settings)[0]))
+    confusions = evaluate(model, pairs, indices, size, device, **settings)[0]
+    if args.record:
+        record_views(path.parent / "best.json", args.views or "none", {pairs.names[i] for i in indices}, confusions)
+    print(score_table(confusions))
 
 
 if __name__ == "__main__":

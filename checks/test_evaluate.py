@@ -10,7 +10,17 @@ import torch
 import torch.nn.functional as F
 
 from data import Pairs, split
-from evaluate import batch_score, compare_folders, confusion, evaluate, held_out, label_scores, main, official_score
+from evaluate import (
+    batch_score,
+    compare_folders,
+    confusion,
+    evaluate,
+    held_out,
+    label_scores,
+    main,
+    official_score,
+    record_views,
+)
 from images import mask_image
 from labels import FLIP
 from model import build
@@ -52,7 +62,7 @@ def test_perfect_network_scores_1(scale):
     masks[:, 10:40, 10:40], masks[:, 44:60, 44:60] = 1, 15
     oracle = Oracle()
     oracle.masks = F.interpolate(torch.from_numpy(masks)[None], scale_factor=scale)[0]
-    pairs = Pairs(np.zeros((3, 3, 64, 64), np.uint8), masks, np.zeros(3, bool), list("abc"))
+    pairs = Pairs(np.zeros((3, 64, 64, 3), np.uint8), masks, np.zeros(3, bool), list("abc"))
     confusions, loss = evaluate(oracle, pairs, np.arange(3), 64, torch.device("cpu"), batch=2)
     assert official_score(confusions) > 0.98 and loss < 0.2
 
@@ -122,3 +132,15 @@ def test_resize_averages_down_and_interpolates_up(size):
     if size[0] <= 12:  # the average over each new pixel's area
         expected = F.avg_pool2d(images.double().repeat_interleave(size[0], 2).repeat_interleave(size[1], 3) / 255, 12)
     assert torch.allclose(resize(images, *size), expected.float(), atol=1e-6)
+
+
+def test_scores_of_views_are_kept_with_the_run(tmp_path):
+    confusions, path = np.eye(19, dtype=np.int64)[None], tmp_path / "best.json"
+    path.write_text('{"official": 0.5, "image_scores": {"a": []}}')
+    record_views(path, "flip", {"a"}, confusions)
+    record_views(path, "none", {"a"}, confusions)
+    kept = json.loads(path.read_text())
+    assert kept["official"] == 0.5 and kept["views"].keys() == {"flip", "none"}
+    assert kept["views"]["flip"] == {"official": pytest.approx(1), "batch32": pytest.approx(1)}
+    with pytest.raises(UserError, match="no scores of these 2 images"):
+        record_views(path, "flip", {"a", "b"}, confusions)
