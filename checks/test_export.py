@@ -12,6 +12,7 @@ import checkpoint
 import register
 from model import build
 from tools import export
+from tools.synth import make_dataset
 
 
 def exit_status(monkeypatch, *flags):
@@ -46,6 +47,14 @@ def test_onnx_file_gives_the_labels_of_torch(untrained, tmp_path, monkeypatch, c
     assert json.loads(facts["labels"])[17] == "neck" and "uint8 RGB" in facts["input"] and "128 x 128" in facts["input"]
     assert not any(node.op_type == "BatchNormalization" for node in model.graph.node)
     assert [output.name for output in model.graph.output] == ["labels"]
+
+
+def test_int8_file_is_a_third_of_the_size(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnx")
+    make_dataset(tmp_path / "data", train=4, dev=1, test=1)
+    path = tmp_path / "parser.onnx"
+    assert exit_status(monkeypatch, "--int8", f"--data={tmp_path}/data", f"--out={path}") == 0
+    assert path.stat().st_size < 3e6 and "have torch's label" in capsys.readouterr().out
 
 
 def test_a_file_with_other_labels_is_not_written(untrained, tmp_path, monkeypatch, capsys):

@@ -93,6 +93,8 @@ def main():
     if args.matric and "________" in page:
         remedy = f"edit and print it, or `make report OVERWRITE=1 AUTHOR= MATRIC= NAME={name}`"
         raise UserError(f"{draft} has blanks: {remedy}")
+    if args.matric and 'class="screen"' in page:
+        print_message(f"{draft} has the line of a draft: complete it, delete the line, `make report-pdf NAME={name}`")
     content = checkpoint.load(weights)
     remedy = f"`make submit NAME={name}` (and VIEWS=) creates a new one"
     sent, views = read_submission(submission, images, content["state_dict"], remedy)

@@ -14,6 +14,7 @@ from pathlib import Path
 from common import UserError, run_main
 
 from options import parse
+from tools.report import leaderboard, survey
 
 SINGLE = {"--name", "--data", "--from", "--runs", "--cache", "--model-args"}  # values may contain spaces
 
@@ -36,11 +37,12 @@ def expand(flags):
 def main():
     if "--help" in sys.argv:
         parse(["--help"])
-    runs = list(expand(sys.argv[1:]))
+    runs, names = list(expand(sys.argv[1:])), []
     settings = [parse(flags)[0] for _, flags in runs]  # checks every run before the first one starts
     for i, ((suffix, flags), args) in enumerate(zip(runs, settings, strict=True), 1):
         name = f"{args.name or args.recipe or 'sweep'}-{suffix}"
         resumes = Path(args.runs, name, "args.json").is_file() and not args.overwrite  # its flags must be the same
+        names.append(name)
         print(f"--- {i} of {len(runs)}: {name}", flush=True)
         child = subprocess.Popen([sys.executable, "train.py", *flags, f"--{'resume' if resumes else 'name'}={name}"])
         try:
@@ -52,7 +54,8 @@ def main():
             raise
         if status:
             return status
-    print("`make runs` compares them")
+    found, _ = survey(settings[0].runs, experiments=False)
+    print("\n" + leaderboard([run for run in found if Path(run["folder"]).name in names]))
     return 0
 
 
