@@ -15,20 +15,9 @@ from augment import PRESETS, Strength
 from model import MODELS
 
 RECIPES = Path(__file__).with_name("recipes.toml")
-# Arguments that do not change what is trained; a resumed run may change them.
-NEUTRAL = {
-    "device",
-    "threads",
-    "nproc",
-    "amp",
-    "compile",
-    "val_batch",
-    "data",
-    "cache",
-    "runs",
-    "resume",
-    "save_minutes",
-}
+# Arguments that do not change what is trained; a resumed run may change them. Older runs have a train_score.
+NEUTRAL = {"device", "threads", "nproc", "amp", "compile", "val_batch", "data", "cache", "runs", "resume"}
+NEUTRAL |= {"save_minutes", "train_score"}
 
 
 def build_parser():
@@ -106,9 +95,6 @@ def build_parser():
     score = parser.add_argument_group("validation")
     score.add_argument("--val-every", type=int, default=1, help="epochs between validations")
     score.add_argument("--val-batch", type=int, default=0, help="images per step of validation; 0: 32 on a GPU, else 4")
-    score.add_argument(
-        "--train-score", type=int, default=30, help="training pairs scored too; at most as many as held out"
-    )
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -201,7 +187,7 @@ def check(args):
     """UserError if a value is out of range, naming its flag."""
     ranges = {
         (0, 1): ("smoothing", "target"),
-        (0, 1e6): ("ce", "dice", "warmup", "clip", "patience", "save_minutes", "train_score"),
+        (0, 1e6): ("ce", "dice", "warmup", "clip", "patience", "save_minutes"),
         (1, 1e6): ("epochs", "batch", "val_every"),
         (0, 100): ("focal", "weight_decay"),
         (1, 100): ("restart_growth",),

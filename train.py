@@ -64,7 +64,7 @@ def resumed_args(args, given):
     folder = find_run(args.resume, args.runs)
     settings = run_arguments(folder)
     recorded = vars(from_record(settings, folder / "args.json"))
-    removed = {key for key in settings.keys() - vars(args).keys() if settings[key]}
+    removed = {key for key in settings.keys() - vars(args).keys() - NEUTRAL if settings[key]}
     if removed:
         what = f"{folder} uses {', '.join(sorted(removed))}, which this version no longer has"
         raise UserError(f"{what}; start a new run with FROM={make_name(folder)}")
@@ -590,32 +590,21 @@ def result(training, epoch):
     return model
 
 
-def scored(training, model, indices, size):
-    """Confusions (N, 19, 19) and mean loss of some pairs, each process evaluating its fraction of them."""
-    shared = {"ranks": (training.rank, training.processes), "stop": lambda: bool(training.signals)}
-    device, batch = training.device, training.args.val_batch
-    confusions, loss = evaluate(model, training.pairs, indices, size, device, batch=batch, **shared)
-    confusions = all_sum(torch.from_numpy(confusions).to(device)).cpu().numpy()
-    return confusions, float(all_sum(torch.tensor(loss, device=device)))
-
-
 def validate(training, model, size):
-    """Scores of a network on the held-out pairs: (metrics, confusions).
+    """Confusions (N, 19, 19) and mean loss of a network on the held-out pairs, each process evaluating its fraction.
 
     Returns None if interrupted.
     """
-    confusions, loss = scored(training, model, training.val_indices, size)
-    sample = min(training.args.train_score, len(training.val_indices))
-    train_confusions = scored(training, model, training.batches.indices[:sample], size)[0] if sample else None
-    if all_sum(torch.tensor(float(bool(training.signals)), device=training.device)) > 0:
+    settings = {"batch": training.args.val_batch, "ranks": (training.rank, training.processes)}
+    settings["stop"] = lambda: bool(training.signals)
+    confusions, loss = evaluate(model, training.pairs, training.val_indices, size, training.device, **settings)
+    confusions = all_sum(torch.from_numpy(confusions).to(training.device)).cpu().numpy()
+    loss, signals = all_sum(torch.tensor([loss, bool(training.signals)], device=training.device)).tolist()
+    if signals:
         return None
     if not math.isfinite(loss):
         raise UserError(f"the validation loss is {loss}; {LOWER}")
-    metrics = {"val_loss": loss, "official": official_score(confusions)}
-    metrics |= {"batch32": batch_score(confusions), "labels": rounded(label_scores(confusions)[0])}
-    if sample:
-        metrics["train_official"] = official_score(train_confusions)
-    return metrics, confusions
+    return confusions, loss
 
 
 def finish_epoch(training, epoch, line):
@@ -629,8 +618,9 @@ def finish_epoch(training, epoch, line):
         validated = validate(training, model, size)
         if not validated:
             return False
-        metrics, confusions = validated
-        line |= metrics
+        confusions, line["val_loss"] = validated
+        line |= {"official": official_score(confusions), "batch32": batch_score(confusions)}
+        line["labels"] = rounded(label_scores(confusions)[0])
     training.progress["seconds"] += time.monotonic() - begin
     line["minutes"] = round(training.progress["seconds"] / 60, 2)
     # Without validation the last epoch counts as the best.

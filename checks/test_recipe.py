@@ -80,7 +80,7 @@ def test_decay_shrinks_biases_and_norms_only_if_asked(start, monkeypatch, flags,
 def test_patience_counts_epochs_since_the_last_gain(start, monkeypatch):
     scores = iter([0.2, 0.1, 0.5, 0.5, 0.4, 0.9])
     monkeypatch.setattr("train.official_score", lambda confusions: next(scores))
-    train.train(run := start("--patience=2 --train-score=0"))
+    train.train(run := start("--patience=2"))
     assert (run.progress["epoch"], run.progress["best_epoch"]) == (5, 3)
 
 
