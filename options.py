@@ -5,6 +5,7 @@ python train.py --recipe lmsa_gpu_aug --dice 2     # a recipe; further flags ove
 """
 
 import argparse
+import contextlib
 import json
 import tomllib
 from pathlib import Path
@@ -53,9 +54,8 @@ def build_parser():
     length.add_argument("--batch", type=int, default=32, help="images per step, over all processes")
     length.add_argument("--lr", type=float, default=8e-4, help="highest learning rate")
     length.add_argument("--warmup", type=float, default=5, help="epochs of linear warm-up; at most half of the run")
-    length.add_argument(
-        "--schedule", choices=("cosine", "restarts", "constant"), default="cosine", help="after warm-up"
-    )
+    schedules = ("cosine", "restarts", "constant")
+    length.add_argument("--schedule", choices=schedules, default="cosine", help="after warm-up")
     length.add_argument("--restart-period", type=float, default=30, help="epochs until the first warm restart")
     length.add_argument("--restart-growth", type=float, default=2, help="length of each period relative to the last")
     length.add_argument("--patience", type=int, default=30, help="stop after this many epochs without gain; 0: never")
@@ -76,21 +76,16 @@ def build_parser():
     loss.add_argument("--focal", type=float, default=0.0, help="focal exponent in the cross-entropy; 0 disables it")
     loss.add_argument("--class-weights", choices=("", "balanced"), default="", help="balanced: 1/sqrt(frequency)")
     loss.add_argument("--smoothing", type=float, default=0.0, help="label smoothing in the cross-entropy")
-    loss.add_argument(
-        "--dice-over",
-        choices=("present", "all"),
-        default="present",
-        help="average Dice over the labels present in the image, or over all 19",
-    )
+    text = "average Dice over the labels present in the image, or over all 19"
+    loss.add_argument("--dice-over", choices=("present", "all"), default="present", help=text)
     loss.add_argument("--loss-grid", choices=("image", "logits"), default="image", help="resolution of the loss")
 
     change = parser.add_argument_group("augmentation", "The defaults are the preset's.")
     change.add_argument("--augment", choices=sorted(PRESETS), default="basic", help="preset of the strengths below")
     for name, kind in Strength.__annotations__.items():
         change.add_argument(flag(name), type=float, help=getattr(kind, "__metadata__", [None])[0])
-    change.add_argument(
-        "--exchange-sides", **switch, default=True, help="exchange left and right labels in mirrored masks"
-    )
+    text = "exchange left and right labels in mirrored masks"
+    change.add_argument("--exchange-sides", **switch, default=True, help=text)
 
     score = parser.add_argument_group("validation")
     score.add_argument("--val-every", type=int, default=1, help="epochs between validations")
@@ -112,32 +107,30 @@ def flag(name):
 
 
 def load_recipes():
-    """The recipes as {name: table}. UserError if the file is not TOML or a setting stands outside `set`."""
+    """The recipes as {name: table}. UserError if the file is not TOML or a flag does not stand under `set`."""
     try:
         recipes = tomllib.loads(RECIPES.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except tomllib.TOMLDecodeError as error:
         raise UserError(f"cannot read recipes.toml: {error}") from None
+    kinds = {"about": str, "like": str, "reference": (int, float), "set": dict}
     for name, table in recipes.items():
-        if not isinstance(table, dict):
-            raise UserError(f"recipes.toml: {name} stands outside a recipe; move it under `set` of one")
-        if others := set(table) - {"about", "like", "reference", "set"}:
-            raise UserError(f"recipes.toml: unknown {', '.join(sorted(others))} in {name}; flags stand under `set`")
-        kinds = {"set": dict, "like": str, "reference": (int, float)}
-        if wrong := [key for key, kind in kinds.items() if key in table and not isinstance(table[key], kind)]:
-            raise UserError(f"recipes.toml: {wrong[0]} of {name} has the wrong type; compare other recipes")
+        if not isinstance(table, dict) or not all(isinstance(v, kinds.get(k, ())) for k, v in table.items()):
+            raise UserError(f"recipes.toml: a recipe has {', '.join(kinds)}, flags stand under `set`; mend {name}")
     return recipes
 
 
-def recipe_layers(name, above=()):
+def recipe_layers(name):
     """A recipe's settings as lists of flags, so that argparse checks them: those of the recipe it is `like` first."""
-    recipes = load_recipes()
-    if name not in recipes:
-        raise UserError(f"no recipe {name!r}; {did_you_mean(recipes, name, count=1)} `make recipes` lists them")
-    if name in above:
-        raise UserError(f"recipes.toml: {name} is `like` itself, over {' and '.join(above)}")
-    own = recipes[name].get("set", {}).items()
-    flags = [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}" for key, value in own]
-    return [*(recipe_layers(recipes[name]["like"], (*above, name)) if "like" in recipes[name] else []), flags]
+    recipes, layers = load_recipes(), []
+    while name:
+        if name not in recipes:
+            similar = did_you_mean(recipes, name, count=1)
+            raise UserError(f"no recipe {name!r} in recipes.toml: {similar} `make recipes` lists them")
+        table = recipes.pop(name)  # a recipe that is `like` itself is missing the second time
+        own = table.get("set", {}).items()
+        layers.insert(0, [f"--{key}={json.dumps(v) if isinstance(v, dict) else v}" for key, v in own])
+        name = table.get("like")
+    return layers
 
 
 def parse(argv):
@@ -198,11 +191,15 @@ def check(args):
         (0, 0.99): ("dropout", "keep"),
         (0, 0.999): ("val_split",),
         (0, 0.999999): ("ema",),
+        (0, 180): ("rotate",),
+        (0, 2): ("scale",),
+        (1e-3, 100): ("mixup_alpha", "cutmix_alpha"),
     }
-    for (low, high), names in ranges.items():
-        for name in names:
-            if not low <= getattr(args, name) <= high:
-                raise UserError(f"{flag(name)} {getattr(args, name)} is out of range: {low:g} to {high:g}")
+    limits = dict.fromkeys(Strength.__annotations__, (0, 1))  # of those that are not above
+    limits |= {name: limit for limit, names in ranges.items() for name in names}
+    for name, (low, high) in limits.items():
+        if (value := getattr(args, name)) is not None and not low <= value <= high:
+            raise UserError(f"{flag(name)} {value} is out of range: {low:g} to {high:g}")
     if args.ce == args.dice == 0:
         raise UserError("--ce 0 with --dice 0 leaves no loss; give one of them a weight")
     if args.keep and not (args.start_from or args.resume):
@@ -217,18 +214,12 @@ def check(args):
 
 
 def strength(args):
-    """The augmentation: the preset's Strength with the individual flags on top. UserError if out of range."""
-    chosen = PRESETS[args.augment] | {
-        name: value for name in Strength.__annotations__ if (value := getattr(args, name)) is not None
-    }
-    limits = {"rotate": 180, "scale": 2, "mixup_alpha": 100, "cutmix_alpha": 100}  # 1 for all others
-    for name, value in chosen.items():
-        low = 1e-3 if name.endswith("alpha") else 0
-        if not low <= value <= limits.get(name, 1):
-            raise UserError(f"{flag(name)} {value} is out of range: {low:g} to {limits.get(name, 1)}")
-    if chosen.get("mixup", 0) + chosen.get("cutmix", 0) > 1:
+    """The augmentation: the preset's Strength with the individual flags on top. UserError for too much mixing."""
+    own = {name: getattr(args, name) for name in Strength.__annotations__}
+    chosen = Strength(**PRESETS[args.augment] | {name: value for name, value in own.items() if value is not None})
+    if chosen.mixup + chosen.cutmix > 1:
         raise UserError("--mixup and --cutmix are probabilities of alternatives: their sum must be at most 1")
-    return Strength(**chosen)
+    return chosen
 
 
 def network_arguments(args):
@@ -241,13 +232,10 @@ def network_arguments(args):
 
 def json_object(text):
     """The dict of --model-args. UserError if it is not a JSON object."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--model-args {text}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f'--model-args {text}: use a JSON object such as {{"attention": 0}}')
-    return content
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(content := json.loads(text), dict):
+            return content
+    raise UserError(f'--model-args {text} is no JSON object such as {{"attention": 0}}')
 
 
 def parse_sizes(text, epochs):
@@ -255,15 +243,10 @@ def parse_sizes(text, epochs):
 
     UserError for anything else; sizes are multiples of 32 from 32 to 512.
     """
-    phases = []
-    for part in str(text).split(","):
-        size, colon, length = part.partition(":")
-        try:
-            phases.append((int(size), int(length) if colon else epochs))
-        except ValueError:
-            raise UserError(f"--sizes {text}: {part!r} is not SIZE or SIZE:EPOCHS, as in 128:36,256:12") from None
-    if any(size % 32 or not 32 <= size <= 512 for size, _ in phases):
-        raise UserError(f"--sizes {text}: sizes must be multiples of 32 from 32 to 512")
-    if any(length < 1 for _, length in phases) or (len(phases) > 1 and str(text).count(":") < len(phases)):
-        raise UserError(f"--sizes {text}: each size needs its epochs, at least 1, as in 128:36,256:12")
-    return phases
+    parts = [part.partition(":") for part in str(text).split(",")]
+    with contextlib.suppress(ValueError):
+        phases = [(int(size), int(length) if colon else epochs) for size, colon, length in parts]
+        fits = all(size % 32 == 0 and 32 <= size <= 512 and length > 0 for size, length in phases)
+        if fits and (len(parts) == 1 or all(colon for _, colon, _ in parts)):
+            return phases
+    raise UserError(f"--sizes {text}: give one size from 32 to 512, a multiple of 32, or several as 128:36,256:12")

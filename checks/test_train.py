@@ -205,7 +205,7 @@ def test_weights_that_have_seen_the_held_out_pairs_are_refused(place):
         ("--name=x --model=microunet --from=whole", "MODEL=microsegformer"),
         ("--name=x --model=microunet --no-lmsa", "--lmsa"),
         ("--name=x --data=nowhere", "nowhere"),
-        ("--name=x --model-args={", "not JSON"),
+        ("--name=x --model-args={", "no JSON object"),
         ("--name=x --mixup=0.6 --cutmix=0.6", "--mixup and --cutmix"),
         ("--name=x --class-weights=1,2", "--class-weights"),
         ("--name=x --ce=0 --dice=0", "no loss"),
