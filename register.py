@@ -44,15 +44,8 @@ def find_weights(text=None, runs="runs"):
         return Path(text)
     path = find_run(text, runs) / "best.pt"
     if not path.is_file():
-        latest = f"; the latest are in {path.parent}/last.pt" if path.with_name("last.pt").is_file() else ""
-        raise UserError(f"{path.parent} has no best.pt: its weights were not kept, or no epoch has finished{latest}")
+        raise UserError(f"{path.parent} has no best.pt: its weights were not kept, or no epoch has finished")
     return path
-
-
-def delete_run(folder):
-    """Delete a run's files, args.json first; whatever else is in its folder stays."""
-    for name in RUN_FILES:
-        (folder / name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -65,7 +58,8 @@ def replace_run(folder):
     made = Path(tempfile.mkdtemp(dir=folder, prefix=".args.json.", suffix=".tmp"))
     try:
         yield made
-        delete_run(folder)
+        for name in RUN_FILES:
+            (folder / name).unlink(missing_ok=True)
         for path in sorted(made.iterdir(), key=lambda path: path.name == "args.json"):
             os.replace(path, folder / path.name)
     finally:
@@ -73,23 +67,20 @@ def replace_run(folder):
 
 
 def run_record(path):
-    """The args.json next to a file in a run's folder, as a dict; {} if there is none."""
+    """The args.json next to a file in a run's folder, as a dict; {} if there is none. UserError if it is damaged."""
     record = Path(path).with_name("args.json")
     content = read_json(record) if record.is_file() else {}
-    if not isinstance(content, dict) or any(not isinstance(content.get(key, {}), dict) for key in ("args", "pairs")):
+    parts = [content.get(key, {}) for key in ("args", "pairs")] if isinstance(content, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts) or not isinstance(parts[0].get("data") or "", str):
         raise UserError(f"{record} is damaged: restore it")
-    if not isinstance(content.get("args", {}).get("data"), (str, type(None))):
-        raise UserError(f"{record} is damaged: its data is no folder")
     return content
 
 
 def run_arguments(folder):
     """The arguments in a run's args.json as a dict. UserError if the file is damaged."""
-    try:
-        arguments = dict(read_json(folder / "args.json")["args"])
-        arguments["model"], arguments["sizes"]
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{folder}/args.json contains no arguments: restore it, or start a new run") from None
+    arguments = run_record(folder / "args.json").get("args", {})
+    if not arguments.keys() >= {"model", "sizes"}:
+        raise UserError(f"{folder}/args.json contains no arguments: restore it, or start a new run")
     return arguments
 
 
@@ -107,11 +98,9 @@ def best_score(folder):
 def read_metrics(folder):
     """The lines of metrics.jsonl as dicts; a line cut off by a crash ends the list."""
     metrics = []
-    try:
+    with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         for line in Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines():
             metrics.append(dict(json.loads(line)))
-    except (OSError, ValueError, TypeError, RecursionError):
-        pass
     return metrics
 
 
@@ -120,11 +109,8 @@ _locks = []  # open files: the system releases their locks when the process ends
 
 def lock(folder):
     """Hold the run for this process. UserError if another training does."""
-    try:
-        number = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)  # a link is another's file
-        file = open(number, "w")  # noqa: SIM115 - stays open
-    except OSError as error:
-        raise UserError(f"cannot write {folder}/.lock: {error.strerror}; remove it if no training runs") from None
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # a link is another's file
+    file = os.fdopen(os.open(folder / ".lock", flags, 0o644))
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -137,8 +123,6 @@ def is_running(folder):
     try:
         with open(Path(folder, ".lock")) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
     return False

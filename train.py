@@ -13,6 +13,7 @@ From top to bottom: the run's folder, set-up, one step, validation, the loop, wh
 import argparse
 import copy
 import functools
+import itertools
 import json
 import math
 import os
@@ -85,37 +86,23 @@ def open_run(args):
     """
     if args.resume:
         folder = find_run(args.resume, args.runs)
-        if not (folder / "last.pt").is_file():
-            starts = f"; `make train FROM={make_name(folder)} NAME=...` starts from it"
-            kept = (folder / "best.pt").is_file()
-            raise UserError(f"{folder} has no last.pt to resume{starts if kept else ', only records of a training'}")
         lock(folder)
         remove_unfinished(folder, register.RUN_FILES)
         return folder
-    name, number = args.name, 1
-    while name is None:
-        candidate = f"{args.recipe or 'run'}-{number}"
-        name, number = (None if Path(args.runs, candidate).exists() else candidate), number + 1
-    if not name or name.startswith(".") or "/" in name:
+    numbered = (f"{args.recipe or 'run'}-{number}" for number in itertools.count(1))
+    name = args.name or next(name for name in numbered if not Path(args.runs, name).exists())
+    if name.startswith(".") or "/" in name:
         raise UserError(f"--name {name!r}: use a plain folder name")
     folder = Path(args.runs, name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock(folder)
-        # A training was killed while its files replaced those of an older run.
-        torn = not (folder / "args.json").is_file() and any(folder.glob(".args.json.*.tmp/args.json"))
-        if torn:
-            register.delete_run(folder)
-        remove_unfinished(folder, register.RUN_FILES)
-        if not torn and any(path.name != ".lock" for path in folder.iterdir()):
-            if not (folder / "args.json").is_file():
-                raise UserError(f"{folder} exists and is no run: choose another NAME, or move its files away")
-            if not args.overwrite:
-                remedy = f"`make resume NAME={name}` continues it, " if (folder / "last.pt").exists() else ""
-                raise UserError(f"run {folder} exists: {remedy}OVERWRITE=1 replaces it, or choose another NAME")
-            run_arguments(folder)
-    except OSError as error:
-        raise UserError(f"cannot use {folder}: {error.strerror}; see --runs") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    lock(folder)
+    if (folder / "args.json").is_file():
+        if not args.overwrite:
+            raise UserError(f"run {folder} exists: `make resume NAME={name}`, OVERWRITE=1, or choose another NAME")
+        run_arguments(folder)
+    # One that was killed while its files replaced those of an older run is neither.
+    elif any(folder.glob("[!.]*")) and not any(folder.glob(".args.json.*.tmp/args.json")):
+        raise UserError(f"{folder} exists and is no run: choose another NAME, or move its files away")
     return folder
 
 
