@@ -184,9 +184,8 @@ def set_up(args):
     torch.backends.cudnn.benchmark = device.type == "cuda"
     rank, processes = join_processes(args, device)
     data = on_rank_0(rank, find_data, args.data)
-    if processes > 1:
-        on_rank_0(rank, create_cache, data, args.cache)
-    pairs = load_pairs(data, args.cache)
+    # Rank 0 decodes the pairs into the cache, the others find them there.
+    pairs = on_rank_0(rank, load_pairs, data, args.cache, share=False) or load_pairs(data, args.cache)
     train_indices, val_indices = split(len(pairs.names), args.val_split, args.split_seed, pairs.hashes[:, 0])
     names = {"trained_on": pairs.keys(train_indices), "held_out": pairs.keys(val_indices)}
     batch = batch_size(args, len(train_indices), processes)
@@ -232,11 +231,6 @@ def set_up(args):
     elif not rank:
         create_run(training, used)
     return training
-
-
-def create_cache(data, cache):
-    """Decode the pairs into the cache, unless it has them."""
-    load_pairs(data, cache)
 
 
 def batch_size(args, count, processes):
@@ -348,19 +342,20 @@ def join_processes(args, device):
     return dist.get_rank(), dist.get_world_size()
 
 
-def on_rank_0(rank, function, *args):
-    """function(*args) as rank 0 has it, on every process; so is its UserError."""
-    shared = [None, None]
+def on_rank_0(rank, function, *args, share=True):
+    """function(*args) as rank 0 has it, on every process, or None on the others without `share`; so are its errors."""
+    result = error = None
     if rank == 0:
         try:
-            shared[0] = function(*args)
-        except UserError as error:
-            shared[1] = error
+            result = function(*args)
+        except (UserError, OSError) as raised:
+            error = raised
+    shared = [result if share else None, error]
     if dist.is_initialized():
         dist.broadcast_object_list(shared)
     if shared[1]:
         raise shared[1]
-    return shared[0]
+    return shared[0] if rank else result
 
 
 def start_processes(args):
@@ -369,56 +364,42 @@ def start_processes(args):
         return
     gpus = torch.cuda.device_count() if args.device in ("auto", "cuda") else 0
     if args.nproc > gpus:
-        raise UserError(
-            f"NPROC={args.nproc} needs {args.nproc} GPUs, and --device {args.device} has {gpus}; "
-            "on a CPU use THREADS= instead"
-        )
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
+        raise UserError(f"NPROC={args.nproc} needs as many GPUs, there are {gpus}; on a CPU use THREADS= instead")
+    with socket.create_server(("localhost", 0)) as probe:
         port = probe.getsockname()[1]
     group = os.environ | {"WORLD_SIZE": str(args.nproc), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     processes = [
         subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=group | {"RANK": str(i), "LOCAL_RANK": str(i)})
         for i in range(args.nproc)
     ]
-
-    def forward(number, frame):  # a terminal sends Ctrl-C to all by itself: each ignores the repeat
-        for process in processes:
-            process.send_signal(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, forward)
-    stopped = 0, 128 + signal.SIGINT, 128 + signal.SIGTERM
-    while any(process.poll() is None for process in processes):
-        if any(process.returncode not in (None, *stopped) for process in processes):
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends Ctrl-C to all by itself: each ignores the repeat
+        signal.signal(number, lambda number, frame: [process.send_signal(number) for process in processes])
+    while None in (codes := [process.poll() for process in processes]):
+        if not {None, 0, 128 + signal.SIGINT, 128 + signal.SIGTERM}.issuperset(codes):
             for process in processes:  # the others would wait for the one that failed
                 process.kill()
         time.sleep(0.1)
-    codes = [process.returncode for process in processes]
-    sys.exit(next((code for code in codes if code not in stopped and code > 0), max(codes)))
+    sys.exit(max(codes))
 
 
 def catch_signals(rank=0):
-    """A list that collects SIGINT and SIGTERM: the first stops after the running step, the second at once.
+    """A list that collects SIGINT or SIGTERM: the first stops after the running step, the second at once.
 
     A repeat within two seconds is no second one: a launcher forwards what the terminal has sent to every process.
     """
-    signals, first = [], 0.0
-    reader, writer = os.pipe()
+    signals, (reader, writer) = [], os.pipe()
     os.set_blocking(writer, False)
 
     def watch():
-        nonlocal first
+        begin = 0.0
         while number := os.read(reader, 1)[0]:
-            if number not in (signal.SIGINT, signal.SIGTERM):  # the pipe tells of every signal with a handler
-                continue
-            if signals and time.monotonic() - first > 2:
-                os._exit(128 + number)
             if not signals:
-                first = time.monotonic()
+                begin = time.monotonic()
                 signals.append(number)
                 if rank == 0:
                     print_message(f"{signal.Signals(number).name}: stopping after this step; once more stops at once")
+            elif time.monotonic() - begin > 2:
+                os._exit(128 + number)
 
     # Python's own handlers wait until a backward pass has ended; a thread that reads the wake-up pipe does not.
     for number in (signal.SIGINT, signal.SIGTERM):
