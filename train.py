@@ -24,8 +24,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import IN_GROUP, UserError, duration, print_message, remove_unfinished, run_main, show_line, write_text
@@ -38,8 +36,8 @@ from torch import nn
 
 import checkpoint
 import register
-from augment import Strength, augment, draw, slice_batch
-from data import Batches, Pairs, find_data, is_synthetic, load_pairs, split
+from augment import augment, draw, slice_batch
+from data import Batches, find_data, is_synthetic, load_pairs, split
 from device import amp_dtype, autocast, device_name, select_device
 from evaluate import batch_score, evaluate, f_scores, label_scores, official_score
 from labels import NUM_CLASSES
@@ -49,9 +47,7 @@ from muon import Muon
 from options import NEUTRAL, flag, from_record, network_arguments, parse, parse_sizes, strength
 from register import find_run, find_weights, lock, make_name, read_metrics, run_arguments
 
-HERE = Path(__file__).parent
 START = {"epoch": 0, "step": 0, "loss": 0.0, "best": -1.0, "best_epoch": 0, "seconds": 0.0}  # a Training's progress
-LONG_HOURS = 2  # a run estimated to take longer prints a warning
 LOWER = "start again with a lower --lr, and --overwrite or another --name"
 
 
@@ -118,139 +114,85 @@ def rounded(values):
 
 def environment():
     """Commit and versions for args.json. The commit ends with + if files differ from it."""
-    commit = "unknown"
-    try:
-        git = {"cwd": HERE, "capture_output": True, "text": True}
-        # Not in another repository, in which these files were unpacked.
-        subprocess.run(["git", "ls-files", "--error-unmatch", "train.py"], check=True, **git)
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, **git).stdout.strip()
-        commit += "+" * (subprocess.run(["git", "diff", "--quiet", "HEAD"], **git).returncode != 0)
-    except (OSError, subprocess.CalledProcessError):
-        pass
+    # Not of another repository, in which these files were unpacked.
+    ours = "git ls-files --error-unmatch train.py && git describe --always --abbrev=40 --exclude='*' --dirty=+"
+    git = subprocess.run(ours, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True)
+    commit = "unknown" if git.returncode else git.stdout.split()[-1]
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     versions |= {"pillow": PIL.__version__, "machine": platform.machine(), "cpus": os.cpu_count()}
     return {"commit": commit, "versions": versions, "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
-@dataclass
 class Training:
-    """A training in progress: what a step, a validation and a save need."""
+    """A training in progress, new or resumed from last.pt; all input is validated before a run is created."""
 
-    args: argparse.Namespace
-    folder: Path  # of the run; rank 0 alone writes
-    device: torch.device
-    rank: int
-    processes: int
-    pairs: Pairs
-    batches: Batches
-    val_indices: np.ndarray  # (V,), of the pairs held out
-    names: dict  # pairs `trained_on`, also by the weights it started from, and `held_out`: [(name, hash), ...] each
-    phases: list  # [(size, epochs), ...]
-    strength: Strength
-    batch: int  # images per step, over all processes
-    model: nn.Module
-    network: nn.Module  # the model as it is called: compiled, or itself
-    average: nn.Module | None  # EMA of the model
-    start: dict | None  # state_dict of the weights it started from, if --keep
-    optimiser: torch.optim.Optimizer
-    amp_dtype: torch.dtype | None  # None: float32
-    scaler: torch.amp.GradScaler  # does nothing unless amp_dtype is float16
-    loss: dict  # keyword arguments of the loss
-    signals: list  # numbers of the signals received
-    # The next epoch and step, the summed loss of this epoch, the best score and its epoch, seconds so far.
-    progress: dict = field(default_factory=lambda: START.copy())
-    unread: deque = field(default_factory=deque)  # results of `train_step` that a GPU still computes
-
-    @property
-    def steps(self):
-        """Steps per epoch."""
-        return len(self.batches.indices) // self.batch
-
-    @property
-    def epochs(self):
-        """Epochs of the whole training."""
-        return sum(length for _, length in self.phases)
-
-    @functools.cached_property
-    def averaged(self):
-        """The tensors of the EMA, and the model's in the same order."""
-        states = (model.state_dict().values() for model in (self.average, self.model))
-        return [[value for value in state if value.is_floating_point()] for state in states]
-
-
-def set_up(args):
-    """The Training of these arguments, new or resumed from last.pt; all input is validated before a run is created."""
-    device = select_device(args.device, args.threads)
-    torch.backends.cudnn.benchmark = device.type == "cuda"
-    rank, processes = join_processes(args, device)
-    data = on_rank_0(rank, find_data, args.data)
-    # Rank 0 decodes the pairs into the cache, the others find them there.
-    pairs = on_rank_0(rank, load_pairs, data, args.cache, share=False) or load_pairs(data, args.cache)
-    train_indices, val_indices = split(len(pairs.names), args.val_split, args.split_seed, pairs.hashes[:, 0])
-    names = {"trained_on": pairs.keys(train_indices), "held_out": pairs.keys(val_indices)}
-    batch = batch_size(args, len(train_indices), processes)
-    torch.manual_seed(args.seed)
-    model = build(args.model, **network_arguments(args)).to(device, memory_format=torch.channels_last)
-    check_logits(model)
-    if args.start_from and not args.resume:
-        start_from(model, args, names, rank)
-    start = copy.deepcopy(model.state_dict()) if args.keep else None
-    average = copy.deepcopy(model).requires_grad_(False) if args.ema else None
-    if processes > 1 and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    dtype = amp_dtype(args.amp, device)
-    loss = dict(ce=args.ce, dice=args.dice, focal=args.focal, smoothing=args.smoothing, dice_over=args.dice_over)
-    loss["class_weights"] = label_weights(args, pairs, train_indices, device)
-    training = Training(
-        args=args,
-        folder=on_rank_0(rank, open_run, args),
-        device=device,
-        rank=rank,
-        processes=processes,
-        pairs=pairs,
-        batches=Batches(pairs, train_indices, device, args.fix_sides),
-        val_indices=val_indices,
-        names=names,
-        phases=parse_sizes(args.sizes, args.epochs),
-        strength=strength(args),
-        batch=batch,
-        model=model,
-        network=torch.compile(model, dynamic=False) if args.compile else model,  # compiled for each size
-        average=average,
-        start=start,
-        optimiser=make_optimiser(model, args, device),
-        amp_dtype=dtype,
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype is torch.float16),
-        loss=loss,
-        signals=catch_signals(rank),
-    )
-    used = {"training": len(train_indices), "validation": len(val_indices), "content": pairs.digest}
-    used["drawn"] = is_synthetic(data)
-    if args.resume:
-        resume(training, used)
-    elif not rank:
-        create_run(training, used)
-    return training
+    def __init__(self, args):
+        self.saved = time.monotonic()  # when last.pt was saved; at first, when the training started
+        self.args, self.device = args, select_device(args.device, args.threads)
+        torch.backends.cudnn.benchmark = self.device.type == "cuda"
+        self.rank, self.processes = join_processes(args, self.device)  # rank 0 alone writes
+        data = on_rank_0(self.rank, find_data, args.data)
+        # Rank 0 decodes the pairs into the cache, the others find them there.
+        self.pairs = on_rank_0(self.rank, load_pairs, data, args.cache, share=False) or load_pairs(data, args.cache)
+        hashes = self.pairs.hashes[:, 0]
+        indices, self.val_indices = split(len(self.pairs.names), args.val_split, args.split_seed, hashes)
+        # Pairs `trained_on`, also by the weights it started from, and `held_out`: [(name, hash), ...] each.
+        self.names = {"trained_on": self.pairs.keys(indices), "held_out": self.pairs.keys(self.val_indices)}
+        self.strength = strength(args)
+        self.phases = parse_sizes(args.sizes, args.epochs)  # [(size, epochs), ...]
+        self.sizes = [size for size, length in self.phases for _ in range(length)]  # of each epoch
+        self.batch = batch_size(self, len(indices))  # images per step, over all processes
+        self.steps = len(indices) // self.batch  # per epoch
+        torch.manual_seed(args.seed)
+        self.model = build(args.model, **network_arguments(args)).to(self.device, memory_format=torch.channels_last)
+        check_logits(self.model)
+        if args.start_from and not args.resume:
+            start_from(self)
+        self.start = copy.deepcopy(self.model.state_dict()) if args.keep else None
+        self.average = copy.deepcopy(self.model).requires_grad_(False) if args.ema else None  # EMA of the model
+        if self.processes > 1 and self.device.type == "cuda":
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        states = (model.state_dict().values() for model in (self.average, self.model) if self.average)
+        self.averaged = [[value for value in state if value.is_floating_point()] for state in states]  # the EMA's, its
+        self.amp_dtype = amp_dtype(args.amp, self.device)  # None: float32
+        self.loss = dict(ce=args.ce, dice=args.dice, focal=args.focal, smoothing=args.smoothing)
+        self.loss |= dict(dice_over=args.dice_over, class_weights=label_weights(self, indices))
+        self.folder = on_rank_0(self.rank, open_run, args)
+        self.batches = Batches(self.pairs, indices, self.device, args.fix_sides)
+        # The model as it is called: compiled for each size, or itself.
+        self.network = torch.compile(self.model, dynamic=False) if args.compile else self.model
+        self.optimiser = make_optimiser(self.model, args, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
+        self.signals = catch_signals(self.rank)
+        self.progress = START.copy()
+        self.unread = []  # results of `train_step` that a GPU still computes
+        used = {"training": len(indices), "validation": len(self.val_indices), "content": self.pairs.digest}
+        used["drawn"] = is_synthetic(data)
+        if args.resume:
+            resume(self, used)
+        elif self.rank == 0:
+            create_run(self, used)
 
 
-def batch_size(args, count, processes):
+def batch_size(training, count):
     """Images per step of `count` pairs, over all processes. UserError if they cannot be shared among these."""
     # MixUp and CutMix blend neighbours, so each process needs an even number of images.
-    augmentation = strength(args)
-    unit = 1 if processes == 1 else processes * (2 if augmentation.mixup or augmentation.cutmix else 1)
-    batch = min(args.batch, count // unit * unit)
+    pairs = 2 if training.strength.mixup or training.strength.cutmix else 1
+    unit = 1 if training.processes == 1 else training.processes * pairs
+    batch = min(training.args.batch, count // unit * unit)
     if not batch or batch % unit:
-        raise UserError(f"--batch {args.batch} of {count} pairs is not a multiple of {unit}; try NPROC=1")
-    if batch == 1 and any(size == 32 for size, _ in parse_sizes(args.sizes, args.epochs)):
+        raise UserError(f"--batch {training.args.batch} of {count} pairs is not a multiple of {unit}; try NPROC=1")
+    if batch == 1 and 32 in training.sizes:
         raise UserError("batch norm cannot train on one 32-pixel image; raise --batch or --sizes")
     return batch
 
 
-def start_from(model, args, names, rank):
+def start_from(training):
     """Load the weights of --from, and add the pairs that they were trained on to names["trained_on"].
 
     UserError if they are of another network, or have seen a pair that is held out here.
     """
+    args, names = training.args, training.names
     if args.start_from.startswith("runs/NAME/"):
         raise UserError(f"recipe {args.recipe} continues another run: add FROM={args.start_from} with its name")
     source = find_weights(args.start_from, args.runs)
@@ -264,10 +206,9 @@ def start_from(model, args, names, rank):
     if doubt and held:
         print_message(f"{source} {doubt}")
     names["trained_on"] = sorted({*names["trained_on"], *checkpoint.pairs_in(content, "trained_on")}, key=str)
-    checkpoint.load_state(model, content["state_dict"], source)
-    if not rank:
-        after = content.get("epoch") or (content.get("progress") or {}).get("epoch", "?")
-        print(f"weights from {source}, after its epoch {after}")
+    checkpoint.load_state(training.model, content["state_dict"], source)
+    if training.rank == 0:
+        print(f"weights from {source}")
 
 
 def place(training):
@@ -278,10 +219,10 @@ def place(training):
 
 def create_run(training, used):
     """Write the first files of a new run; those of an older run stay until these are on the disk."""
-    args, folder = training.args, training.folder
-    record = {"args": vars(args), "parameters": count_parameters(training.model), "pairs": used}
+    record = {"args": vars(training.args), "parameters": count_parameters(training.model), "pairs": used}
     record |= {"processes": training.processes, "device": training.device.type, **place(training)}
     record |= {"tf32": torch.get_float32_matmul_precision() == "high", "command": sys.argv, **environment()}
+    folder = training.folder
     with register.replace_run(folder) as training.folder:
         save_last(training)
         write_metrics(training.folder, [])
@@ -291,44 +232,43 @@ def create_run(training, used):
 
 def resume(training, used):
     """Load the state of last.pt into the training. UserError if it was trained on other pairs or does not fit."""
-    folder = find_run(training.args.resume, training.args.runs)
-    recorded = register.run_record(folder / "last.pt").get("pairs") or {}
+    folder, source = training.folder, training.folder / "last.pt"
+    record, state = register.run_record(source), checkpoint.load(source)
+    recorded = record.get("pairs") or {}
     if any(recorded.get(key, value) != value for key, value in used.items()):
         remedy = "give its data folder with DATA=, or start a new run"
         raise UserError(f"{folder} was trained on other pairs than {training.args.data or 'data'} has now; {remedy}")
-    source = folder / "last.pt"
-    state = checkpoint.load(source)
     try:
         checkpoint.load_state(training.model, state["state_dict"], source)
         if training.average:
             checkpoint.load_state(training.average, state["average"], source)
         training.start = state["start_state"] if training.args.keep else None
         training.optimiser.load_state_dict(state["optimiser"])
+        trial = copy.deepcopy(training.optimiser)  # a step of a copy shows whether its state fits
+        for p in (p for group in trial.param_groups for p in group["params"]):
+            p.grad = torch.zeros_like(p)
+        trial.step()
         if state["scaler"]:  # empty unless it was saved in fp16
             training.scaler.load_state_dict(state["scaler"])
-        training.progress |= dict(state["progress"])
-        if any(type(training.progress[key]) is not type(value) for key, value in START.items()):
-            raise TypeError("its progress is damaged")
-        held = checkpoint.pairs_in(state, "held_out")
-        if "held_out" in state and {name for name, _ in held} != {name for name, _ in training.names["held_out"]}:
-            raise UserError(f"{folder}/args.json holds out other pairs than {source}: restore it, or start a new run")
-        for key, own in training.names.items():  # an old run's names get their hashes
-            hashes = dict(own)
-            training.names[key] = [
-                (name, known or hashes.get(name)) for name, known in checkpoint.pairs_in(state, key)
-            ] or own
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        training.progress = {key: state["progress"][key] for key in START}
+        epoch, step = training.progress["epoch"], training.progress["step"]
+        fits = all(type(training.progress[key]) is type(value) for key, value in START.items())
+        if not (fits and 0 <= epoch <= len(training.sizes) and 0 <= step <= training.steps):
+            raise ValueError("its progress is damaged")
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
         raise UserError(f"{source} is of another run or version ({error}); start a new run") from None
+    held = dict(checkpoint.pairs_in(state, "held_out"))
+    if "held_out" in state and held.keys() != dict(training.names["held_out"]).keys():
+        raise UserError(f"{folder}/args.json holds out other pairs than {source}: restore it, or start a new run")
+    training.names = {key: checkpoint.pairs_in(state, key) or own for key, own in training.names.items()}
     if training.rank == 0:
-        done = training.progress["epoch"]
-        lines = read_metrics(folder)[:done]
-        if [line.get("epoch") for line in lines] != list(range(1, done + 1)):
+        lines = read_metrics(folder)[:epoch]
+        if [line.get("epoch") for line in lines] != list(range(1, epoch + 1)):
             raise UserError(f"{folder}/metrics.jsonl is damaged: restore it, or start a new run")
         write_metrics(folder, lines)
-        record = register.run_record(source)
         for key, value in place(training).items():  # a run may go on elsewhere
-            if value not in record.get(key, value).split(" then "):
-                record[key] += f" then {value}"
+            if value not in str(record.get(key, value)).split(" then "):
+                record[key] = f"{record[key]} then {value}"
         write_text(folder / "args.json", json.dumps(record, indent=1) + "\n")
 
 
@@ -409,15 +349,6 @@ def catch_signals(rank=0):
     return signals
 
 
-def size_at(phases, epoch):
-    """Image size of an epoch, counted from 0."""
-    for size, length in phases:
-        if epoch < length:
-            return size
-        epoch -= length
-    raise ValueError("epoch beyond the last phase")
-
-
 def pixels_before(phases, epoch):
     """Pixels of an image in all epochs before `epoch` (a float): a measure of the compute spent."""
     spent = 0.0
@@ -450,36 +381,28 @@ def learning_rate(args, phases, epoch):
     return args.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
 
 
-def label_weights(args, pairs, indices, device):
+def label_weights(training, indices):
     """Class weights as a tensor (19,) whose mean over the training pixels is 1, or None."""
-    if not args.class_weights:
+    if not training.args.class_weights:
         return None
-    sample = pairs.masks[indices[:: max(1, len(indices) // 100)]]
+    sample = training.pairs.masks[indices[:: max(1, len(indices) // 100)]]
     frequency = np.bincount(sample.ravel(), minlength=NUM_CLASSES) / sample.size
     weights = 1 / np.sqrt(frequency.clip(1e-4))
-    return torch.tensor(weights / (weights * frequency).sum(), dtype=torch.float32, device=device)
+    return torch.tensor(weights / (weights * frequency).sum(), dtype=torch.float32, device=training.device)
 
 
 def make_optimiser(model, args, device):
     """AdamW, or Muon for the matrices of hidden layers and AdamW for all other parameters."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    settings = {"lr": args.lr, "fused": device.type != "mps", "weight_decay": args.weight_decay}
-    rest = {"params": vectors, "weight_decay": args.weight_decay if args.decay_all else 0.0}
-    if args.optimiser == "adamw":
-        return torch.optim.AdamW([{"params": matrices}, rest], **settings)
-    # Hidden matrices are not the first layer, the classifier or depthwise filters, which have one input.
-    ends, hidden, others = tuple(f"{name}." for name in model.ends), [], []
+    ends, hidden, others, vectors = tuple(f"{name}." for name in model.ends), [], [], []
     for name, p in model.named_parameters():
-        if p.dim() >= 2:
-            (others if name.startswith(ends) or p.shape[1] == 1 else hidden).append(p)
-    return Muon([{"params": hidden, "orthogonal": True}, {"params": others}, rest], **settings)
-
-
-@torch.no_grad()
-def update_average(kept, new, decay, step):
-    """Move the EMA's tensors towards the model's; the decay warms up over the first steps."""
-    torch._foreach_lerp_(kept, new, 1 - min(decay, (1 + step) / (10 + step)))
+        # Hidden matrices are not the first layer, the classifier or depthwise filters, which have one input.
+        inner = args.optimiser == "muon" and p.dim() >= 2 and p.shape[1] > 1 and not name.startswith(ends)
+        (vectors if p.dim() < 2 else hidden if inner else others).append(p)
+    settings = {"lr": args.lr, "fused": device.type != "mps", "weight_decay": args.weight_decay}
+    groups = [{"params": others}, {"params": vectors, "weight_decay": args.weight_decay * args.decay_all}]
+    if args.optimiser == "adamw":
+        return torch.optim.AdamW(groups, **settings)
+    return Muon([{"params": hidden, "orthogonal": True}, *groups], **settings)
 
 
 def all_sum(tensor):
@@ -502,7 +425,7 @@ def load_batch(training, epoch, order, step):
     params = slice_batch(draw(training.batch, training.strength, (training.args.seed, epoch, step)), start, stop)
     images, masks = training.batches.read(order[step * training.batch :][start:stop])
     stride = 1 if training.args.loss_grid == "image" else training.model.stride
-    return augment(images, masks, params, size_at(training.phases, epoch), stride, training.args.exchange_sides)
+    return augment(images, masks, params, training.sizes[epoch], stride, training.args.exchange_sides)
 
 
 def train_step(training, epoch, step, images, target):
@@ -510,7 +433,7 @@ def train_step(training, epoch, step, images, target):
 
     On a GPU the step is only launched here; `read_status` waits for it.
     """
-    args = training.args
+    args, model = training.args, training.model
     for group in training.optimiser.param_groups:
         group["lr"] = learning_rate(args, training.phases, epoch + (step + 1) / training.steps)
     # Dropout draws from the step's own seed, so that a resumed run draws the same.
@@ -521,14 +444,15 @@ def train_step(training, epoch, step, images, target):
     training.optimiser.zero_grad(set_to_none=True)
     training.scaler.scale(loss).backward()
     if training.processes > 1:
-        average_gradients([p.grad for p in training.model.parameters() if p.grad is not None])
+        average_gradients([p.grad for p in model.parameters() if p.grad is not None])
     if args.clip:
         training.scaler.unscale_(training.optimiser)
-    norm = nn.utils.clip_grad_norm_(training.model.parameters(), args.clip or math.inf)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
     training.scaler.step(training.optimiser)
     training.scaler.update()
     if training.average:
-        update_average(*training.averaged, args.ema, epoch * training.steps + step)
+        done = epoch * training.steps + step
+        torch._foreach_lerp_(*training.averaged, 1 - min(args.ema, (1 + done) / (10 + done)))  # the decay warms up
     status = torch.stack([loss.detach(), norm, torch.full_like(norm, float(bool(training.signals)))])
     return all_sum(status).div_(training.processes)
 
@@ -536,11 +460,9 @@ def train_step(training, epoch, step, images, target):
 def read_status(training, status, epoch, step):
     """(loss, True if any process received a signal) of a step. UserError if the loss or the gradient is not finite."""
     loss, norm, signalled = status.tolist()
-    where = f"in epoch {epoch + 1}, step {step + 1}; {LOWER}"
-    if not math.isfinite(loss):
-        raise UserError(f"the loss is {loss} {where}")
-    if not (math.isfinite(norm) or training.scaler.is_enabled()):  # the scaler skips such a step itself
-        raise UserError(f"the gradient norm is {norm} {where}")
+    # The scaler itself skips a step whose gradient is not finite.
+    if not math.isfinite(loss) or not (math.isfinite(norm) or training.scaler.is_enabled()):
+        raise UserError(f"loss {loss}, gradient norm {norm} in epoch {epoch + 1}, step {step + 1}; {LOWER}")
     return loss, signalled > 0
 
 
@@ -550,7 +472,7 @@ def result(training, epoch):
     After the last epoch --keep mixes in the weights that the training started from (arXiv 2109.01903).
     """
     model = training.average or training.model
-    if training.args.keep and epoch + 1 == training.epochs:
+    if training.args.keep and epoch + 1 == len(training.sizes):
         model = copy.deepcopy(model).requires_grad_(False)
         for name, value in model.state_dict().items():
             if value.is_floating_point():
@@ -576,45 +498,43 @@ def validate(training, model, size):
 
 
 def finish_epoch(training, epoch, line):
-    """Validate if due, then write metrics.jsonl, best.pt, best.json and last.pt.
+    """Validate if due, then write best.pt, best.json, metrics.jsonl and last.pt.
 
     Returns False if interrupted: the epoch is not recorded then, and the resumed run validates.
     """
-    size, confusions, model = size_at(training.phases, epoch), None, result(training, epoch)
-    begin = time.monotonic()
-    if len(training.val_indices) and ((epoch + 1) % training.args.val_every == 0 or epoch + 1 == training.epochs):
+    progress, size, model, held = training.progress, line["size"], result(training, epoch), len(training.val_indices)
+    confusions, last = None, epoch + 1 == len(training.sizes)
+    if held and ((epoch + 1) % training.args.val_every == 0 or last):
         validated = validate(training, model, size)
         if not validated:
             return False
         confusions, line["val_loss"] = validated
         line |= {"official": official_score(confusions), "batch32": batch_score(confusions)}
         line["labels"] = rounded(label_scores(confusions)[0])
-    training.progress["seconds"] += time.monotonic() - begin
-    line["minutes"] = round(training.progress["seconds"] / 60, 2)
+    line["minutes"] = round((progress["seconds"] + time.monotonic() - training.saved) / 60, 2)
     # Without validation the last epoch counts as the best.
-    score = line.get("official", -1.0) if len(training.val_indices) else float(epoch)
-    better = score > training.progress["best"]
+    score = line.get("official", -1.0) if held else float(epoch)
+    better = score > progress["best"]
     if better:
-        training.progress |= {"best": score, "best_epoch": epoch + 1}
-    training.progress |= {"epoch": epoch + 1, "step": 0, "loss": 0.0}
+        progress |= {"best": score, "best_epoch": epoch + 1}
+    progress |= {"epoch": epoch + 1, "step": 0, "loss": 0.0}
     if training.rank == 0:
-        require_finite(training)
-        write_metrics(training.folder, [*read_metrics(training.folder), line])
         if better:
-            content = describe_network(training, model, size)
-            content |= {"epoch": epoch + 1, "official": line.get("official")}
-            content |= {"validated": bool(len(training.val_indices))}
-            checkpoint.save(training.folder / "best.pt", content)
-            if confusions is not None:
-                write_best(training, line, confusions)
+            content = describe_network(training, model, size) | {"epoch": epoch + 1, "official": line.get("official")}
+            checkpoint.save(training.folder / "best.pt", content | {"validated": bool(held)})
+        if better and held:
+            write_best(training, line, confusions)
+        write_metrics(training.folder, [*read_metrics(training.folder), line])
         show_line("", sys.stdout)
-        print(epoch_line(line, training.epochs, better), flush=True)
+        print(epoch_line(line, len(training.sizes), better), flush=True)
     save_last(training)
     return True
 
 
 def describe_network(training, model, size):
-    """The entries of a checkpoint that rebuild the network; `size` is the side of its images."""
+    """The entries of a checkpoint that rebuild a network for images of this side. UserError if it is not finite."""
+    if not checkpoint.is_finite(model):
+        raise UserError(f"the weights are no longer finite; {LOWER}")
     content = {"model": training.args.model, "model_args": network_arguments(training.args), "size": size}
     return content | training.names | {"state_dict": model.state_dict()}
 
@@ -629,17 +549,13 @@ def write_best(training, line, confusions):
     write_text(training.folder / "best.json", json.dumps(record) + "\n")
 
 
-def require_finite(training):
-    """UserError if the weights contain infinities or NaN."""
-    if not all(checkpoint.is_finite(m) for m in (training.model, training.average) if m is not None):
-        raise UserError(f"the weights are no longer finite; {LOWER}")
-
-
 def save_last(training):
     """Write last.pt, from which --resume continues exactly."""
+    now = time.monotonic()
+    training.progress["seconds"] += now - training.saved
+    training.saved = now
     if training.rank == 0:
-        require_finite(training)
-        content = describe_network(training, training.model, training.phases[-1][0])
+        content = describe_network(training, training.model, training.sizes[-1])
         loss = training.progress["loss"] + sum(float(status[0]) for status in training.unread)
         content |= {"average": training.average.state_dict() if training.average else None}
         content |= {"start_state": training.start}
@@ -652,65 +568,48 @@ def is_finished(training):
     """True once all epochs are done, the target is met, or early stopping applies."""
     stale = training.progress["epoch"] - training.progress["best_epoch"]
     stopped = 0 < training.args.target <= training.progress["best"] or 0 < training.args.patience <= stale
-    return stopped or training.progress["epoch"] == training.epochs
+    return stopped or training.progress["epoch"] == len(training.sizes)
 
 
 def train(training):
-    """Train the remaining epochs; returns the number of the signal that stopped them, or 0."""
-    clock = saved = time.monotonic()
-    session, total = 0, pixels_before(training.phases, training.epochs)
+    """Train the remaining epochs; returns False if a signal stopped it, after a save."""
+    args, progress, unread, epochs = training.args, training.progress, training.unread, len(training.sizes)
+    pixels = functools.partial(pixels_before, training.phases)
+    total, before = pixels(epochs), pixels(progress["epoch"] + progress["step"] / training.steps)
+    begin = time.monotonic()
     lag = 1 if training.device.type == "cuda" else 0  # a GPU has the next step to do while the loss of one is read
     training.model.train()
-    for epoch in range(training.progress["epoch"], training.epochs):
-        if is_finished(training):
-            break
-        order = np.random.default_rng((training.args.seed, epoch)).permutation(len(training.batches.indices))
-        begin, first, signalled = time.monotonic(), training.progress["step"], False
-        batch = load_batch(training, epoch, order, first) if first < training.steps else None
+    while not is_finished(training):
+        epoch, first, start = progress["epoch"], progress["step"], time.monotonic()
+        order = np.random.default_rng((args.seed, epoch)).permutation(len(training.batches.indices))
+        line = {"epoch": epoch + 1, "size": training.sizes[epoch]}
         for step in range(first, training.steps):
-            training.unread.append(train_step(training, epoch, step, *batch))
-            batch = load_batch(training, epoch, order, step + 1) if step + 1 < training.steps else None
-            while len(training.unread) > (lag if batch else 0):
-                loss, signalled = read_status(training, training.unread.popleft(), epoch, step - len(training.unread))
-                training.progress["loss"] += loss
-            now = time.monotonic()
-            training.progress["seconds"] += now - clock
-            clock = now
-            training.progress["step"] = step + 1
-            session, spent = session + 1, pixels_before(training.phases, epoch + (step + 1) / training.steps)
-            if session <= 2:  # not representative: the first steps fill caches
-                warm_time, warm_spent, left = now, spent, None
-            else:
-                left = (total - spent) * (now - warm_time) / (spent - warm_spent)
+            unread.append(train_step(training, epoch, step, *load_batch(training, epoch, order, step)))
+            signalled, progress["step"] = False, step + 1
+            while len(unread) > (lag if step + 1 < training.steps else 0):
+                loss, signalled = read_status(training, unread.pop(0), epoch, step - len(unread))
+                progress["loss"] += loss
             if training.rank == 0:
-                speed = (step + 1 - first) * training.batch / (now - begin)
-                show_line(step_line(training, epoch, step, speed, spent / total, left), sys.stdout)
-                if session == 4 and left > LONG_HOURS * 3600:
-                    print_message(f"this run takes about {duration(left)}; RECIPE=cpu takes half an hour on one core")
+                now, spent = time.monotonic(), pixels(epoch + (step + 1) / training.steps)
+                left = (total - spent) * (now - begin) / (spent - before)
+                show_line(
+                    f"epoch {epoch + 1}/{epochs} {line['size']}px step {step + 1}/{training.steps} "
+                    f"loss {progress['loss'] / max(1, step + 1 - len(unread)):.4f} "
+                    f"{(step + 1 - first) * training.batch / (now - start):.1f} images/s "
+                    f"{spent / total:.0%} {duration(left)} left",
+                    sys.stdout,
+                )
             if signalled:
                 save_last(training)
-                return training.signals[0] if training.signals else signal.SIGTERM
-            if training.rank == 0 and now - saved > 60 * training.args.save_minutes:
+                return False
+            if time.monotonic() - training.saved > 60 * args.save_minutes:
                 save_last(training)
-                saved = now
-        line = {"epoch": epoch + 1, "size": size_at(training.phases, epoch)}
-        line["loss"] = training.progress["loss"] / training.steps
-        line["lr"] = learning_rate(training.args, training.phases, epoch + 1)
-        line["images_per_s"] = round((training.steps - first) * training.batch / (time.monotonic() - begin), 2) or None
+        line |= {"loss": progress["loss"] / training.steps, "lr": learning_rate(args, training.phases, epoch + 1)}
+        line["images_per_s"] = round((training.steps - first) * training.batch / (time.monotonic() - start), 2) or None
         if not finish_epoch(training, epoch, line):
             save_last(training)
-            return training.signals[0] if training.signals else signal.SIGTERM
-        clock = saved = time.monotonic()
-    return 0
-
-
-def step_line(training, epoch, step, speed, done, left):
-    """The progress line after a step; `left` is the estimated seconds to the end, None if unknown."""
-    loss = training.progress["loss"] / max(1, step + 1 - len(training.unread))
-    return (
-        f"epoch {epoch + 1}/{training.epochs} {size_at(training.phases, epoch)}px step {step + 1}/{training.steps} "
-        f"loss {loss:.4f} {speed:.1f} images/s {done:.0%}{f' {duration(left)} left' if left else ''}"
-    )
+            return False
+    return True
 
 
 def epoch_line(line, epochs, better):
@@ -721,45 +620,33 @@ def epoch_line(line, epochs, better):
     return text + f" {line['images_per_s'] or '-'} images/s {line['minutes']:.1f} min"
 
 
-def summary(training, stopped):
-    """The closing lines: best epoch and score, files, next commands. `stopped`: a signal ended the training."""
-    name, done = make_name(training.folder), training.progress["epoch"]
-    epochs = f"{done} epoch{'s' * (done != 1)} in {duration(training.progress['seconds'])}"
-    if stopped:
-        return f"stopped in epoch {done + 1}, saved; {epochs}\nnext: make resume NAME={name}"
-    score = f"official score {training.progress['best']:.4f} in " if len(training.val_indices) else ""
-    best = f"best: {score}epoch {training.progress['best_epoch']}; {epochs}; weights: {training.folder}/best.pt"
-    return f"{best}\nnext: make report, make predict NAME={name} IN=photos OUT=masks, make submit NAME={name}"
-
-
 def main():
     args = resumed_args(*parse(sys.argv[1:]))
     start_processes(args)
-    begin = time.monotonic()
-    training = set_up(args)
-    training.progress["seconds"] += time.monotonic() - begin  # a run's minutes include its cache and set-up
-    count = count_parameters(training.model)
-    if training.rank == 0:
-        devices = str(training.device)
-        devices += f", {torch.get_num_threads()} threads" if training.device.type == "cpu" else ""
-        devices += f", {training.processes} processes" if training.processes > 1 else ""
-        print(
-            f"{training.folder}: {training.args.model} {count:,} parameters, {len(training.batches.indices)} training "
-            f"and {len(training.val_indices)} validation pairs, {training.epochs} epochs x {training.steps} steps of "
-            f"{training.batch} images, {devices}; the first step is slow",
-            flush=True,
-        )
-        if count >= PARAM_LIMIT:
-            print_message(f"{count:,} parameters: a submission must have fewer than {PARAM_LIMIT:,}")
-        if args.resume and not is_finished(training):
-            print(f"resuming at epoch {training.progress['epoch'] + 1}, step {training.progress['step'] + 1}")
+    training = Training(args)
+    progress, folder, count = training.progress, training.folder, count_parameters(training.model)
+    say = functools.partial(print, flush=True) if training.rank == 0 else lambda text: None
+    say(
+        f"{folder}: {args.model} {count:,} parameters, {len(training.batches.indices)} training and "
+        f"{len(training.val_indices)} validation pairs, {len(training.sizes)} epochs x {training.steps} steps of "
+        f"{training.batch} images, {training.processes} x {training.device}, {torch.get_num_threads()} threads"
+    )
+    if count >= PARAM_LIMIT and training.rank == 0:
+        print_message(f"{count:,} parameters: a submission must have fewer than {PARAM_LIMIT:,}")
     if is_finished(training):
-        print(f"already finished; `make train FROM={args.resume} NAME=...` starts a new run from its weights")
+        say(f"already finished; `make train FROM={args.resume} NAME=...` starts a new run from its weights")
         return 0
-    number = train(training)
-    if training.rank == 0:
-        show_line("", sys.stdout)
-        print(summary(training, number), flush=True)
+    if args.resume:
+        say(f"resuming at epoch {progress['epoch'] + 1}, step {progress['step'] + 1}")
+    number = 0 if train(training) else (training.signals or [signal.SIGTERM])[0]
+    done, spent, name = progress["epoch"], duration(progress["seconds"]), make_name(folder)
+    show_line("", sys.stdout)
+    if number:
+        say(f"stopped in epoch {done + 1} after {spent}, saved\nnext: make resume NAME={name}")
+    else:
+        score = f"official score {progress['best']:.4f} in " if len(training.val_indices) else ""
+        say(f"best: {score}epoch {progress['best_epoch']} of {done}, {spent}; weights: {folder}/best.pt")
+        say(f"next: make report, make predict NAME={name} IN=photos OUT=masks, make submit NAME={name}")
     if training.processes > 1:
         dist.destroy_process_group()
     return 128 + number if number else 0

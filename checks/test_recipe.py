@@ -18,7 +18,7 @@ def start(tmp_path_factory, monkeypatch):
         make_dataset(root / "data", train=6, dev=0, test=0, workers=1)
     usual = f"--runs={root}/runs --data={root}/data --cache={root}/cache --val-split=0.2 --device=cpu --threads=1 "
     usual += "--amp=off --batch=2 --sizes=32:9 --augment=none --warmup=0 --schedule=constant --dropout=0 --no-lmsa "
-    return lambda flags: train.set_up(parse((usual + flags).split())[0])
+    return lambda flags: train.Training(parse((usual + flags).split())[0])
 
 
 def take_step(run, epoch=0, step=0):

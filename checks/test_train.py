@@ -47,7 +47,7 @@ def start(place, flags, launcher="", **settings):
 
 
 def set_up(place, flags):
-    run = train.set_up(train.resumed_args(*parse(full(place, flags))))
+    run = train.Training(train.resumed_args(*parse(full(place, flags))))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return run
