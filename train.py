@@ -65,7 +65,7 @@ def resumed_args(args, given):
     if removed:
         what = f"{folder} uses {', '.join(sorted(removed))}, which this version no longer has"
         raise UserError(f"{what}; start a new run with FROM={make_name(folder)}")
-    for key in sorted(given - NEUTRAL - {"name"}):
+    for key in sorted(given - NEUTRAL):
         if vars(args)[key] != recorded[key]:
             raise UserError(
                 f"{flag(key)} {vars(args)[key]} differs from run {folder.name}'s {recorded[key]}: a resumed run "

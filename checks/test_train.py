@@ -195,6 +195,7 @@ def test_weights_that_have_seen_the_held_out_pairs_are_refused(place):
         ("--name=x --keep=0.5 --sizes=32:1", "add FROM="),
         ("--resume=nobody", "no run nobody"),
         ("--resume=whole --dropout=0.5", "--dropout 0.5 differs"),
+        ("--resume=whole --name=x", "--name x differs"),
         ("--name=x --recipe=nothing", "no recipe"),
         ("--name=x --lr=-1", "--lr -1"),
         ("--name=x --dcie=2", "--dcie"),

@@ -44,6 +44,7 @@ def main():
         resumes = Path(args.runs, name, "args.json").is_file() and not args.overwrite  # its flags must be the same
         names.append(name)
         print(f"--- {i} of {len(runs)}: {name}", flush=True)
+        flags = [flag for flag in flags if not flag.startswith("--name=")]
         child = subprocess.Popen([sys.executable, "train.py", *flags, f"--{'resume' if resumes else 'name'}={name}"])
         try:
             status = child.wait()
