@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import ctypes
 import difflib
+import functools
 import importlib.util
 import json
 import os
@@ -19,19 +20,13 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-_main, _here = Path(getattr(sys.modules["__main__"], "__file__", None) or ""), Path(__file__).parent
-if _main.resolve().parent in (_here, _here / "tools", _here / "checks"):  # a script, not someone's program
-    for _package in ("torch", "numpy", "PIL"):
-        if importlib.util.find_spec(_package) is None:
-            _other = " (or use .venv/bin/python)" if os.path.exists(".venv/bin/python") else ""
-            _install = f"{sys.executable} -m pip install -r requirements.txt{_other}"
-            print(f"error: {_package} is not installed: {_install}", file=sys.stderr)
-            sys.exit(2)
+if _missing := [name for name in ("torch", "numpy", "PIL") if importlib.util.find_spec(name) is None]:
+    _install = f"{sys.executable} -m pip install -r requirements.txt, or use .venv/bin/python"
+    print(f"error: {', '.join(_missing)} not installed: {_install}", file=sys.stderr)
+    sys.exit(2)
 # OpenMP threads that spin for long while they wait are several times slower when another process uses a core.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-
 # One process of several, which torchrun or train.py started; clusters set RANK alone for other ends.
 IN_GROUP = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
@@ -82,10 +77,9 @@ class ArgumentParser(argparse.ArgumentParser):
         flag, equals, value = text.partition("=")
         action = self._option_string_actions.get(flag)
         if equals and isinstance(action, argparse.BooleanOptionalAction):
-            if value.lower() not in ("0", "1", "no", "yes", "off", "on", "false", "true"):
+            if value.lower() not in ("0", "1", "false", "true"):
                 self.error(f"{flag} {value}: give 1 or 0")
-            off = value.lower() in ("0", "no", "off", "false")
-            return flag.replace("--", "--no-", 1) if off else flag
+            return flag if value.lower() in ("1", "true") else flag.replace("--", "--no-", 1)
         home = re.match(r"(--[a-z-]+=)?(~/.*)", text, re.DOTALL)  # not every shell expands ~ after IN=
         return (home[1] or "") + os.path.expanduser(home[2]) if home else text
 
@@ -96,18 +90,14 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the flags")
 
 
-def positive(text):
-    """argparse type: an integer >= 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= 1")
+def natural(text, low=0):
+    """argparse type: an integer from `low` to 999999."""
+    if not re.fullmatch("[0-9]{1,6}", text) or int(text) < low:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {low} to 999999")
     return int(text)
 
 
-def natural(text):
-    """argparse type: an integer from 0 to 999999."""
-    if not re.fullmatch("[0-9]{1,6}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 to 999999")
-    return int(text)
+positive = functools.partial(natural, low=1)
 
 
 def run_main(main):
@@ -128,18 +118,15 @@ def run_main(main):
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         sys.exit(main())
-    except UserError as error:
-        if not IN_GROUP or os.environ["RANK"] == "0":  # all processes raise the same error
-            print_message(error, "error")
-        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as head, has ended
         sys.stderr.close()
         sys.exit(0)
-    except OSError as error:
-        print_message(f"{error.filename}: {error.strerror}" if error.filename else error, "error")
+    except (UserError, OSError) as error:
+        if not IN_GROUP or os.environ["RANK"] == "0" or isinstance(error, OSError):  # all raise the same UserError
+            print_message(error, "error")
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:  # torch raises the latter
         if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
@@ -161,8 +148,6 @@ def atomic(path):
     UserError if the file cannot be written; an existing file is then unchanged.
     """
     path, temporary = Path(path), None
-    if not path.parent.is_dir():
-        raise UserError(f"cannot write {path}: no folder {path.parent}; create it first")
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         os.close(handle)
@@ -203,11 +188,8 @@ def write_text(path, text):
 
 
 def make_folder(path):
-    """Create a folder and its parents. UserError if that fails."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create folder {path}: {error.strerror}") from None
+    """Create a folder and its parents."""
+    Path(path).mkdir(parents=True, exist_ok=True)
 
 
 def read_json(path):
@@ -289,11 +271,9 @@ def show_time(label):
 
 
 def show_progress(label, done, total, seconds):
-    """Show the progress, rate and remaining time of `total` items on stderr; cleared after the last one."""
-    rate = done / max(seconds, 1e-9)
-    pace = f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
-    left = duration((total - done) / rate)
-    show_line(f"{label} {done}/{total}, {pace}, {left} left" if done < total else "", sys.stderr)
+    """Show the progress and remaining time of `total` items on stderr; cleared after the last one."""
+    left = duration((total - done) * seconds / done)
+    show_line(f"{label} {done}/{total}, {left} left" if done < total else "", sys.stderr)
 
 
 def duration(seconds):

@@ -13,11 +13,9 @@ import torch
 def select_device(name="auto", threads=0):
     """torch.device for `name`: auto (cuda, mps or cpu), cpu, cuda, cuda:1, mps. Under torchrun each process has a GPU.
 
-    `threads`: CPU threads, 0 for torch's default. UserError if the device is not available.
+    `threads`: CPU threads, 0 or less for torch's default. UserError if the device is not available.
     """
-    if threads < 0:
-        raise UserError(f"--threads {threads} is below 0, which stands for torch's default")
-    if threads:
+    if threads > 0:
         torch.set_num_threads(threads)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -254,10 +254,10 @@ def test_mistakes_are_one_line_and_status_2(command, tmp_path):
         (prepare, ("--raw", raw, "--data", other), "1 files not from"),
         (prepare, ("--check", "--data", tmp_path / "missing"), "no data folder"),
         (prepare, ("--check", "--data", raw / "test"), "no such file or folder"),
-        (synth, ("--out", text / "faces"), "cannot create folder"),
+        (synth, ("--out", text / "faces"), "Not a directory"),
         (synth, ("--out", other), "other files"),
         (synth, ("--out", faces, "--size=128"), "another --size"),
-        (synth, ("--out", new, "--size=0"), "not an integer >= 1"),
+        (synth, ("--out", new, "--size=0"), "not an integer from 1"),
     ):
         status, out, error = command(tool, *flags)
         assert (status, out, error.count("\n")) == (2, "", 1) and reason in error
