@@ -166,8 +166,8 @@ def from_record(settings, source):
     """
     parser = build_parser()
     usual = vars(parser.parse_args([]))
-    given = {name: settings[name] for name in usual.keys() & settings.keys()}
-    flags = [f"{flag(name)}={value}" for name, value in given.items() if (value, usual[name]) != (None, None)]
+    given = [name for name in usual.keys() & settings.keys() if (settings[name], usual[name]) != (None, None)]
+    flags = [f"{flag(name)}={settings[name]}" for name in given]
     try:
         args = parser.parse_args(flags)
         check(args)

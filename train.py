@@ -5,9 +5,7 @@ python train.py --resume a
 python train.py --name b --nproc 2        # two processes, each on a GPU of its own
 
 runs/NAME/ contains args.json (arguments, commit, versions), metrics.jsonl (one line per epoch), best.json (scores of
-the best epoch by label and image), best.pt (for inference) and last.pt (for resuming).
-
-From top to bottom: the run's folder, set-up, one step, validation, the loop, what is printed. Flags: options.py.
+the best epoch by label and image), best.pt (for inference) and last.pt (for resuming). Flags: options.py.
 """
 
 import argparse
@@ -61,10 +59,9 @@ def resumed_args(args, given):
     folder = find_run(args.resume, args.runs)
     settings = run_arguments(folder)
     recorded = vars(from_record(settings, folder / "args.json"))
-    removed = {key for key in settings.keys() - vars(args).keys() - NEUTRAL if settings[key]}
-    if removed:
-        what = f"{folder} uses {', '.join(sorted(removed))}, which this version no longer has"
-        raise UserError(f"{what}; start a new run with FROM={make_name(folder)}")
+    if removed := sorted(key for key in settings.keys() - vars(args).keys() - NEUTRAL if settings[key]):
+        remedy = f"start a new run with FROM={make_name(folder)}"
+        raise UserError(f"{folder} uses {', '.join(removed)}, which this version no longer has; {remedy}")
     for key in sorted(given - NEUTRAL):
         if vars(args)[key] != recorded[key]:
             raise UserError(
@@ -130,7 +127,11 @@ class Training:
         self.saved = time.monotonic()  # when last.pt was saved; at first, when the training started
         self.args, self.device = args, select_device(args.device, args.threads)
         torch.backends.cudnn.benchmark = self.device.type == "cuda"
-        self.rank, self.processes = join_processes(args, self.device)  # rank 0 alone writes
+        if IN_GROUP:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if IN_GROUP else (0, 1)  # rank 0 writes
+        if IN_GROUP and self.device.type != "cuda" and (args.model != "microsegformer" or args.lmsa):
+            raise UserError("batch norm over several processes needs GPUs; on a CPU use one process with threads")
         data = on_rank_0(self.rank, find_data, args.data)
         # Rank 0 decodes the pairs into the cache, the others find them there.
         self.pairs = on_rank_0(self.rank, load_pairs, data, args.cache, share=False) or load_pairs(data, args.cache)
@@ -155,6 +156,8 @@ class Training:
         states = (model.state_dict().values() for model in (self.average, self.model) if self.average)
         self.averaged = [[value for value in state if value.is_floating_point()] for state in states]  # the EMA's, its
         self.amp_dtype = amp_dtype(args.amp, self.device)  # None: float32
+        dtype = str(self.amp_dtype or torch.float32).removeprefix("torch.")
+        self.place = {"device_name": device_name(self.device), "amp": dtype}  # for args.json
         self.loss = dict(ce=args.ce, dice=args.dice, focal=args.focal, smoothing=args.smoothing)
         self.loss |= dict(dice_over=args.dice_over, class_weights=label_weights(self, indices))
         self.folder = on_rank_0(self.rank, open_run, args)
@@ -211,16 +214,10 @@ def start_from(training):
         print(f"weights from {source}")
 
 
-def place(training):
-    """The device and precision of a training, for args.json."""
-    dtype = str(training.amp_dtype or torch.float32).removeprefix("torch.")
-    return {"device_name": device_name(training.device), "amp": dtype}
-
-
 def create_run(training, used):
     """Write the first files of a new run; those of an older run stay until these are on the disk."""
     record = {"args": vars(training.args), "parameters": count_parameters(training.model), "pairs": used}
-    record |= {"processes": training.processes, "device": training.device.type, **place(training)}
+    record |= {"processes": training.processes, "device": training.device.type, **training.place}
     record |= {"tf32": torch.get_float32_matmul_precision() == "high", "command": sys.argv, **environment()}
     folder = training.folder
     with register.replace_run(folder) as training.folder:
@@ -266,20 +263,10 @@ def resume(training, used):
         if [line.get("epoch") for line in lines] != list(range(1, epoch + 1)):
             raise UserError(f"{folder}/metrics.jsonl is damaged: restore it, or start a new run")
         write_metrics(folder, lines)
-        for key, value in place(training).items():  # a run may go on elsewhere
+        for key, value in training.place.items():  # a run may go on elsewhere
             if value not in str(record.get(key, value)).split(" then "):
                 record[key] = f"{record[key]} then {value}"
         write_text(folder / "args.json", json.dumps(record, indent=1) + "\n")
-
-
-def join_processes(args, device):
-    """(rank, number of processes) of this process, joined to torchrun's group if it was started by torchrun."""
-    if not IN_GROUP:
-        return 0, 1
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if device.type != "cuda" and (args.model != "microsegformer" or args.lmsa):
-        raise UserError("batch norm over several processes needs GPUs; on a CPU use one process with threads")
-    return dist.get_rank(), dist.get_world_size()
 
 
 def on_rank_0(rank, function, *args, share=True):
@@ -412,13 +399,6 @@ def all_sum(tensor):
     return tensor
 
 
-def average_gradients(gradients):
-    """Replace the gradients by their means over all processes, in place."""
-    flat = all_sum(torch.cat([gradient.flatten() for gradient in gradients])).div_(dist.get_world_size())
-    parts = flat.split([gradient.numel() for gradient in gradients])
-    torch._foreach_copy_(gradients, [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)])
-
-
 def load_batch(training, epoch, order, step):
     """This process's images and targets, augmented, of a step in an epoch whose pairs are in `order`."""
     start, stop = (r * training.batch // training.processes for r in (training.rank, training.rank + 1))
@@ -431,7 +411,7 @@ def load_batch(training, epoch, order, step):
 def train_step(training, epoch, step, images, target):
     """One step: a tensor of its loss, gradient norm and the fraction of processes with a signal.
 
-    On a GPU the step is only launched here; `read_status` waits for it.
+    On a GPU the step is only launched here; reading the tensor waits for it.
     """
     args, model = training.args, training.model
     for group in training.optimiser.param_groups:
@@ -444,7 +424,10 @@ def train_step(training, epoch, step, images, target):
     training.optimiser.zero_grad(set_to_none=True)
     training.scaler.scale(loss).backward()
     if training.processes > 1:
-        average_gradients([p.grad for p in model.parameters() if p.grad is not None])
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = all_sum(torch.cat([gradient.flatten() for gradient in gradients])).div_(training.processes)
+        means = flat.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [mean.view(g.shape) for mean, g in zip(means, gradients, strict=True)])
     if args.clip:
         training.scaler.unscale_(training.optimiser)
     norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip or math.inf)
@@ -455,15 +438,6 @@ def train_step(training, epoch, step, images, target):
         torch._foreach_lerp_(*training.averaged, 1 - min(args.ema, (1 + done) / (10 + done)))  # the decay warms up
     status = torch.stack([loss.detach(), norm, torch.full_like(norm, float(bool(training.signals)))])
     return all_sum(status).div_(training.processes)
-
-
-def read_status(training, status, epoch, step):
-    """(loss, True if any process received a signal) of a step. UserError if the loss or the gradient is not finite."""
-    loss, norm, signalled = status.tolist()
-    # The scaler itself skips a step whose gradient is not finite.
-    if not math.isfinite(loss) or not (math.isfinite(norm) or training.scaler.is_enabled()):
-        raise UserError(f"loss {loss}, gradient norm {norm} in epoch {epoch + 1}, step {step + 1}; {LOWER}")
-    return loss, signalled > 0
 
 
 def result(training, epoch):
@@ -525,8 +499,11 @@ def finish_epoch(training, epoch, line):
         if better and held:
             write_best(training, line, confusions)
         write_metrics(training.folder, [*read_metrics(training.folder), line])
+        text = f"epoch {epoch + 1}/{len(training.sizes)} {size}px loss {line['loss']:.4f} lr {line['lr']:.2e}"
+        if confusions is not None:
+            text += f" official {score:.4f}{'*' * better} batch32 {line['batch32']:.4f}"
         show_line("", sys.stdout)
-        print(epoch_line(line, len(training.sizes), better), flush=True)
+        print(f"{text} {line['images_per_s'] or '-'} images/s {line['minutes']:.1f} min", flush=True)
     save_last(training)
     return True
 
@@ -587,7 +564,11 @@ def train(training):
             unread.append(train_step(training, epoch, step, *load_batch(training, epoch, order, step)))
             signalled, progress["step"] = False, step + 1
             while len(unread) > (lag if step + 1 < training.steps else 0):
-                loss, signalled = read_status(training, unread.pop(0), epoch, step - len(unread))
+                loss, norm, signalled = unread.pop(0).tolist()
+                # The scaler itself skips a step whose gradient is not finite.
+                if not math.isfinite(loss) or not (math.isfinite(norm) or training.scaler.is_enabled()):
+                    at = f"epoch {epoch + 1}, step {step + 1 - len(unread)}"
+                    raise UserError(f"loss {loss}, gradient norm {norm} in {at}; {LOWER}")
                 progress["loss"] += loss
             if training.rank == 0:
                 now, spent = time.monotonic(), pixels(epoch + (step + 1) / training.steps)
@@ -610,14 +591,6 @@ def train(training):
             save_last(training)
             return False
     return True
-
-
-def epoch_line(line, epochs, better):
-    """One line for an epoch, from its line of metrics.jsonl; * marks the best score so far."""
-    text = f"epoch {line['epoch']}/{epochs} {line['size']}px loss {line['loss']:.4f} lr {line['lr']:.2e}"
-    if "official" in line:
-        text += f" official {line['official']:.4f}{'*' * better} batch32 {line['batch32']:.4f}"
-    return text + f" {line['images_per_s'] or '-'} images/s {line['minutes']:.1f} min"
 
 
 def main():
