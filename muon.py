@@ -7,7 +7,6 @@ arXiv 2502.16982, so that learning rates are about AdamW's.
 """
 
 import torch
-import torch.nn.functional as F
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, from the Muon article
 
@@ -16,26 +15,20 @@ def orthogonalise(matrices, steps=5):
     """About U V^T of every float matrix (m, n) = U S V^T in a list: a Newton-Schulz iteration brings S near 1.
 
     Each step multiplies the matrix by a polynomial of its Gram matrix. The polynomials are accumulated on the short
-    side, so that the long side is read only twice. Matrices of one shape are stacked, and their Gram matrices batched:
-    by their side on a CPU; all of them, padded with zeros, on a GPU, where launches cost more than sums.
+    side, so that the long side is read only twice. Matrices of one shape are stacked, Gram matrices of one side too.
     """
-    places = {}
+    places, sides = {}, {}
     for i, matrix in enumerate(matrices):
         places.setdefault(tuple(matrix.shape), []).append(i)
     stacks = {shape: torch.stack([matrices[i] for i in where]) for shape, where in places.items()}  # (N, m, n)
-    widest = max(map(min, stacks)) if matrices[0].device.type == "cuda" else 0
-    batches = {}
     for shape in stacks:
-        batches.setdefault(max(min(shape), widest), []).append(shape)
+        sides.setdefault(min(shape), []).append(shape)
     results = [None] * len(matrices)
-    for side, shapes in batches.items():
-        grams = []
-        for (m, n), x in ((shape, stacks[shape]) for shape in shapes):
-            gram, rest = x @ x.mT if m <= n else x.mT @ x, side - min(m, n)
-            grams.append(F.pad(gram, (0, rest, 0, rest)) if rest else gram)
+    for shapes in sides.values():
+        grams = [x @ x.mT if m <= n else x.mT @ x for (m, n), x in ((shape, stacks[shape]) for shape in shapes)]
         products = _polynomials(torch.cat(grams), steps).split([len(stacks[shape]) for shape in shapes])
         for (m, n), product in zip(shapes, products, strict=True):
-            x, product = stacks[m, n], product[:, : min(m, n), : min(m, n)]
+            x = stacks[m, n]
             for i, result in zip(places[m, n], product @ x if m <= n else x @ product, strict=True):
                 results[i] = result
     return results
@@ -55,11 +48,6 @@ def _polynomials(grams, steps):
     return product
 
 
-def _matrix(x):
-    """Weights as a matrix with one row per output; a view if x is channels-last, since columns may be in any order."""
-    return x if x.dim() == 2 else x.movedim(1, -1).flatten(1)
-
-
 class Muon(torch.optim.AdamW):
     """AdamW, except that groups with `orthogonal` set take Muon's steps; these contain matrices or convolutions."""
 
@@ -74,13 +62,12 @@ class Muon(torch.optim.AdamW):
     def step(self):
         """One step of all groups."""
         for group in self.param_groups:
-            if group["orthogonal"]:
-                self._orthogonal_step(group, [p for p in group["params"] if p.grad is not None])
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if group["orthogonal"] and parameters:
+                self._orthogonal_step(group, parameters)
         super().step()
 
     def _orthogonal_step(self, group, parameters):
-        if not parameters:
-            return
         for p in parameters:
             if "momentum" not in self.state[p]:
                 # AdamW expects a step in every parameter's state when one is loaded.
@@ -88,7 +75,8 @@ class Muon(torch.optim.AdamW):
         gradients, momenta = [p.grad for p in parameters], [self.state[p]["momentum"] for p in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
-        steps = orthogonalise([_matrix(x) for x in nesterov])
+        # One row per output; a view if x is channels-last, since columns may be in any order.
+        steps = orthogonalise([x if x.dim() == 2 else x.movedim(1, -1).flatten(1) for x in nesterov])
         scales = [-group["lr"] * 0.2 * max(step.shape) ** 0.5 for step in steps]
         steps = [
             step if p.dim() == 2 else step.unflatten(1, (*p.shape[2:], -1)).movedim(-1, 1)
