@@ -88,7 +88,7 @@ def test_scripts_import_three_packages_and_no_tools(name):
 
 def test_each_script_imports_only_those_before_it():
     order = ["common", "labels", "model", "checkpoint", "register", "device", "views", "losses", "augment", "images"]
-    order += ["data", "evaluate", "muon", "options", "train", "locate", "photo", "predict", "ensemble_tta"]
+    order += ["data", "evaluate", "options", "train", "locate", "photo", "predict", "ensemble_tta"]
     assert sorted(order) == sorted(SCRIPTS)
     for place, name in enumerate(order):
         assert imports(SCRIPTS[name]) & SCRIPTS.keys() <= set(order[:place]), name

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from muon import COEFFICIENTS, Muon, orthogonalise
 from options import parse
-from train import make_optimiser
+from train import COEFFICIENTS, Muon, make_optimiser, orthogonalise
 
 
 def random(*shape):
