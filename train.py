@@ -93,7 +93,7 @@ def open_run(args):
         if not args.overwrite:
             raise UserError(f"run {folder} exists: `make resume NAME={name}`, OVERWRITE=1, or choose another NAME")
         run_arguments(folder)
-    # One that was killed while its files replaced those of an older run is neither.
+    # A run that was killed while its files replaced an older one's has its args.json in a temporary folder.
     elif any(folder.glob("[!.]*")) and not any(folder.glob(".args.json.*.tmp/args.json")):
         raise UserError(f"{folder} exists and is no run: choose another NAME, or move its files away")
     return folder
@@ -153,8 +153,8 @@ class Training:
         self.average = copy.deepcopy(self.model).requires_grad_(False) if args.ema else None  # EMA of the model
         if self.processes > 1 and self.device.type == "cuda":
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        states = (model.state_dict().values() for model in (self.average, self.model) if self.average)
-        self.averaged = [[value for value in state if value.is_floating_point()] for state in states]  # the EMA's, its
+        models = (self.average, self.model) if args.ema else ()
+        self.averaged = [[v for v in m.state_dict().values() if v.is_floating_point()] for m in models]  # their tensors
         self.amp_dtype = amp_dtype(args.amp, self.device)  # None: float32
         dtype = str(self.amp_dtype or torch.float32).removeprefix("torch.")
         self.place = {"device_name": device_name(self.device), "amp": dtype}  # for args.json
@@ -263,14 +263,14 @@ def resume(training, used):
         if [line.get("epoch") for line in lines] != list(range(1, epoch + 1)):
             raise UserError(f"{folder}/metrics.jsonl is damaged: restore it, or start a new run")
         write_metrics(folder, lines)
-        for key, value in training.place.items():  # a run may go on elsewhere
+        for key, value in training.place.items():  # a run may be resumed elsewhere
             if value not in str(record.get(key, value)).split(" then "):
                 record[key] = f"{record[key]} then {value}"
         write_text(folder / "args.json", json.dumps(record, indent=1) + "\n")
 
 
 def on_rank_0(rank, function, *args, share=True):
-    """function(*args) as rank 0 has it, on every process, or None on the others without `share`; so are its errors."""
+    """The result of function(*args) on rank 0, or its error, on every process; without `share` the others get None."""
     result = error = None
     if rank == 0:
         try:
