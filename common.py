@@ -20,7 +20,10 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-if _missing := [name for name in ("torch", "numpy", "PIL") if importlib.util.find_spec(name) is None]:
+_main, _here = Path(getattr(sys.modules["__main__"], "__file__", None) or ""), Path(__file__).parent
+_script = _main.resolve().parent in (_here, _here / "tools", _here / "checks")  # and not someone's program
+_missing = [name for name in ("torch", "numpy", "PIL") if _script and importlib.util.find_spec(name) is None]
+if _missing:
     _install = f"{sys.executable} -m pip install -r requirements.txt, or use .venv/bin/python"
     print(f"error: {', '.join(_missing)} not installed: {_install}", file=sys.stderr)
     sys.exit(2)
