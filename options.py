@@ -96,7 +96,7 @@ def build_parser():
     machine.add_argument("--nproc", type=int, default=1, help="processes, each on a GPU of its own")
     machine.add_argument("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision")
     machine.add_argument("--compile", **switch, default=False, help="torch.compile the network")
-    machine.add_argument("--threads", type=int, default=0, help="CPU threads per process; 0: torch's default")
+    machine.add_argument("--threads", type=int, default=0, help="CPU threads; 0: what is fastest at the start")
     machine.add_argument("--save-minutes", type=float, default=5, help="minutes between saves within an epoch")
     return parser
 

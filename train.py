@@ -155,7 +155,7 @@ class Training:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         models = (self.average, self.model) if args.ema else ()
         self.averaged = [[v for v in m.state_dict().values() if v.is_floating_point()] for m in models]  # their tensors
-        self.amp_dtype = amp_dtype(args.amp, self.device)  # None: float32
+        self.amp_dtype = choose_speed(self)  # None: float32
         dtype = str(self.amp_dtype or torch.float32).removeprefix("torch.")
         self.place = {"device_name": device_name(self.device), "amp": dtype}  # for args.json
         self.loss = dict(ce=args.ce, dice=args.dice, focal=args.focal, smoothing=args.smoothing)
@@ -175,6 +175,32 @@ class Training:
             resume(self, used)
         elif self.rank == 0:
             create_run(self, used)
+
+
+def choose_speed(training):
+    """Set the CPU threads and return the dtype of mixed precision, or None; a resumed run keeps both.
+
+    What --threads and --amp leave open is what trains fastest in a second of measurements: beside other work one thread
+    can be several times as fast as two, and a CPU that multiplies bf16 may be slower with it.
+    """
+    args, device = training.args, training.device
+    dtype = amp_dtype(args.amp, device)
+    if device.type != "cpu" or training.processes > 1:
+        return dtype
+    threads = {args.threads} if args.threads else {1, torch.get_num_threads()}
+    choices, times = list(itertools.product(threads, {dtype, None} if args.amp == "auto" else {dtype})), {}
+    model, image = copy.deepcopy(training.model), torch.zeros(2, 3, *[min(256, training.sizes[0])] * 2)
+    for choice in choices * 3 if len(choices) > 1 else ():
+        torch.set_num_threads(choice[0])
+        begin = time.perf_counter()
+        with autocast(device, choice[1]):
+            loss = model(image, full_size=False).float().mean()
+        loss.backward()
+        times[choice] = min(time.perf_counter() - begin, times.get(choice, math.inf))
+    args.threads, dtype = min(choices, key=times.get) if times else choices[0]
+    args.amp = "bf16" if dtype else "off"
+    torch.set_num_threads(args.threads)
+    return dtype
 
 
 def batch_size(training, count):
@@ -684,7 +710,8 @@ def main():
     say(
         f"{folder}: {args.model} {count:,} parameters, {len(training.batches.indices)} training and "
         f"{len(training.val_indices)} validation pairs, {len(training.sizes)} epochs x {training.steps} steps of "
-        f"{training.batch} images, {training.processes} x {training.device}, {torch.get_num_threads()} threads"
+        f"{training.batch} images, {training.processes} x {training.device}, {torch.get_num_threads()} threads, "
+        f"{training.place['amp']}"
     )
     if count >= PARAM_LIMIT and training.rank == 0:
         print_message(f"{count:,} parameters: a submission must have fewer than {PARAM_LIMIT:,}")
