@@ -64,7 +64,7 @@ sweep: $(READY) ## one run for each value of a variable that lists several
 	$(PY) -m tools.sweep $(flags)
 
 speedrun: $(READY) ## from nothing (cache included) to an official score of 0.80, timed by the run
-	rm -rf build/speedrun
+	$(if $(filter NAME,$(SETTINGS)),$(error NAME has no effect on `make speedrun`))rm -rf build/speedrun
 	$(PY) train.py --recipe=speedrun --name=speedrun --overwrite --cache=build/speedrun $(flags)
 
 recipes: $(READY) ## list the recipes with the reference's scores and ours
@@ -96,7 +96,7 @@ report: $(READY) ## runs/index.html, one page of all runs; with NAME, a draft of
 	$(PY) -m tools.$(if $(filter NAME,$(SETTINGS)),course_report,report) $(flags)
 
 report-pdf: $(READY) ## print the draft of run NAME with Chromium, at most five pages
-	$(PY) -m tools.course_report --pdf $(flags)
+	$(call needs,NAME,make report-pdf NAME=a)$(PY) -m tools.course_report --pdf $(flags)
 
 # make report-zip NAME=a MATRIC=A12345678B
 report-zip: $(READY) ## course zip of run NAME: report, masks, code, checkpoint; without MATRIC a first look

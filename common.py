@@ -30,7 +30,7 @@ if _missing:
 # OpenMP threads that spin for long while they wait are several times slower when another process uses a core.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# One process of several, which torchrun or train.py started; clusters set RANK alone for other ends.
+# One process of several, which torchrun or train.py started; some clusters set RANK alone, for other purposes.
 IN_GROUP = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
@@ -126,10 +126,11 @@ def run_main(main):
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as head, has ended
         sys.stderr.close()
-        sys.exit(0)
+        sys.exit(128 + signal.SIGPIPE)
     except (UserError, OSError) as error:
-        if not IN_GROUP or os.environ["RANK"] == "0" or isinstance(error, OSError):  # all raise the same UserError
-            print_message(error, "error")
+        if IN_GROUP and os.environ["RANK"] != "0":
+            time.sleep(2)  # if rank 0 has the same error, it prints it and ends this process
+        print_message(error, "error")
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:  # torch raises the latter
         if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
@@ -139,7 +140,9 @@ def run_main(main):
 
 
 def print_message(message, kind="warning"):
-    """Print an error or a warning as one line on stderr, in place of a progress line."""
+    """Print an error or a warning as one line on stderr, in place of a progress line; warnings of rank 0 alone."""
+    if kind == "warning" and IN_GROUP and os.environ["RANK"] != "0":
+        return
     show_line("", sys.stderr)
     print(f"{kind}: {printable(str(message))}", file=sys.stderr)
 

@@ -117,6 +117,7 @@ def find_data(folder=None):
         f"no data/ folder: using synthetic faces in {SYNTHETIC}; scores on them say nothing about real faces. "
         "`make data RAW=/path/to/download` prepares the real ones"
     )
+    # A process of its own, since tools/synth.py imports this file.
     command = [sys.executable, "-m", "tools.synth", "--out", str(SYNTHETIC.resolve())]
     if subprocess.run(command, cwd=Path(__file__).parent, stdout=subprocess.DEVNULL).returncode:
         raise UserError(f"could not create the synthetic faces in {SYNTHETIC}")
@@ -156,9 +157,8 @@ def find_pairs(data):
     masks = {p.stem: p for p in masks}
     unpaired = [p.name for p in images if p.stem not in masks] + sorted(masks.keys() - {p.stem for p in images})
     if unpaired:
-        raise UserError(
-            f"{len(unpaired)} files of {data}/train have no partner, such as {unpaired[0]}; `make check-data`"
-        )
+        what = f"{len(unpaired)} files of {data}/train have no partner, such as {unpaired[0]}"
+        raise UserError(f"{what}; `make check-data` lists them")
     return [(p, masks[p.stem]) for p in images]
 
 
@@ -181,7 +181,7 @@ def split(count, val_split=0.1, seed=42, hashes=None):
     unseen = {hashes[i].tobytes() for i in validation}
     copies = np.array([hashes[i].tobytes() in unseen for i in train])
     if copies.any():
-        print_message(f"{copies.sum()} copies of images held out are held out too; `make check-data` names them")
+        print_message(f"{copies.sum()} copies of held-out images are held out too; `make check-data` lists them")
     if copies.all():
         raise UserError("no images are left to train on")
     return train[~copies], np.concatenate([validation, train[copies]])
@@ -246,7 +246,8 @@ def _build_cache(path, files, total, workers):
             os.close(handle)
             Path(temporary).unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write the cache {path} ({total >> 20} MiB): {error.strerror}; see --cache") from None
+        why = error.strerror or error
+        raise UserError(f"cannot write the cache {path} ({total >> 20} MiB): {why}; see --cache") from None
 
 
 def _decode(task):

@@ -115,6 +115,7 @@ def evaluate(model, pairs, indices, size, device, *, views=ONE_VIEW, batch=0, ra
         ratio = max(1, masks.shape[-1] // log_p.shape[-1])
         stride = 2 ** (ratio.bit_length() - 1)
         target = area(soft_labels(masks, stride), log_p.shape[2:])
+        # log_softmax leaves log-probabilities as they are, so these are logits.
         loss += segmentation_loss(log_p, target) * len(chosen)
         confusions[chosen] = batch_confusions(label_map(log_p, *masks.shape[1:]), masks)
         if not ranks[0]:
@@ -200,7 +201,7 @@ def main():
         print(score_table(compare_folders(args.masks, args.truth, args.partial)))
         return
     views, device = parse_views(args.views), select_device(args.device, args.threads)
-    check_size(args.size or 32)
+    check_size(args.size)
     path = register.find_weights(args.weights)
     data = find_data_of(path, args.data)
     synthetic = " (synthetic faces)" if is_synthetic(data) else ""

@@ -1,4 +1,4 @@
-"""The register of runs: find a run, its weights and records; replace and lock its folder.
+"""The folders of runs: find a run, its weights and records; replace and lock its folder.
 
 A run is a folder with args.json. Its files are those of RUN_FILES; whatever else is there is the user's.
 """
@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 from common import UserError, did_you_mean, read_json, remove_unfinished
@@ -112,6 +113,11 @@ def lock(folder):
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # a link is another's file
     file = os.fdopen(os.open(folder / ".lock", flags, 0o644))
     try:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _locks.append(file)
+            return
+        time.sleep(0.1)  # `is_running` may have looked just then
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another training is writing {folder}; wait for it or choose another NAME") from None

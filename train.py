@@ -34,8 +34,8 @@ from torch import nn
 
 import checkpoint
 import register
-from augment import augment, draw, slice_batch
-from data import Batches, find_data, is_synthetic, load_pairs, split
+from augment import Strength, augment, draw, slice_batch
+from data import Batches, Pairs, find_data, is_synthetic, load_pairs, split
 from device import amp_dtype, autocast, device_name, select_device
 from evaluate import batch_score, evaluate, f_scores, label_scores, official_score
 from labels import NUM_CLASSES
@@ -44,7 +44,8 @@ from model import PARAM_LIMIT, build, check_logits, count_parameters
 from options import NEUTRAL, flag, from_record, network_arguments, parse, parse_sizes, strength
 from register import find_run, find_weights, lock, make_name, read_metrics, run_arguments
 
-START = {"epoch": 0, "step": 0, "loss": 0.0, "best": -1.0, "best_epoch": 0, "seconds": 0.0}  # a Training's progress
+# A Training's progress at its start.
+NO_PROGRESS = {"epoch": 0, "step": 0, "loss": 0.0, "best": -1.0, "best_epoch": 0, "seconds": 0.0}
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's quintic iteration, from its article
 LOWER = "start again with a lower --lr, and --overwrite or another --name"
 
@@ -123,52 +124,76 @@ def environment():
 class Training:
     """A training in progress, new or resumed from last.pt; all input is validated before a run is created."""
 
+    args: argparse.Namespace
+    folder: Path  # of the run; rank 0 alone writes
+    device: torch.device
+    rank: int
+    processes: int
+    pairs: Pairs
+    batches: Batches  # of the training pairs
+    val_indices: np.ndarray  # (V,), of the pairs held out
+    pair_keys: dict  # "trained_on", also by the weights it started from, and "held_out": [(name, hash), ...] each
+    phases: list  # [(size, epochs), ...]
+    sizes: list  # of each epoch
+    batch: int  # images per step, over all processes
+    steps: int  # per epoch
+    strength: Strength
+    loss: dict  # keyword arguments of the loss
+    model: nn.Module
+    network: nn.Module  # the model as it is called: compiled for each size, or itself
+    average: nn.Module | None  # EMA of the model
+    ema_tensors: list  # [those of the EMA, those of the model in the same order], or empty
+    initial: dict | None  # state_dict that --keep mixes in at the end
+    optimiser: torch.optim.Optimizer
+    amp_dtype: torch.dtype | None  # None: float32
+    scaler: torch.amp.GradScaler  # does nothing unless amp_dtype is float16
+    signals: list  # numbers of the signals received
+    progress: dict  # next epoch and step, summed loss of this epoch, best score and its epoch, seconds until saved_at
+    saved_at: float  # time when last.pt was saved; at first, when the training started
+    unread: list  # results of `train_step` that a GPU still computes
+
     def __init__(self, args):
-        self.saved = time.monotonic()  # when last.pt was saved; at first, when the training started
+        self.saved_at = time.monotonic()
         self.args, self.device = args, select_device(args.device, args.threads)
         torch.backends.cudnn.benchmark = self.device.type == "cuda"
         if IN_GROUP:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if IN_GROUP else (0, 1)  # rank 0 writes
+        self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if IN_GROUP else (0, 1)
         if IN_GROUP and self.device.type != "cuda" and (args.model != "microsegformer" or args.lmsa):
             raise UserError("batch norm over several processes needs GPUs; on a CPU use one process with threads")
+
         data = on_rank_0(self.rank, find_data, args.data)
         # Rank 0 decodes the pairs into the cache, the others find them there.
         self.pairs = on_rank_0(self.rank, load_pairs, data, args.cache, share=False) or load_pairs(data, args.cache)
         hashes = self.pairs.hashes[:, 0]
         indices, self.val_indices = split(len(self.pairs.names), args.val_split, args.split_seed, hashes)
-        # Pairs `trained_on`, also by the weights it started from, and `held_out`: [(name, hash), ...] each.
-        self.names = {"trained_on": self.pairs.keys(indices), "held_out": self.pairs.keys(self.val_indices)}
-        self.strength = strength(args)
-        self.phases = parse_sizes(args.sizes, args.epochs)  # [(size, epochs), ...]
-        self.sizes = [size for size, length in self.phases for _ in range(length)]  # of each epoch
-        self.batch = batch_size(self, len(indices))  # images per step, over all processes
-        self.steps = len(indices) // self.batch  # per epoch
+        self.batches = Batches(self.pairs, indices, self.device, args.fix_sides)
+        self.pair_keys = {"trained_on": self.pairs.keys(indices), "held_out": self.pairs.keys(self.val_indices)}
+        self.strength, self.phases = strength(args), parse_sizes(args.sizes, args.epochs)
+        self.sizes = [size for size, length in self.phases for _ in range(length)]
+        self.batch = batch_size(args, len(indices), self.processes, self.strength, min(self.sizes))
+        self.steps = len(indices) // self.batch
+
         torch.manual_seed(args.seed)
         self.model = build(args.model, **network_arguments(args)).to(self.device, memory_format=torch.channels_last)
         check_logits(self.model)
         if args.start_from and not args.resume:
             start_from(self)
-        self.start = copy.deepcopy(self.model.state_dict()) if args.keep else None
-        self.average = copy.deepcopy(self.model).requires_grad_(False) if args.ema else None  # EMA of the model
+        self.initial = copy.deepcopy(self.model.state_dict()) if args.keep else None
+        self.average = copy.deepcopy(self.model).requires_grad_(False) if args.ema else None
         if self.processes > 1 and self.device.type == "cuda":
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         models = (self.average, self.model) if args.ema else ()
-        self.averaged = [[v for v in m.state_dict().values() if v.is_floating_point()] for m in models]  # their tensors
-        self.amp_dtype = choose_speed(self)  # None: float32
-        dtype = str(self.amp_dtype or torch.float32).removeprefix("torch.")
-        self.place = {"device_name": device_name(self.device), "amp": dtype}  # for args.json
+        self.ema_tensors = [[v for v in m.state_dict().values() if v.is_floating_point()] for m in models]
+        self.amp_dtype = choose_speed(args, self.model, self.device, self.processes, self.sizes[0])
+        self.network = torch.compile(self.model, dynamic=False) if args.compile else self.model
+
         self.loss = dict(ce=args.ce, dice=args.dice, focal=args.focal, smoothing=args.smoothing)
         self.loss |= dict(dice_over=args.dice_over, class_weights=label_weights(self, indices))
-        self.folder = on_rank_0(self.rank, open_run, args)
-        self.batches = Batches(self.pairs, indices, self.device, args.fix_sides)
-        # The model as it is called: compiled for each size, or itself.
-        self.network = torch.compile(self.model, dynamic=False) if args.compile else self.model
         self.optimiser = make_optimiser(self.model, args, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
-        self.signals = catch_signals(self.rank)
-        self.progress = START.copy()
-        self.unread = []  # results of `train_step` that a GPU still computes
+        self.signals, self.progress, self.unread = catch_signals(self.rank), NO_PROGRESS.copy(), []
+        self.folder = on_rank_0(self.rank, open_run, args)
         used = {"training": len(indices), "validation": len(self.val_indices), "content": self.pairs.digest}
         used["drawn"] = is_synthetic(data)
         if args.resume:
@@ -177,55 +202,66 @@ class Training:
             create_run(self, used)
 
 
-def choose_speed(training):
-    """Set the CPU threads and return the dtype of mixed precision, or None; a resumed run keeps both.
+def place(training):
+    """The device and precision of a training, for args.json."""
+    dtype = str(training.amp_dtype or torch.float32).removeprefix("torch.")
+    return {"device_name": device_name(training.device), "amp": dtype}
+
+
+def choose_speed(args, model, device, processes, size):
+    """Set the CPU threads and return the dtype of mixed precision, or None; both replace `auto` in args, for a resume.
 
     What --threads and --amp leave open is what trains fastest in a second of measurements: beside other work one thread
     can be several times as fast as two, and a CPU that multiplies bf16 may be slower with it.
     """
-    args, device = training.args, training.device
     dtype = amp_dtype(args.amp, device)
-    if device.type != "cpu" or training.processes > 1:
+    if device.type != "cpu" or processes > 1:
         return dtype
     threads = {args.threads} if args.threads else {1, torch.get_num_threads()}
-    choices, times = list(itertools.product(threads, {dtype, None} if args.amp == "auto" else {dtype})), {}
-    model, image = copy.deepcopy(training.model), torch.zeros(2, 3, *[min(256, training.sizes[0])] * 2)
-    for choice in choices * 3 if len(choices) > 1 else ():
-        torch.set_num_threads(choice[0])
+    choices = list(itertools.product(threads, {dtype, None} if args.amp == "auto" else {dtype}))
+    times, model, images = (
+        dict.fromkeys(choices, math.inf),
+        copy.deepcopy(model),
+        torch.zeros(2, 3, *[min(256, size)] * 2),
+    )
+    for count, dtype in choices * 3 if len(choices) > 1 else []:
+        torch.set_num_threads(count)
         begin = time.perf_counter()
-        with autocast(device, choice[1]):
-            loss = model(image, full_size=False).float().mean()
+        with autocast(device, dtype):
+            loss = model(images, full_size=False).float().mean()
         loss.backward()
-        times[choice] = min(time.perf_counter() - begin, times.get(choice, math.inf))
-    args.threads, dtype = min(choices, key=times.get) if times else choices[0]
+        times[count, dtype] = min(times[count, dtype], time.perf_counter() - begin)
+    args.threads, dtype = min(choices, key=times.get)
     args.amp = "bf16" if dtype else "off"
     torch.set_num_threads(args.threads)
     return dtype
 
 
-def batch_size(training, count):
-    """Images per step of `count` pairs, over all processes. UserError if they cannot be shared among these."""
+def batch_size(args, count, processes, strength, size):
+    """Images per step of `count` pairs, over all processes. UserError if they cannot be shared among these.
+
+    `size`: the smallest side that is trained.
+    """
     # MixUp and CutMix blend neighbours, so each process needs an even number of images.
-    pairs = 2 if training.strength.mixup or training.strength.cutmix else 1
-    unit = 1 if training.processes == 1 else training.processes * pairs
-    batch = min(training.args.batch, count // unit * unit)
+    unit = 1 if processes == 1 else processes * (2 if strength.mixup or strength.cutmix else 1)
+    batch = min(args.batch, count // unit * unit)
     if not batch or batch % unit:
-        raise UserError(f"--batch {training.args.batch} of {count} pairs is not a multiple of {unit}; try NPROC=1")
-    if batch == 1 and 32 in training.sizes:
+        raise UserError(f"--batch {args.batch} of {count} pairs is not a multiple of {unit}; try NPROC=1")
+    if batch == 1 and size == 32:
         raise UserError("batch norm cannot train on one 32-pixel image; raise --batch or --sizes")
     return batch
 
 
 def start_from(training):
-    """Load the weights of --from, and add the pairs that they were trained on to names["trained_on"].
+    """Load the weights of --from, and add the pairs that they were trained on to the training's.
 
     UserError if they are of another network, or have seen a pair that is held out here.
     """
-    args, names = training.args, training.names
+    args, keys = training.args, training.pair_keys
     if args.start_from.startswith("runs/NAME/"):
         raise UserError(f"recipe {args.recipe} continues another run: add FROM={args.start_from} with its name")
     source = find_weights(args.start_from, args.runs)
-    content, held = checkpoint.load(source), names["held_out"]
+    content, held = checkpoint.load(source), keys["held_out"]
     if (other := content["model"]) != args.model:
         raise UserError(f"{source} is a {other}; use MODEL={other} (--model {other})")
     doubt = checkpoint.doubt(content, held)
@@ -234,7 +270,7 @@ def start_from(training):
         raise UserError(f"{source} {doubt}; {remedy}")
     if doubt and held:
         print_message(f"{source} {doubt}")
-    names["trained_on"] = sorted({*names["trained_on"], *checkpoint.pairs_in(content, "trained_on")}, key=str)
+    keys["trained_on"] = sorted({*keys["trained_on"], *checkpoint.pairs_in(content, "trained_on")}, key=str)
     checkpoint.load_state(training.model, content["state_dict"], source)
     if training.rank == 0:
         print(f"weights from {source}")
@@ -243,7 +279,7 @@ def start_from(training):
 def create_run(training, used):
     """Write the first files of a new run; those of an older run stay until these are on the disk."""
     record = {"args": vars(training.args), "parameters": count_parameters(training.model), "pairs": used}
-    record |= {"processes": training.processes, "device": training.device.type, **training.place}
+    record |= {"processes": training.processes, "device": training.device.type, **place(training)}
     record |= {"tf32": torch.get_float32_matmul_precision() == "high", "command": sys.argv, **environment()}
     folder = training.folder
     with register.replace_run(folder) as training.folder:
@@ -265,7 +301,7 @@ def resume(training, used):
         checkpoint.load_state(training.model, state["state_dict"], source)
         if training.average:
             checkpoint.load_state(training.average, state["average"], source)
-        training.start = state["start_state"] if training.args.keep else None
+        training.initial = state["start_state"] if training.args.keep else None
         training.optimiser.load_state_dict(state["optimiser"])
         trial = copy.deepcopy(training.optimiser)  # a step of a copy shows whether its state fits
         for p in (p for group in trial.param_groups for p in group["params"]):
@@ -273,23 +309,23 @@ def resume(training, used):
         trial.step()
         if state["scaler"]:  # empty unless it was saved in fp16
             training.scaler.load_state_dict(state["scaler"])
-        training.progress = {key: state["progress"][key] for key in START}
+        training.progress = {key: state["progress"][key] for key in NO_PROGRESS}
         epoch, step = training.progress["epoch"], training.progress["step"]
-        fits = all(type(training.progress[key]) is type(value) for key, value in START.items())
+        fits = all(type(training.progress[key]) is type(value) for key, value in NO_PROGRESS.items())
         if not (fits and 0 <= epoch <= len(training.sizes) and 0 <= step <= training.steps):
             raise ValueError("its progress is damaged")
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
         raise UserError(f"{source} is of another run or version ({error}); start a new run") from None
     held = dict(checkpoint.pairs_in(state, "held_out"))
-    if "held_out" in state and held.keys() != dict(training.names["held_out"]).keys():
+    if "held_out" in state and held.keys() != dict(training.pair_keys["held_out"]).keys():
         raise UserError(f"{folder}/args.json holds out other pairs than {source}: restore it, or start a new run")
-    training.names = {key: checkpoint.pairs_in(state, key) or own for key, own in training.names.items()}
+    training.pair_keys = {key: checkpoint.pairs_in(state, key) or own for key, own in training.pair_keys.items()}
     if training.rank == 0:
         lines = read_metrics(folder)[:epoch]
         if [line.get("epoch") for line in lines] != list(range(1, epoch + 1)):
             raise UserError(f"{folder}/metrics.jsonl is damaged: restore it, or start a new run")
         write_metrics(folder, lines)
-        for key, value in training.place.items():  # a run may be resumed elsewhere
+        for key, value in place(training).items():  # a run may be resumed elsewhere
             if value not in str(record.get(key, value)).split(" then "):
                 record[key] = f"{record[key]} then {value}"
         write_text(folder / "args.json", json.dumps(record, indent=1) + "\n")
@@ -332,7 +368,7 @@ def start_processes(args):
             for process in processes:  # the others would wait for the one that failed
                 process.kill()
         time.sleep(0.1)
-    sys.exit(max(codes))
+    sys.exit(next((code for code in codes if code > 0), int(any(codes))))
 
 
 def catch_signals(rank=0):
@@ -492,7 +528,8 @@ def make_optimiser(model, args, device):
     for name, p in model.named_parameters():
         # Hidden matrices are not the first layer, the classifier or depthwise filters, which have one input.
         inner = args.optimiser == "muon" and p.dim() >= 2 and p.shape[1] > 1 and not name.startswith(ends)
-        (vectors if p.dim() < 2 else hidden if inner else others).append(p)
+        group = vectors if p.dim() < 2 else hidden if inner else others
+        group.append(p)
     settings = {"lr": args.lr, "fused": device.type != "mps", "weight_decay": args.weight_decay}
     groups = [{"params": others}, {"params": vectors, "weight_decay": args.weight_decay * args.decay_all}]
     if args.optimiser == "adamw":
@@ -543,7 +580,7 @@ def train_step(training, epoch, step, images, target):
     training.scaler.update()
     if training.average:
         done = epoch * training.steps + step
-        torch._foreach_lerp_(*training.averaged, 1 - min(args.ema, (1 + done) / (10 + done)))  # the decay warms up
+        torch._foreach_lerp_(*training.ema_tensors, 1 - min(args.ema, (1 + done) / (10 + done)))  # the decay warms up
     status = torch.stack([loss.detach(), norm, torch.full_like(norm, float(bool(training.signals)))])
     return all_sum(status).div_(training.processes)
 
@@ -558,7 +595,7 @@ def result(training, epoch):
         model = copy.deepcopy(model).requires_grad_(False)
         for name, value in model.state_dict().items():
             if value.is_floating_point():
-                value.lerp_(training.start[name].to(value), training.args.keep)
+                value.lerp_(training.initial[name].to(value), training.args.keep)
     return model
 
 
@@ -593,12 +630,10 @@ def finish_epoch(training, epoch, line):
         confusions, line["val_loss"] = validated
         line |= {"official": official_score(confusions), "batch32": batch_score(confusions)}
         line["labels"] = rounded(label_scores(confusions)[0])
-    line["minutes"] = round((progress["seconds"] + time.monotonic() - training.saved) / 60, 2)
-    # Without validation the last epoch counts as the best.
-    score = line.get("official", -1.0) if held else float(epoch)
-    better = score > progress["best"]
+    line["minutes"] = round((progress["seconds"] + time.monotonic() - training.saved_at) / 60, 2)
+    better = not held or line.get("official", -1.0) > progress["best"]  # without validation the last epoch is the best
     if better:
-        progress |= {"best": score, "best_epoch": epoch + 1}
+        progress |= {"best": line.get("official", -1.0), "best_epoch": epoch + 1}
     progress |= {"epoch": epoch + 1, "step": 0, "loss": 0.0}
     if training.rank == 0:
         if better:
@@ -609,7 +644,7 @@ def finish_epoch(training, epoch, line):
         write_metrics(training.folder, [*read_metrics(training.folder), line])
         text = f"epoch {epoch + 1}/{len(training.sizes)} {size}px loss {line['loss']:.4f} lr {line['lr']:.2e}"
         if confusions is not None:
-            text += f" official {score:.4f}{'*' * better} batch32 {line['batch32']:.4f}"
+            text += f" official {line['official']:.4f}{'*' * better} batch32 {line['batch32']:.4f}"
         show_line("", sys.stdout)
         print(f"{text} {line['images_per_s'] or '-'} images/s {line['minutes']:.1f} min", flush=True)
     save_last(training)
@@ -621,7 +656,7 @@ def describe_network(training, model, size):
     if not checkpoint.is_finite(model):
         raise UserError(f"the weights are no longer finite; {LOWER}")
     content = {"model": training.args.model, "model_args": network_arguments(training.args), "size": size}
-    return content | training.names | {"state_dict": model.state_dict()}
+    return content | training.pair_keys | {"state_dict": model.state_dict()}
 
 
 def write_best(training, line, confusions):
@@ -637,13 +672,13 @@ def write_best(training, line, confusions):
 def save_last(training):
     """Write last.pt, from which --resume continues exactly."""
     now = time.monotonic()
-    training.progress["seconds"] += now - training.saved
-    training.saved = now
+    training.progress["seconds"] += now - training.saved_at
+    training.saved_at = now
     if training.rank == 0:
         content = describe_network(training, training.model, training.sizes[-1])
         loss = training.progress["loss"] + sum(float(status[0]) for status in training.unread)
         content |= {"average": training.average.state_dict() if training.average else None}
-        content |= {"start_state": training.start}
+        content |= {"start_state": training.initial}
         content |= {"progress": training.progress | {"loss": loss}}
         content |= {"optimiser": training.optimiser.state_dict(), "scaler": training.scaler.state_dict()}
         checkpoint.save(training.folder / "last.pt", content)
@@ -691,7 +726,7 @@ def train(training):
             if signalled:
                 save_last(training)
                 return False
-            if time.monotonic() - training.saved > 60 * args.save_minutes:
+            if time.monotonic() - training.saved_at > 60 * args.save_minutes:
                 save_last(training)
         line |= {"loss": progress["loss"] / training.steps, "lr": learning_rate(args, training.phases, epoch + 1)}
         line["images_per_s"] = round((training.steps - first) * training.batch / (time.monotonic() - start), 2) or None
@@ -711,7 +746,7 @@ def main():
         f"{folder}: {args.model} {count:,} parameters, {len(training.batches.indices)} training and "
         f"{len(training.val_indices)} validation pairs, {len(training.sizes)} epochs x {training.steps} steps of "
         f"{training.batch} images, {training.processes} x {training.device}, {torch.get_num_threads()} threads, "
-        f"{training.place['amp']}"
+        f"{place(training)['amp']}"
     )
     if count >= PARAM_LIMIT and training.rank == 0:
         print_message(f"{count:,} parameters: a submission must have fewer than {PARAM_LIMIT:,}")

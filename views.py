@@ -16,7 +16,7 @@ from labels import FLIP
 from model import upsample
 
 MAX_WEIGHTS = 1 << 24  # of `area` in one dimension: images longer than that are averaged over whole pixels
-CPU_PIXELS = 1 << 18  # pixels a CPU processes at once: more would leave its cache
+VIEW_PIXELS = 1 << 18  # pixels a CPU processes at once: more would leave its cache
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ def parse_views(text):
 
 
 def check_size(size):
-    """UserError unless `size` is a valid side for the network's input."""
-    if size % 32 or not 32 <= size <= 2048:
+    """UserError unless `size` is a valid side for the network's input, or 0."""
+    if size and (size % 32 or not 32 <= size <= 2048):
         raise UserError(f"--size {size}: use a multiple of 32 from 32 to 2048, or 0 for the checkpoint's own")
 
 
@@ -70,7 +70,7 @@ def area(x, size):
     return down @ (x @ across.T)
 
 
-@functools.cache
+@functools.lru_cache(64)  # a folder of photos has ever new sizes
 def area_weights(old, new, device):
     """(new, old): the fraction of each new pixel that each old one covers."""
     edges, pixels = torch.arange(new + 1, dtype=torch.float64) * old / new, torch.arange(old)
@@ -102,7 +102,7 @@ def predict_logits(model, images):
     """Logits (B, 19, h, w) on the model's own grid of images (B, 3, H, W); a CPU processes a few images at a time."""
     if images.device.type != "cpu":
         return model(images, full_size=False)
-    count = max(1, round(CPU_PIXELS / (images.shape[2] * images.shape[3])))
+    count = max(1, round(VIEW_PIXELS / (images.shape[2] * images.shape[3])))
     return torch.cat([model(chunk, full_size=False) for chunk in images.split(count)])
 
 

@@ -209,7 +209,7 @@ def show(findings):
 def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--zip", required=True, help="zip to check")
-    parser.add_argument("--data", help="folder with test/images and dev/images; default ./data")
+    parser.add_argument("--data", help="folder with test/images and dev/images; default that of the run, else ./data")
     parser.add_argument("--phase", choices=("test", "dev"), default="test", help="dev: only masks are needed")
     parser.add_argument("--run", type=natural, default=0, help="number of images on which to EXECUTE the zip's run.py")
     args = parser.parse_args()

@@ -195,9 +195,9 @@ def main():
         print(f"{source}: check and complete it, then: make report-pdf NAME={name}")
         return
     if not source.is_file():
-        raise UserError(f"no {source}; `make report NAME={name} AUTHOR= MATRIC=` creates it")
+        raise UserError(f'no {source}; `make report NAME={name} AUTHOR="A. Author" MATRIC=A12345678B` creates it')
     pages = print_draft(folder, args.overwrite)
-    print(f"{folder}/report.pdf: {pages} pages; next: make report-zip NAME={name} MATRIC=")
+    print(f"{folder}/report.pdf: {pages} pages; next: make report-zip NAME={name} MATRIC=A12345678B")
 
 
 if __name__ == "__main__":

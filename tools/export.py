@@ -20,10 +20,11 @@ from common import ArgumentParser, UserError, atomic, check_target, make_folder,
 
 import torch
 from torch import nn
+from torch.export import Dim
 
 import checkpoint
 import register
-from data import find_data, find_pairs
+from data import find_data_of, find_pairs
 from images import read_image
 from labels import HEX_COLOURS, NAMES
 from views import label_map, predict_logits, resize
@@ -50,8 +51,8 @@ class Exported(nn.Module):
 
 def convert(model, size):
     """torch's ONNXProgram of a network; `size` is the side of the images it was trained on."""
-    side = torch.export.Dim
-    shapes = {0: side("batch"), 2: 32 * side("height", min=2, max=64), 3: 32 * side("width", min=2, max=64)}
+    batch, height, width = Dim("batch"), *(Dim(name, min=2, max=64) for name in ("height", "width"))
+    shapes = {0: batch, 2: 32 * height, 3: 32 * width}
     names = {"input_names": ["image"], "output_names": ["labels"]}
     example = torch.zeros(2, 3, 256, 320, dtype=torch.uint8)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # torch reports on its own internals
@@ -92,10 +93,11 @@ def quantise(path, images):
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(quantization.CalibrationDataReader):
-        def get_next(self):
-            return next(images, None)
+        inputs = ({"image": image} for image in images)
 
-    images = ({"image": image} for image in images)
+        def get_next(self):
+            return next(self.inputs, None)
+
     logging.getLogger().setLevel(logging.ERROR)  # it warns that it does not know Resize's names
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder, "prepared.onnx")
@@ -113,8 +115,9 @@ def write_onnx(weights, out, int8=False, data=None):
         print(f"exporting {weights}: some 20 seconds", flush=True)
         convert(model, info["size"]).save(temporary)
         if int8:
-            pairs = find_pairs(find_data(data))[:CALIBRATION]
-            images = (torch.from_numpy(read_image(path)).permute(2, 0, 1)[None] for path, _ in pairs)
+            held = {name for name, _ in checkpoint.pairs_in(info, "held_out")}
+            paths = [path for path, _ in find_pairs(find_data_of(weights, data)) if path.stem not in held]
+            images = (torch.from_numpy(read_image(path)).permute(2, 0, 1)[None] for path in paths[:CALIBRATION])
             quantise(temporary, ((resize(i, info["size"], info["size"]) * 255).byte().numpy() for i in images))
         same, least = compare(temporary, model, info["size"]), SAME_INT8 if int8 else SAME
         if same < least:
@@ -164,11 +167,11 @@ def main():
     parser.add_argument("--runs", default="runs", help="folder of all runs")
     parser.add_argument("--out", type=Path, help="ONNX file to write")
     parser.switch("--int8", help="the ONNX file computes in 8 bits; needs training images")
-    parser.add_argument("--data", help="with --int8: folder with train/, else ./data")
+    parser.add_argument("--data", help="with --int8: folder with train/; default that of the training, else ./data")
     parser.switch("--release", help="create runs/release instead; needs --name")
     parser.switch("--overwrite", help="with --release: deletes and replaces it, its report and zip")
     args = parser.parse_args()
-    if bool(args.out) == args.release or (args.release and not args.name):
+    if bool(args.out) == args.release or (args.release and not args.name) or (args.release and args.int8):
         raise UserError("give the file to write, OUT=parser.onnx; `make release NAME=a` creates runs/release")
     weights = register.find_weights(args.weights or args.name, args.runs)
     if args.release:

@@ -262,7 +262,9 @@ def main():
     parser.switch("--list", help="with --check: name every file, not only the first of each fault")
     args = parser.parse_args()
     if args.check:
-        data = find_data(args.data)
+        if args.raw or args.count:
+            raise UserError("RAW= and COUNT= are for `make data`; a check is of DATA, as it is")
+        data = find_data(args.data or "data")
         found = audit(data)
         for fault, paths in found.items():
             for path in paths if args.list else paths[:1]:

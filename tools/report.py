@@ -315,6 +315,7 @@ def find_scripts(template):
 def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", default="runs", help="folder of all runs")
+    parser.add_argument("--data", help="folder with train/; default that of each training, else ./data")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.switch("--table", help="print the leaderboard instead")
     parser.switch("--all", help="with --table: the experiments of the repository too")
@@ -322,7 +323,8 @@ def main():
     args = parser.parse_args()
     options.load_recipes()  # an error in it is no error of the runs
     if not (args.table or args.recipes):
-        print(f"{write_page(args.runs, device=args.device)}: open it in a browser; never publish it (dataset's images)")
+        page = write_page(args.runs, device=args.device, data=args.data)
+        print(f"{page}: open it in a browser; never publish it (dataset's images)")
         return
     runs, unreadable = survey(args.runs, args.all or args.recipes)
     for name, reason in unreadable:

@@ -91,8 +91,8 @@ def main():
     pages = f"report of {count_pages(report)} pages" if report != draft else "report.html, to be printed as PDF"
     page = draft.read_text(encoding="utf-8") if not args.report and draft.is_file() else ""
     if args.matric and "________" in page:
-        remedy = f"edit and print it, or `make report OVERWRITE=1 AUTHOR= MATRIC= NAME={name}`"
-        raise UserError(f"{draft} has blanks: {remedy}")
+        again = f'make report NAME={name} AUTHOR="A. Author" MATRIC={args.matric} OVERWRITE=1'
+        raise UserError(f"{draft} has blanks: edit and print it, or `{again}`")
     if args.matric and 'class="screen"' in page:
         print_message(f"{draft} has the line of a draft: complete it, delete the line, `make report-pdf NAME={name}`")
     content = checkpoint.load(weights)
