@@ -109,14 +109,14 @@ def draw(count, strength, seed):
     def chance(probability, low, high, otherwise):
         return np.where(rng.random(count) < probability, rng.uniform(low, high, count), otherwise)
 
-    params["saturation"] *= chance(strength.grey, 0, 0, 1)
+    params["saturation"] *= chance(strength.grey, 0, 0, 1)  # low == high: a certain value
     params["brightness"] *= chance(strength.dark, 0.2, 0.7, 1)
     params["gamma"] = np.exp(chance(strength.gamma, -0.9, 0.9, 0))
     params["reduce"] = np.exp(chance(strength.reduce, math.log(1 / 16), math.log(2 / 3), 0))
     params["bicubic"] = rng.random(count) < 0.5
     params["defocus"] = chance(strength.defocus, 0, 1 / 128, 0) * (params["reduce"] == 1)
     params["grain"] = chance(strength.grain, 0, 0.13, 0)
-    params["jpeg"] = np.exp(chance(strength.jpeg, math.log(5), math.log(50), -math.inf))
+    params["jpeg"] = np.exp(chance(strength.jpeg, math.log(5), math.log(50), -math.inf))  # 0: none
     return {name: torch.from_numpy(np.asarray(value, np.float32)) for name, value in params.items()}
 
 
@@ -150,6 +150,7 @@ def warp(images, masks, theta, size):
     turns = (points + 1) / 4
     place = (turns - turns.round()).abs_().mul_(2)  # 0..1 from the left and from the top
     double = 2 * size if size < images.shape[-1] else size
+    # Where `double` exceeds the image, `resize` would interpolate, and the identity would not be the area average.
     source = area(images / 255, (double, double)) if images.shape[-1] % double else resize(images, double, double)
     where = (place * 2 - 1).permute(0, 2, 3, 1)
     warped = F.grid_sample(source, where, padding_mode="border", align_corners=False)
@@ -181,8 +182,8 @@ def colour(images, params):
 def degrade(images, params):
     """Blur and noise, then gamma, low resolution or blur, noise, and JPEG's loss, as the parameters on the CPU say.
 
-    Float images (B, 3, S, S), changed in place; values 0..1 afterwards. Each image has sizes of its own: one at a time,
-    and only those that change.
+    Float images (B, 3, S, S), values 0..1 afterwards, are changed in place, one at a time, because the radii and sizes
+    differ; those without a change are skipped.
     """
     side = images.shape[-1]
     for i in params["blur"].nonzero().flatten().tolist():

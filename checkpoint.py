@@ -95,7 +95,7 @@ def load_model(path, device="cpu"):
     content = load(path)
     model = fold_batch_norm(restore(content, path, device))
     if not is_finite(model):  # a negative variance is
-        raise UserError(f"{path} contains statistics that are no variances")
+        raise UserError(f"{path} contains negative variances")
     return model, {key: value for key, value in content.items() if key != "state_dict"}
 
 

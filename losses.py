@@ -30,8 +30,12 @@ def segmentation_loss(
     """
     log_p = F.log_softmax(logits, 1)
     p = log_p.exp()
-    loss = ce * _cross_entropy(log_p, p, target, focal, class_weights, smoothing) if ce else 0.0
-    return loss + dice * _dice(p, target, dice_over) if dice else loss
+    loss = 0.0
+    if ce:
+        loss = ce * _cross_entropy(log_p, p, target, focal, class_weights, smoothing)
+    if dice:
+        loss = loss + dice * _dice(p, target, dice_over)
+    return loss
 
 
 def _dice(p, target, over):

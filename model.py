@@ -106,7 +106,7 @@ class LMSA(nn.Module):
     The gate comes from the branch's global average. 25,984 parameters at 128 channels.
     """
 
-    FOLDS = {"norm": "pointwise"}
+    FOLDS = {"norm": "pointwise"}  # for `fold_batch_norm`
 
     def __init__(self, dim, reduction=4):
         super().__init__()
@@ -292,7 +292,7 @@ class MicroUNet(nn.Module):
         self.attention.apply(_init_transformer)
         self.decoder = nn.ModuleList()
         for width, skip in zip(decoder[::-1], widths[-2::-1], strict=True):
-            self.decoder.append(nn.Sequential(JoinNorm(previous + skip, width)))
+            self.decoder.append(nn.Sequential(JoinNorm(previous + skip, width)))  # checkpoints have such names
             previous = width
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(previous, NUM_CLASSES, 1)
@@ -327,7 +327,8 @@ def coordinates(image):
 def fold_batch_norm(model):
     """Fold each batch norm into the convolution before it, in place; a class's FOLDS is {norm's name: convolution's}.
 
-    The logits in evaluation mode stay the same up to rounding; the network cannot be trained any more.
+    These convolutions have no bias. The logits in evaluation mode stay the same up to rounding; the network cannot be
+    trained any more.
     """
     for module in list(model.modules()):
         for name, before in getattr(module, "FOLDS", {}).items():

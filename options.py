@@ -68,7 +68,7 @@ def build_parser():
     optim.add_argument("--decay-all", **switch, default=True, help="decay biases and norms too, not only matrices")
     optim.add_argument("--clip", type=float, default=1.0, help="maximum gradient norm; 0 disables clipping")
     optim.add_argument("--ema", type=float, default=0.0, help="decay of the weights' moving average; 0 disables it")
-    optim.add_argument("--keep", type=float, default=0.0, help="fraction of the FROM= weights in the last epoch's")
+    optim.add_argument("--keep", type=float, default=0.0, help="fraction of the --from weights mixed into the last")
 
     loss = parser.add_argument_group("loss")
     loss.add_argument("--ce", type=float, default=1.0, help="weight of the cross-entropy")
@@ -83,7 +83,7 @@ def build_parser():
     change = parser.add_argument_group("augmentation", "The defaults are the preset's.")
     change.add_argument("--augment", choices=sorted(PRESETS), default="basic", help="preset of the strengths below")
     for name, kind in Strength.__annotations__.items():
-        change.add_argument(flag(name), type=float, help=getattr(kind, "__metadata__", [None])[0])
+        change.add_argument(flag(name), type=float, help=kind.__metadata__[0])
     text = "exchange left and right labels in mirrored masks"
     change.add_argument("--exchange-sides", **switch, default=True, help=text)
 
@@ -235,7 +235,7 @@ def json_object(text):
     with contextlib.suppress(ValueError, RecursionError):
         if isinstance(content := json.loads(text), dict):
             return content
-    raise UserError(f'--model-args {text} is no JSON object such as {{"attention": 0}}')
+    raise UserError(f'--model-args {text} is not a JSON object such as {{"attention": 0}}')
 
 
 def parse_sizes(text, epochs):

@@ -96,7 +96,7 @@ def open_run(args):
         run_arguments(folder)
     # A run that was killed while its files replaced an older one's has its args.json in a temporary folder.
     elif any(folder.glob("[!.]*")) and not any(folder.glob(".args.json.*.tmp/args.json")):
-        raise UserError(f"{folder} exists and is no run: choose another NAME, or move its files away")
+        raise UserError(f"{folder} exists and is not a run: choose another NAME, or move its files away")
     return folder
 
 

@@ -33,9 +33,11 @@ ONE_VIEW = Views()
 def parse_views(text):
     """Views of "" or "none", "flip", "scales", "flip,scales", or numbers as in "flip,1,1.5"; else UserError."""
     if not isinstance(text, str):
-        raise UserError(f"views {text!r} are no text such as flip,scales")
+        raise UserError(f"views must be text such as flip,scales, not {text!r}")
     flip, scales = False, []
-    for part in filter(None, (part.strip() for part in ("" if text == "none" else text).split(","))):
+    for part in map(str.strip, text.split(",")):
+        if part in ("", "none"):
+            continue
         if part == "flip":
             flip = True
         elif part == "scales":
@@ -112,14 +114,15 @@ def log_probabilities(models, images, size, views):
 
     images: uint8 (B, 3, H, W) on the models' device. size: side of the square images the models were trained on.
     """
+    if len(models) == len(views.scales) == 1 and not views.flip:
+        view = resize(images, *input_size(*images.shape[2:], size, views.scales[0]))
+        return predict_logits(models[0], view).float().log_softmax(1)
     average, count = None, 0
     # From the finest view down: coarser ones are upsampled to its grid.
     for scale in sorted(views.scales, reverse=True):
         view = resize(images, *input_size(*images.shape[2:], size, scale))
         for mirrored in (False, True) if views.flip else (False,):
             for model in models:
-                if len(views.scales) == len(models) == 1 and not views.flip:
-                    return predict_logits(model, view).float().log_softmax(1)
                 p = _probabilities(model, view, mirrored)
                 if average is None:
                     average = p

@@ -45,7 +45,7 @@ ERROR_COLOUR = (213, 94, 0)  # vermillion: distinguishable from grey for colour-
 
 def number(value):
     """`value` if it is a finite int or float, else ValueError: a run's files may contain anything."""
-    if type(value) not in (int, float) or not -1e300 < value < 1e300:
+    if type(value) not in (int, float) or not -1e300 < value < 1e300:  # math.isfinite overflows
         raise ValueError(f"{textwrap.shorten(repr(value), 40)} is not a finite number")
     return value
 
