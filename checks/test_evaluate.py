@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from checks.conftest import cases, encoded, write
 from data import Pairs, split
-from evaluate import batch_score, compare_folders, confusion, evaluate, held_out, label_scores, main, official_score
+from evaluate import batch_score, confusion, evaluate, held_out, label_scores, main, official_score
 from images import mask_image
 from labels import FLIP
 from model import build
@@ -46,7 +47,7 @@ class Oracle(torch.nn.Module):
         return F.one_hot(chosen.long(), 19).permute(0, 3, 1, 2).float() * 20
 
 
-@pytest.mark.parametrize("scale", [0.5, 2])  # logits coarser and finer than the masks
+@cases("scale", [0.5, 2])  # logits coarser and finer than the masks
 def test_perfect_network_scores_1(scale):
     masks = np.zeros((3, 64, 64), np.uint8)
     masks[:, 10:40, 10:40], masks[:, 44:60, 44:60] = 1, 15
@@ -69,25 +70,23 @@ def test_weights_are_scored_on_the_pairs_their_training_held_out(tmp_path):
         assert held_out(content, path / "best.pt", [(name, None) for name in names]).tolist() == expected
 
 
-def write_masks(root, **masks):
-    for name, mask in masks.items():
-        (root / name).mkdir()
-        if mask:
-            mask_image(np.uint8(mask)).save(root / name / "a.png")
-    return root / "pred", root / "true"
+def write_masks(root, pred, true):
+    """The folders pred and true with masks of these labels, {name: rows}, as flags."""
+    for kind, masks in (("pred", pred), ("true", true)):
+        write({f"{kind}/{n}.png": encoded(mask_image(np.uint8(rows))) for n, rows in masks.items()}, root)
+    return f"--masks={root}/pred", f"--truth={root}/true"
 
 
-def test_script_scores_folders_of_masks(tmp_path, monkeypatch, capsys):
-    pred, true = write_masks(tmp_path, pred=[[0, 13]], true=[[0, 13]])
-    monkeypatch.setattr("sys.argv", ["evaluate.py", f"--masks={pred}", f"--truth={true}"])
-    main()
-    assert "official score 1.0000" in capsys.readouterr().out
+def test_some_masks_of_the_truth_are_its_score_only_if_asked(tmp_path, command, refused):
+    flags = write_masks(tmp_path, {"a": [[0, 13]]}, {"a": [[0, 13]], "b": [[1]]})
+    assert "1 of the 2 masks" in refused(main, *flags)
+    status, out, warning = command(main, *flags, "--partial")
+    assert status == 0 and "official score 1.0000" in out and "1 of the 2 masks" in warning
 
 
-@pytest.mark.parametrize(("truth", "error"), [(None, "a.png"), ([[200]], "label 200"), ([[0, 0]], "a.png")])
-def test_folders_that_do_not_match_are_refused(tmp_path, truth, error):
-    with pytest.raises(UserError, match=error):
-        compare_folders(*write_masks(tmp_path, pred=[[0]], true=truth))
+@cases(("true", "error"), [({"b": [[0]]}, "a.png"), ({"a": [[200]]}, "label 200"), ({"a": [[0, 0]]}, "a.png")])
+def test_folders_that_do_not_match_are_refused(tmp_path, refused, true, error):
+    assert error in refused(main, *write_masks(tmp_path, {"a": [[0]]}, true))
 
 
 def test_views_are_parsed():
@@ -115,7 +114,7 @@ def test_input_has_the_aspect_ratio_of_the_image():
     assert input_size(512, 512, 256, 1.25) == (320, 320) and input_size(200, 800, 256) == (128, 512)
 
 
-@pytest.mark.parametrize("size", [(4, 4), (12, 12), (5, 7), (24, 30)])
+@cases("size", [(4, 4), (12, 12), (5, 7), (24, 30)])
 def test_resize_averages_down_and_interpolates_up(size):
     images = torch.randint(0, 256, (1, 3, 12, 12), dtype=torch.uint8)
     expected = F.interpolate(images.float() / 255, size, mode="bilinear")

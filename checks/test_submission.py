@@ -10,7 +10,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from common import UserError, run_main
+from common import UserError
 
 import numpy as np
 import pypdf
@@ -20,11 +20,12 @@ from PIL import Image
 
 import checkpoint
 import register
+from checks.conftest import cases, encoded, saved, write
 from data import Pairs
 from evaluate import confusion, official_score
 from images import mask_image
 from labels import PALETTE
-from model import PARAM_LIMIT, build
+from model import build
 from predict import FaceParser
 from tools import check_submission, course_report, package, report_zip, sweep
 from tools.check_submission import judge, read_zip
@@ -35,17 +36,10 @@ IMAGES, WEIGHTS, CKPT = "data/test/images", "runs/a/best.pt", "solution/ckpt.pth
 LABELS = np.zeros((512, 512), np.uint8)
 
 
-def saved(content):
-    file = io.BytesIO()
-    torch.save(content, file)
-    return file.getvalue()
-
-
-def mask_bytes(labels, mode="P", palette=PALETTE):
-    image, file = mask_image(labels), io.BytesIO()
+def mask_bytes(labels, palette=PALETTE):
+    image = mask_image(labels)
     image.putpalette(palette)
-    image.convert(mode).save(file, format="PNG")
-    return file.getvalue()
+    return encoded(image)
 
 
 def pdf(path, pages, width=594.96):
@@ -64,30 +58,21 @@ def faults(place, entries=None, phase="test", run=0):
     return "\n".join(f"{check}: {detail}" for status, check, detail in findings if status == "FAIL")
 
 
-def exit_status(monkeypatch, main, *flags):
-    monkeypatch.setattr(sys, "argv", ["x", *map(str, flags)])
-    with pytest.raises(SystemExit) as ended:
-        run_main(main)
-    return ended.value.code or 0
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with data/test/images, a run runs/a in half precision whose masks vary, and its submission."""
     root = tmp_path_factory.mktemp("submission")
-    images, run = root / IMAGES, root / "runs" / "a"
-    images.mkdir(parents=True)
-    run.mkdir(parents=True)
-    for seed, name in enumerate("abc"):
-        grid = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), np.uint8)
-        Image.fromarray(grid).resize((512, 512)).save(images / f"{name}.jpg")
+    rng, run = np.random.default_rng(0), root / "runs" / "a"
+    grids = [Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize((512, 512)) for _ in range(3)]
+    write({f"{name}.jpg": encoded(image, "JPEG") for name, image in zip("abc", grids, strict=True)}, root / IMAGES)
+    record = b'{"args": {}, "versions": {"torch": "2.13.0", "numpy": "2.4.6"}}'
+    lines = b'{"official": 0.71236, "batch32": 0.60004}\n{"official": 0.7, "batch32": 0.6}\n'
+    write({"args.json": record, "metrics.jsonl": lines}, run)
     model = build("microsegformer")
     torch.nn.init.normal_(model.classifier.weight, std=1.0)
     state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     checkpoint.save(run / "best.pt", {"model": "microsegformer", "model_args": {}, "size": 64, "state_dict": state})
-    (run / "args.json").write_text('{"args": {}, "versions": {"torch": "2.13.0", "numpy": "2.4.6"}}')
-    (run / "metrics.jsonl").write_text('{"official": 0.71236, "batch32": 0.60004}\n{"official": 0.7, "batch32": 0.6}\n')
-    assert make_submission(run / "best.pt", images, "test", run / "submission-test.zip", "flip", run=1) == 0
+    assert make_submission(run / "best.pt", root / IMAGES, "test", run / "submission-test.zip", "flip", run=1) == 0
     return root
 
 
@@ -107,22 +92,16 @@ def test_submission_contains_the_required_files_and_no_unused_module(sound):
     assert all(len(np.unique(Image.open(io.BytesIO(sound[name])))) > 2 for name in masks)
 
 
-def test_same_content_gives_the_same_bytes_and_dev_contains_only_masks(place, sound, tmp_path):
-    run, target = place / "runs" / "a", tmp_path / "again.zip"
-    assert make_submission(run / "best.pt", place / IMAGES, "test", target, "flip", run=0) == 0
-    assert target.read_bytes() == (run / "submission-test.zip").read_bytes()
-    assert make_submission(run / "best.pt", place / IMAGES, "dev", place / "judged.zip", "flip", run=1) == 0
-    assert read_zip(place / "judged.zip")[0] == {k: v for k, v in sound.items() if k.startswith("masks/")}
-    assert faults(place, phase="dev") == ""
-
-
-def test_failed_check_keeps_the_old_zip(place, tmp_path, monkeypatch, capsys):
-    kept = tmp_path / "kept.zip"
-    write_zip(kept, {"masks/old.png": b""})
-    old = kept.read_bytes()
-    monkeypatch.setattr(check_submission, "TIME_LIMIT", 0.01)
-    assert make_submission(place / WEIGHTS, place / IMAGES, "test", kept, run=1) == 1 and kept.read_bytes() == old
-    assert "timed out after 0.01 seconds" in capsys.readouterr().out
+def test_dev_contains_only_masks_and_a_failed_check_keeps_the_old_zip(place, sound, tmp_path, monkeypatch):
+    target, flags = tmp_path / "dev.zip", (place / WEIGHTS, place / IMAGES, "dev", tmp_path / "dev.zip", "flip")
+    write_zip(target, {"masks/old.png": b""})
+    old = target.read_bytes()
+    with monkeypatch.context() as context:
+        context.setattr(package, "judge", lambda *_: [("FAIL", "run", "")])
+        assert make_submission(*flags) == 1 and target.read_bytes() == old
+    assert make_submission(*flags) == 0
+    write_zip(tmp_path / "again.zip", {k: v for k, v in reversed(sound.items()) if k.startswith("masks/")})
+    assert target.read_bytes() == (tmp_path / "again.zip").read_bytes()
 
 
 def test_too_many_parameters_are_refused(place, tmp_path, monkeypatch):
@@ -131,14 +110,18 @@ def test_too_many_parameters_are_refused(place, tmp_path, monkeypatch):
         make_submission(place / WEIGHTS, place / IMAGES, "test", tmp_path / "big.zip")
 
 
-def test_default_weights_are_named(place, monkeypatch, capsys):
+def test_default_weights_are_named(place, monkeypatch, command):
     monkeypatch.chdir(place)
     monkeypatch.setattr(package, "make_submission", lambda weights, images, phase, target, *rest: print(target))
-    for name in ("none", "a"):
+    for name, what in (("none", "the best run"), ("a", "the release")):
         monkeypatch.setattr(register, "RELEASE", place / "runs" / name)
-        assert exit_status(monkeypatch, package.main, "--data", "data") == 0
-    lines, target = capsys.readouterr().out.splitlines(), "runs/a/submission-test.zip"
-    assert lines == ["weights: the best run, runs/a/best.pt", target, "weights: the release, runs/a/best.pt", target]
+        expected = f"weights: {what}, runs/a/best.pt\nruns/a/submission-test.zip\n"
+        assert command(package.main, "--data", "data")[:2] == (0, expected)
+
+
+class Hostile:
+    def __reduce__(self):
+        return print, ("executed",)
 
 
 UNSAFE = ("../masks/a.png", "masks/../../a.png", "/masks/a.png", "masks\\a.png", "C:/masks/a.png")
@@ -148,24 +131,26 @@ FAULTS = {
     "folders: a.png does not belong at the top": ("a.png", b""),
     "masks: masks/b.png is missing": ("masks/b.png", None),
     "masks: masks/d.png belongs to no image": ("masks/d.png", b""),
-    "masks: masks/a.png has mode RGB": ("masks/a.png", mask_bytes(LABELS, "RGB")),
+    "masks: masks/a.png has mode RGB": ("masks/a.png", encoded(mask_image(LABELS).convert("RGB"))),
     "masks: masks/a.png is 256 x 256, but": ("masks/a.png", mask_bytes(LABELS[:256, :256])),
     "masks: masks/a.png contains label 19": ("masks/a.png", mask_bytes(LABELS + 19)),
     "masks: masks/a.png has another palette": ("masks/a.png", mask_bytes(LABELS + 2, palette=PALETTE[::-1])),
     "masks: masks/a.png is not a readable": ("masks/a.png", mask_bytes(LABELS)[:200]),
     "solution: solution/requirements.txt is missing": ("solution/requirements.txt", None),
     "checkpoint: ckpt.pth is damaged": (CKPT, saved(MISFIT)[:-99]),
+    "checkpoint: ckpt.pth is damaged or": (CKPT, saved({"state_dict": Hostile()})),
+    "checkpoint: ckpt.pth is damaged or contains": (CKPT, pickle.dumps({"state_dict": Hostile()}, 2)),
     'checkpoint: ckpt.pth has no "state_dict"': (CKPT, saved({"weights": {}})),
     "checkpoint: ckpt.pth does not fit": (CKPT, saved(MISFIT)),
     "checkpoint: ckpt.pth contains weights": (CKPT, saved({"state_dict": {"a": torch.tensor(np.nan)}})),
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_exactly_the_fault_is_reported(place, sound, fault):
+@cases("fault", FAULTS)
+def test_exactly_the_fault_is_reported(place, sound, capsys, fault):
     changed = sound | dict([FAULTS[fault]])
     text = faults(place, {name: data for name, data in changed.items() if data is not None})  # None removes the file
-    assert text.startswith(fault) and "\n" not in text
+    assert text.startswith(fault) and "\n" not in text and "executed" not in capsys.readouterr().out
 
 
 def test_missing_folders_are_reported(place, sound):
@@ -175,22 +160,26 @@ def test_missing_folders_are_reported(place, sound):
     assert "folders: no folder masks/" in faults(place, {})
 
 
-@pytest.mark.parametrize("count", [PARAM_LIMIT - 1, PARAM_LIMIT])
-@pytest.mark.parametrize("more", [{}, {"model": "another", "model_args": {}}, {"model": {"w": 1}, "model_args": 0}])
-def test_parameters_of_other_networks_are_counted_without_buffers(place, sound, count, more):
-    state = {"w": torch.zeros(count), "bn.running_mean": torch.zeros(9), "bn.num_batches_tracked": torch.tensor(0)}
-    text = faults(place, sound | {CKPT: saved({"state_dict": state, **more})})
-    assert text.startswith("checkpoint: ckpt.pth has 1,821,085 parameters") if count == PARAM_LIMIT else text == ""
+MANY = torch.zeros(5_000_000)
+OTHERS = [  # what ckpt.pth contains beside 1,800,000 weights
+    *[({"state_dict": {"w.running_mean": tensor}}, True) for tensor in (MANY, MANY.view(5000, 1000))],
+    *[({"more": [{"x": MANY}]}, True), ({"more": [0.5] * 30_000}, True)],
+    *[({"state_dict": {"x": torch.zeros(n)}}, n == 21_085) for n in (21_084, 21_085)],
+    *[({"model": "another", "model_args": {}}, False), ({"model": {"w": 1}, "model_args": 0}, False)],
+    ({"state_dict": {"bn.running_mean": torch.zeros(9), "bn.num_batches_tracked": torch.tensor(0)}}, False),
+]
 
 
-@pytest.mark.parametrize("write", [saved, lambda content: pickle.dumps(content, 2)])
-def test_code_in_a_checkpoint_is_not_executed(place, sound, tmp_path, write):
-    class Hostile:
-        def __reduce__(self):
-            return open, (str(tmp_path / "executed"), "w")
+@cases(("more", "fails"), OTHERS, ids=range(len(OTHERS)))
+def test_parameters_of_other_networks_are_counted_without_buffers(place, sound, more, fails):
+    state = {"w": torch.zeros(1_800_000)} | more.get("state_dict", {})
+    text = faults(place, sound | {CKPT: saved(more | {"state_dict": state})})
+    assert re.match(r"checkpoint: ckpt.pth has [\d,]+ parameters", text) if fails else text == ""
 
-    text = faults(place, sound | {CKPT: write({"state_dict": Hostile()})})
-    assert text.startswith("checkpoint: ckpt.pth is damaged or contains") and not (tmp_path / "executed").exists()
+
+@cases(("name", "content"), [("more.pth", saved(MANY)), ("a.py", b"1" * 2**22)])
+def test_parameters_in_other_files_are_counted(place, sound, name, content):
+    assert "parameters, with all entries" in faults(place, sound | {f"solution/{name}": content})
 
 
 def test_links_duplicates_other_compression_and_macos_files(place, sound):
@@ -218,30 +207,31 @@ def test_bombs_are_not_unpacked(place, sound, tmp_path, monkeypatch):
     assert text.startswith("checkpoint: ckpt.pth is damaged") and "33,554,432 bytes" in text
 
 
-def test_run_py_runs_alone_and_its_masks_are_compared(place, sound):
+def test_run_py_runs_alone_and_its_masks_are_compared(place, sound, monkeypatch):
     copy = b"import sys, shutil, pathlib\nshutil.copy(pathlib.Path(sys.argv[2]).stem, sys.argv[4])\n"
     files = sound | {f"solution/{name}": sound[f"masks/{name}.png"] for name in "ab"} | {"solution/run.py": copy}
     labels = np.array(Image.open(io.BytesIO(sound["masks/c.png"])))
     labels[3, :7] = (labels[3, :7] + 1) % 19
     files["solution/c"] = mask_bytes(labels)
-    assert faults(place, files, run=1) == ""
     assert faults(place, files, run=2) == "run: c.jpg: run.py and masks/ differ in 7 of 262,144 pixels"
     text = faults(place, {name: data for name, data in sound.items() if name != "solution/labels.py"}, run=1)
     assert "ended with status 1" in text and "No module named 'labels'" in text
+    monkeypatch.setattr(check_submission, "TIME_LIMIT", 0.01)
+    assert "timed out after 0.01 seconds" in faults(place, run=1)
 
 
-@pytest.mark.parametrize("name, status", [("none", 2), ("text", 2), ("empty", 1), ("runs/a/submission-test", 0)])
-def test_exit_status(place, monkeypatch, name, status):
+@cases("name, status", [("none", 2), ("text", 2), ("empty", 1), ("runs/a/submission-test", 0)])
+def test_exit_status(place, command, name, status):
     (place / "text.zip").write_text("not a zip")
     write_zip(place / "empty.zip", {})
     flags = ("--zip", place / f"{name}.zip", "--data", place / "data")
-    assert exit_status(monkeypatch, check_submission.main, *flags) == status
+    assert command(check_submission.main, *flags)[0] == status
 
 
-def test_course_zip_contains_everything_and_its_readme_reproduces_the_masks(place, sound, tmp_path, monkeypatch):
+def test_course_zip_is_complete_and_its_readme_reproduces_the_masks(place, sound, tmp_path, monkeypatch, command):
     monkeypatch.chdir(place)
     flags = ["--name", "a", "--data", "data", "--report", pdf(place / "report.pdf", 5), "--matric", "a12345678b"]
-    assert exit_status(monkeypatch, report_zip.main, *flags, "--out", tmp_path) == 0
+    assert command(report_zip.main, *flags, "--out", tmp_path)[0] == 0
     with zipfile.ZipFile(tmp_path / "A12345678B.zip") as archive:
         archive.extractall(tmp_path)
     assert (tmp_path / "checkpoint/ckpt.pth").read_bytes() == sound[CKPT]
@@ -258,9 +248,7 @@ def test_course_zip_contains_everything_and_its_readme_reproduces_the_masks(plac
 
 def test_readme_gives_the_score_of_the_weights_and_views_handed_in(place, monkeypatch):
     rng = np.random.default_rng(0)
-    images, masks = (
-        rng.integers(0, top, shape, np.uint8) for top, shape in ((256, (10, 3, 64, 64)), (19, (10, 64, 64)))
-    )
+    images, masks = rng.integers(0, 256, (10, 3, 64, 64), np.uint8), rng.integers(0, 19, (10, 64, 64), np.uint8)
     pairs = Pairs(images, masks, np.zeros(10, bool), list("abcdefghij"))
     monkeypatch.setattr(report_zip, "load_pairs", lambda data: pairs)
     weights = place / WEIGHTS
@@ -271,12 +259,11 @@ def test_readme_gives_the_score_of_the_weights_and_views_handed_in(place, monkey
     assert text.startswith(f"{official_score(np.stack(own)):.4f}, the official score on the 2 pairs")
 
 
-@pytest.mark.parametrize("script", [package, report_zip])
-def test_a_run_on_real_faces_gets_no_masks_of_synthetic_ones(place, tmp_path, monkeypatch, capsys, script):
+@cases("script", [package, report_zip])
+def test_a_run_on_real_faces_gets_no_masks_of_synthetic_ones(place, tmp_path, monkeypatch, refused, script):
     monkeypatch.chdir(tmp_path)
     flags = [] if script is package else ["--matric", "A12345678B", "--report", pdf(tmp_path / "report.pdf", 1)]
-    assert exit_status(monkeypatch, script.main, "--name", place / "runs" / "a", *flags) == 2
-    assert "no data/ folder" in capsys.readouterr().err
+    assert "no data/ folder" in refused(script.main, "--name", place / "runs" / "a", *flags)
 
 
 def test_report_must_have_at_most_five_a4_pages(tmp_path):
