@@ -1,6 +1,9 @@
 """The ONNX file gives torch's labels and says what they are; the release is the run in half precision."""
 
 import json
+import shutil
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ import torch
 import checkpoint
 import register
 from checks.conftest import cases, untrained, write
-from model import build
+from checks.references import TINY
 from tools import export
 
 
@@ -20,26 +23,24 @@ def run(tmp_path):
     return folder
 
 
-@cases(("arguments", "logits"), [(["microsegformer"], True), (["microunet", {"depths": (1,) * 5}], False)])
-def test_onnx_file_gives_the_labels_of_torch(run, tmp_path, command, arguments, logits):
+@cases(("arguments", "logits"), [(["microsegformer"], True), (["microunet", TINY], False)])
+def test_onnx_file_gives_the_labels_of_torch_or_is_not_written(
+    run, tmp_path, monkeypatch, command, refused, arguments, logits
+):
     onnx = pytest.importorskip("onnx")
     untrained(run / "best.pt", *arguments, size=128)
-    path = tmp_path / "parser.onnx"
-    status, out, _ = command(export.main, "--name", run, "--out", path, f"--logits={int(logits)}")
+    path, other = tmp_path / "parser.onnx", tmp_path / "other.onnx"
+    flags = export.main, "--name", run, f"--logits={int(logits)}", "--out"
+    status, out, _ = command(*flags, path)
     assert status == 0 and "of pixels of astronaut.jpg have torch's label" in out
     model = onnx.load(path)
     facts = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(facts["labels"])[17] == "neck" and "uint8 RGB" in facts["input"] and "128 x 128" in facts["input"]
     assert not any(node.op_type == "BatchNormalization" for node in model.graph.node)
     assert [output.name for output in model.graph.output] == ["logits" if logits else "labels"]
-
-
-def test_a_file_with_other_labels_is_not_written(run, tmp_path, monkeypatch, refused):
-    pytest.importorskip("onnx")
-    right = export.convert
-    monkeypatch.setattr(export, "convert", lambda model, *rest: right(build("microunet").eval(), *rest))
-    error = refused(export.main, "--name", run, "--out", tmp_path / "parser.onnx")
-    assert "nothing written" in error and not (tmp_path / "parser.onnx").exists()
+    untrained(run / "best.pt", *arguments, size=128)  # of which this file is none
+    monkeypatch.setattr(export, "convert", lambda *_: SimpleNamespace(save=partial(shutil.copy, path)))
+    assert "nothing written" in refused(*flags, other) and not other.exists()
 
 
 def test_missing_packages_and_flags_are_one_line(run, tmp_path, monkeypatch, refused):

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import losses
+from checks.conftest import cases
 from losses import segmentation_loss, soft_labels, training_loss
 from model import upsample
 
@@ -20,21 +21,15 @@ def batch():
     return torch.randn(3, 19, 16, 16), masks
 
 
-def plain_dice(logits, masks, over):
-    p, images = logits.softmax(1), []
-    for i in range(len(logits)):
-        terms = []
-        for label in range(19) if over == "all" else masks[i].unique():
-            truth, smooth = (masks[i] == label).float(), over == "all"
-            intersection = (p[i, label] * truth).sum()
-            terms.append(1 - (2 * intersection + smooth) / (p[i, label].sum() + truth.sum() + smooth))
-        images.append(torch.stack(terms).mean())
-    return torch.stack(images).mean()
-
-
-@pytest.mark.parametrize("over", ["present", "all"])
-def test_ce_and_dice_equal_the_formulas(batch, over):
-    expected = 0.7 * F.cross_entropy(*batch) + 1.5 * plain_dice(*batch, over)
+@cases("over", ["present", "all"])
+def test_dice_equals_the_formula(batch, over):
+    logits, masks = batch
+    p, images, smooth = logits.softmax(1), [], over == "all"
+    for i in range(3):
+        truths = {label: (masks[i] == label).float() for label in (range(19) if smooth else masks[i].unique())}
+        terms = [(2 * (p[i, k] * t).sum() + smooth) / (p[i, k].sum() + t.sum() + smooth) for k, t in truths.items()]
+        images.append(1 - torch.stack(terms).mean())
+    expected = 0.7 * F.cross_entropy(*batch) + 1.5 * torch.stack(images).mean()
     assert torch.isclose(segmentation_loss(*batch, ce=0.7, dice=1.5, dice_over=over), expected, atol=1e-5)
 
 
@@ -46,24 +41,21 @@ def test_variants_of_cross_entropy_equal_the_formulas(batch):
         ({"class_weights": WEIGHTS}, F.cross_entropy(logits, masks, WEIGHTS) * WEIGHTS[masks].mean()),
         ({"focal": 2.0}, -((1 - p) ** 2 * p.log()).mean()),
     ):
-        assert torch.isclose(segmentation_loss(logits, masks, dice=0, **settings), expected, atol=1e-5)
+        for target in (masks, soft_labels(masks.byte())):
+            assert torch.isclose(segmentation_loss(logits, target, dice=0, **settings), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_one_hot_soft_labels_give_the_loss_of_hard_ones(batch, settings):
-    logits, masks = batch
-    hard, soft = (segmentation_loss(logits, t, **settings) for t in (masks, soft_labels(masks.byte())))
-    assert torch.isclose(soft, hard, atol=1e-5)
-
-
-@pytest.mark.parametrize("pixels", [1, 2 * 16 * 16, 1 << 20])  # one image per chunk; two and one; all three
-@pytest.mark.parametrize("side", [4, 16])
-@pytest.mark.parametrize("settings", SETTINGS)
+@cases("pixels", [1, 2 * 16 * 16, 1 << 20])  # one image per chunk; two and one; all three
+@cases("side", [4, 16])
+@cases("settings", SETTINGS, ids=range(6))
 def test_chunked_loss_and_gradient_equal_the_whole(batch, monkeypatch, settings, side, pixels):
     monkeypatch.setattr(losses, "CPU_PIXELS", pixels)
-    for target in (batch[1], soft_labels(batch[1].byte())):
-        logits = torch.randn(3, 19, side, side, requires_grad=True)
+    logits, results = torch.randn(3, 19, side, side, requires_grad=True), []
+    for target in (batch[1], soft_labels(batch[1].byte())):  # one-hot soft labels give the loss of hard ones
         whole = segmentation_loss(upsample(logits, (16, 16)), target, **settings)
-        chunked = training_loss(logits, target, **settings)
-        assert torch.isclose(chunked, whole, atol=1e-6)
-        assert torch.allclose(*(torch.autograd.grad(3 * x, logits)[0] for x in (chunked, whole)), atol=1e-7)
+        results += [
+            (x, torch.autograd.grad(3 * x, logits)[0]) for x in (whole, training_loss(logits, target, **settings))
+        ]
+    for loss, gradient in results[1:]:
+        assert torch.isclose(loss, results[0][0], atol=1e-5)
+        assert torch.allclose(gradient, results[0][1], atol=1e-6)

@@ -371,17 +371,16 @@ def test_the_draft_prints_on_few_pages(scored, monkeypatch):
 
 def test_progress_lines_overwrite_a_terminal_and_are_one_a_minute_elsewhere(monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
-    monkeypatch.setattr("common._printed", -1e9)
     screen, pipe = io.StringIO(), io.StringIO()
     monkeypatch.setattr(screen, "isatty", lambda: True)
     for stream in (screen, pipe):
+        monkeypatch.setattr("common._printed", -1e9)
+        monkeypatch.setattr("sys.stderr", stream)
         show_line("x" * 50, stream)
         show_line("y" * 50, pipe)
-        monkeypatch.setattr("sys.stderr", stream)
         show_progress("predicting", 1, 1, 1)  # the last item clears the line
-    assert (screen.getvalue(), pipe.getvalue()) == (f"\r{'x' * 19}\r{' ' * 19}\r", "y" * 50 + "\n")
-    monkeypatch.setattr("sys.stderr", pipe)
+    assert (screen.getvalue(), pipe.getvalue()) == (f"\r{'x' * 19}\r{' ' * 19}\r", f"{'y' * 50}\n{'x' * 50}\n")
     monkeypatch.setattr("common._printed", -1e9)
     with show_time("exporting"):
         time.sleep(1.2)
-    assert pipe.getvalue().endswith("y\nexporting, 1 s\n")
+    assert pipe.getvalue().endswith("x\nexporting, 1 s\n")

@@ -63,11 +63,8 @@ def test_recipe_parses_and_flags_override_it(name):
 def test_arguments_of_a_recipes_network_are_kept_for_that_network_only():
     narrow = json.loads(parse(["--recipe=search"])[0].model_args)
     assert narrow["widths"][0] == 16
-    for flags, expected in [
-        (["--model-args={}"], narrow),
-        (["--model=microunet", '--model-args={"attention": 0}'], narrow | {"attention": 0}),
-        (["--model=microsegformer"], {}),
-    ]:
+    own = ["--model=microunet", '--model-args={"attention": 0}']
+    for flags, expected in [([], narrow), (own, narrow | {"attention": 0}), (["--model=microsegformer"], {})]:
         assert json.loads(parse(["--recipe=search", *flags])[0].model_args) == expected
 
 
