@@ -10,7 +10,6 @@ import tracemalloc
 
 from common import UserError
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -23,9 +22,7 @@ import register
 import train
 from checks.conftest import FLAGS, cases, contents, encoded, full, set_up, write
 from checks.references import TINY
-from checks.test_data_tools import LABELS
 from data import load_pairs
-from images import mask_image, read_mask
 from tools import audit, check_params, export, package, prepare, report
 from tools import run as tools_run
 
@@ -35,12 +32,6 @@ def raiser(error):
         raise error
 
     return fail
-
-
-def edit(path, **changes):
-    """Change the arguments in an args.json."""
-    record = json.loads(path.read_text())
-    path.write_text(json.dumps(record | {"args": record["args"] | changes}))
 
 
 def rotate(data):
@@ -83,36 +74,14 @@ def test_unknown_provenance_is_reported(place, tmp_path, command, change):
     assert warning in command(evaluate.main, *flags)[2]
 
 
-MASKS = {  # image, palette, error
-    "optimised": (mask_image(LABELS).remap_palette([18, *range(18)]), None, None),
-    "black": (mask_image(LABELS), [0] * 57, None),
-    "grey": (mask_image(LABELS), [value for value in range(256) for _ in range(3)], None),
-    "foreign": (mask_image(LABELS), [0, 0, 0, 128, 0, 0, 0, 128, 0, *[9] * 48], "colours of no label"),
-    "ignore": (mask_image(np.where(LABELS == 3, 255, LABELS).astype(np.uint8)), None, "255.*leave out the pair"),
-}
-
-
-@cases("mask", MASKS)
-def test_masks_are_read_by_their_palette(tmp_path, mask):
-    image, palette, error = MASKS[mask]
-    if palette:
-        image.putpalette(palette)
-    path = write({"train/masks/a.png": encoded(image)}, tmp_path) / "train/masks/a.png"
-    faults = audit.inspect(path)[0]
-    if error:
-        with pytest.raises(UserError, match=error):
-            read_mask(path)
-        assert {"label above 18", "palette of other colours"} & set(faults)
-    else:
-        assert np.array_equal(read_mask(path), LABELS) and faults == ["not 512 x 512"]
-
-
-EDITS = [("epochs", "9 epochs"), ("lr", None), ("lr", True), ("batch", {}), ("model_args", [1]), ("split_seed", 9)]
-
-
-@cases(("key", "value"), EDITS)
+@cases(
+    ("key", "value"),
+    [("epochs", "9 epochs"), ("lr", None), ("lr", True), ("batch", {}), ("model_args", [1]), ("split_seed", 9)],
+)
 def test_an_edited_record_is_one_line(copy, refused, key, value):
-    edit(copy / "runs/whole/args.json", **{key: value})
+    path = copy / "runs/whole/args.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"args": record["args"] | {key: value}}))
     refused(train.main, *full(copy, "--resume=whole"))
 
 
@@ -150,17 +119,6 @@ def test_a_run_is_replaced_once_the_new_one_is_written(copy, monkeypatch):
         assert {path.name for path in folder.iterdir()} == {".lock", "args.json", "metrics.jsonl", "last.pt"} | mine
 
 
-def test_a_release_that_fails_keeps_the_old_one(copy, monkeypatch):
-    monkeypatch.setattr(register, "RELEASE", copy / "release")
-    export.write_release(copy / "runs/whole/best.pt", copy / "runs/whole")
-    before = contents(copy / "release")
-    (copy / "runs/whole/args.json").write_text("{}")
-    monkeypatch.setattr(export, "write_text", raiser(UserError("full")))
-    with pytest.raises(UserError, match="full"):
-        export.write_release(copy / "runs/whole/best.pt", copy / "runs/whole", overwrite=True)
-    assert contents(copy / "release") == before
-
-
 def test_the_cache_keeps_other_files_and_a_lock_is_no_link(copy):
     (copy / "cache/notes.tmp").write_text("mine")
     rotate(copy / "data")
@@ -182,18 +140,22 @@ def test_predictions_replace_only_predictions(copy, command, name):
 
 
 def test_other_files_are_not_replaced(copy, monkeypatch, refused):
-    weights, photo = copy / "runs/whole/last.pt", copy / "data/test/images/test_00000.jpg"
+    weights, photo, data = copy / "runs/whole/last.pt", copy / "data/test/images/test_00000.jpg", copy / "data/train"
     page = write({"index.html": b"mine"}, copy / "runs") / "index.html"
-    before = [path.read_bytes() for path in (weights, photo, page)]
+    write({"photos/a.png": encoded(Image.new("RGB", (64, 48)))}, copy)
+    before, own = contents(copy / "data") | contents(copy / "photos"), weights.read_bytes()
     monkeypatch.setattr(export, "PACKAGES", ())
     for main, *flags in [
-        (package.main, f"--weights={weights}", f"--data={copy}/data", f"--zip={weights}", "--run=0"),
-        (tools_run.main, f"--input={photo}", f"--output={photo}", f"--weights={weights}"),
-        (export.main, f"--name={weights}", f"--out={photo}"),
-        (report.main, f"--runs={copy}/runs", "--device=cpu"),
+        (package.main, f"--data={copy}/data", f"--zip={weights}", "--run=0"),
+        (export.main, f"--out={photo}"),
+        (tools_run.main, f"--input={photo}", f"--output={photo}"),
+        *((main, f"--input={data}/images", f"--output={data}/masks") for main in (predict.main, tools_run.main)),
+        *((main, f"--input={copy}/photos", f"--output={copy}/photos") for main in (predict.main, tools_run.main)),
     ]:
-        assert "move it away" in refused(main, *flags)
-    assert [path.read_bytes() for path in (weights, photo, page)] == before
+        refused(main, f"--weights={weights}", *flags)
+    assert "move it away" in refused(report.main, f"--runs={copy}/runs", "--device=cpu")
+    assert contents(copy / "data") | contents(copy / "photos") == before
+    assert (weights.read_bytes(), page.read_bytes()) == (own, b"mine")
 
 
 BOMBS = [
@@ -228,15 +190,6 @@ def test_a_file_of_zeros_takes_no_memory(tmp_path):
         prepare.read(tmp_path, "a.jpg")
     assert tracemalloc.get_traced_memory()[1] < 2**28
     tracemalloc.stop()
-
-
-@cases("script", [predict.main, tools_run.main])
-@cases(("source", "out"), [("data/train/images", "data/train/masks"), ("photos", "photos")])
-def test_true_masks_and_photos_are_not_replaced(copy, refused, script, source, out):
-    write({"photos/a.png": encoded(Image.new("RGB", (64, 48)))}, copy)
-    before = contents(copy / out)
-    refused(script, f"--input={copy}/{source}", f"--output={copy}/{out}", f"--weights={copy}/runs/whole/best.pt")
-    assert contents(copy / out) == before
 
 
 def test_a_picture_starts_no_program_and_a_pipe_is_none(tmp_path, monkeypatch):

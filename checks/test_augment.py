@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from augment import PRESETS, Strength, augment, colour, degrade, draw, jpeg, mix, slice_batch, warp
+from augment import PRESETS, Strength, augment, colour, degrade, draw, jpeg, mix, warp
 from checks.conftest import cases
 from images import read_image
 from labels import COLOURS, FLIP
@@ -92,16 +92,6 @@ def test_a_reduced_image_keeps_only_its_cells():
     params = draw(1, Strength(), (0,)) | {"reduce": torch.tensor([0.125]), "bicubic": torch.tensor([0.0])}
     expected = F.interpolate(F.avg_pool2d(images, 8), 64, mode="bilinear")
     assert torch.allclose(degrade(images.clone(), params), expected, atol=1e-6)
-
-
-@cases("preset", ["advanced", "robust"])
-def test_processes_together_see_the_whole_batch(preset):
-    images, masks = painted(count=8)
-    params = draw(8, Strength(**PRESETS[preset] | {"noise": 1.0}), (5, 6, 7))
-    whole = augment(images, masks, params, 64, stride=2)
-    for part in (slice(0, 4), slice(4, 8)):
-        own = augment(images[part], masks[part], slice_batch(params, part.start, part.stop), 64, stride=2)
-        assert all(torch.allclose(a, b[part], atol=1e-6) for a, b in zip(own, whole, strict=True))
 
 
 @cases("stride", [1, 2, 4])

@@ -13,7 +13,7 @@ from PIL import Image
 
 from checks.conftest import cases, contents, encoded, write
 from data import SYNTHETIC_MARKER, reversed_sides, swap_sides
-from images import mask_image
+from images import mask_image, read_mask
 from labels import COLOURS, NAMES, NUM_CLASSES, PALETTE
 from tools import audit, prepare, synth
 
@@ -84,20 +84,37 @@ def test_prepare_release_paints_in_label_order(raw, tmp_path):
     assert [p.name for p in sorted((tmp_path / "two/train/images").iterdir())] == ["00000.jpg", "00001.jpg"]
 
 
-FORMS = {
-    "L": Image.fromarray(LABELS),
-    "RGB": Image.fromarray(np.array(COLOURS, np.uint8)[LABELS]),
-    "remapped": mask_image(LABELS).remap_palette([*range(18, -1, -1)]),
+def with_palette(palette):
+    image = mask_image(LABELS)
+    image.putpalette(palette)
+    return image
+
+
+FORMS = {  # of a mask; of the last ones colours or labels are wrong
+    "labels": Image.fromarray(LABELS),
+    "colours": Image.fromarray(np.array(COLOURS, np.uint8)[LABELS]),
     "large": mask_image(LABELS.repeat(2, 0).repeat(2, 1)),
+    "optimised": mask_image(LABELS).remap_palette([18, *range(18)]),
+    "black": with_palette([0] * 57),
+    "grey": with_palette([value for value in range(256) for _ in range(3)]),
+    "colours of no label": with_palette([0, 0, 0, 128, 0, 0, 0, 128, 0, *[9] * 48]),
+    "255.*leave out the pair": mask_image(np.where(LABELS == 3, 255, LABELS).astype(np.uint8)),
 }
 
 
 @cases("form", FORMS)
-def test_prepare_keeps_labels(form, tmp_path):
-    write(challenge() | {"train/masks/a.png": encoded(FORMS[form])}, tmp_path / "raw")
-    run_prepare(tmp_path / "raw", tmp_path / "out")
+def test_masks_are_read_by_their_palette(form, tmp_path):
+    raw = write(challenge() | {"train/masks/a.png": encoded(FORMS[form])}, tmp_path / "raw")
+    if " " in form:
+        with pytest.raises(UserError, match=form):
+            read_mask(raw / "train/masks/a.png")
+        assert {"label above 18", "palette of other colours"} & set(audit.inspect(raw / "train/masks/a.png")[0])
+        return
+    run_prepare(raw, tmp_path / "out")
     with Image.open(tmp_path / "out/train/masks/a.png") as image:
         assert image.mode == "P" and np.array_equal(image, LABELS)
+    if form not in ("colours", "large"):
+        assert audit.inspect(raw / "train/masks/a.png")[0] == ["not 512 x 512"]
 
 
 @cases("raw", ["folder", "raw.zip"])

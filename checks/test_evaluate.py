@@ -1,4 +1,4 @@
-"""The official score by hand; networks and folders scored; views and label maps."""
+"""The official score and the losses by hand, whole and in chunks; views and label maps."""
 
 import json
 
@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import losses
 from checks.conftest import cases, encoded, write
 from data import Pairs, split
 from evaluate import batch_score, confusion, evaluate, held_out, label_scores, main, official_score
 from images import mask_image
 from labels import FLIP
-from model import build
+from losses import segmentation_loss, soft_labels, training_loss
+from model import build, upsample
 from views import Views, input_size, label_map, log_probabilities, parse_views, resize
 
 
@@ -41,20 +43,14 @@ def test_batch_and_label_scores_by_hand():
     assert f[:2] == pytest.approx([1, 0], abs=1e-6) and np.isnan(f[2]) and images[:3].tolist() == [2, 1, 0]
 
 
-class Oracle(torch.nn.Module):
-    """Returns logits of stored masks, in order."""
-
-    def forward(self, images, full_size):
-        chosen, self.masks = self.masks[: len(images)], self.masks[len(images) :]
-        return F.one_hot(chosen.long(), 19).permute(0, 3, 1, 2).float() * 20
-
-
 @cases("scale", [0.5, 2])  # logits coarser and finer than the masks
 def test_perfect_network_scores_1(scale):
     masks = np.zeros((3, 64, 64), np.uint8)
     masks[:, 10:40, 10:40], masks[:, 44:60, 44:60] = 1, 15
-    oracle = Oracle()
-    oracle.masks = F.interpolate(torch.from_numpy(masks)[None], scale_factor=scale)[0]
+    resized = F.interpolate(torch.from_numpy(masks)[None], scale_factor=scale)[0]
+    batches = iter((20.0 * F.one_hot(resized.long(), 19).permute(0, 3, 1, 2)).split(2))
+    oracle = torch.nn.Identity()
+    oracle.forward = lambda images, full_size: next(batches)
     pairs = Pairs(np.zeros((3, 3, 64, 64), np.uint8), masks, np.zeros(3, bool), list("abc"))
     confusions, loss = evaluate(oracle, pairs, np.arange(3), 64, torch.device("cpu"), batch=2)
     assert official_score(confusions) > 0.98 and loss < 0.2
@@ -123,3 +119,55 @@ def test_resize_averages_down_and_interpolates_up(size):
     if size[0] <= 12:  # the average over each new pixel's area
         expected = F.avg_pool2d(images.double().repeat_interleave(size[0], 2).repeat_interleave(size[1], 3) / 255, 12)
     assert torch.allclose(resize(images, *size), expected.float(), atol=1e-6)
+
+
+WEIGHTS = torch.linspace(0.1, 2, 19)
+SETTINGS = [{}, {"focal": 2.0}, {"smoothing": 0.1}, {"dice_over": "all"}, {"dice": 0}, {"class_weights": WEIGHTS}]
+
+
+@pytest.fixture
+def batch():
+    """Logits (3, 19, 16, 16) and labels (3, 16, 16)."""
+    masks = torch.randint(0, 7, (3, 16, 16))
+    masks[0, :8] = 18
+    return torch.randn(3, 19, 16, 16), masks
+
+
+@cases("over", ["present", "all"])
+def test_dice_equals_the_formula(batch, over):
+    logits, masks = batch
+    p, images, smooth = logits.softmax(1), [], over == "all"
+    for i in range(3):
+        truths = {label: (masks[i] == label).float() for label in (range(19) if smooth else masks[i].unique())}
+        terms = [(2 * (p[i, k] * t).sum() + smooth) / (p[i, k].sum() + t.sum() + smooth) for k, t in truths.items()]
+        images.append(1 - torch.stack(terms).mean())
+    expected = 0.7 * F.cross_entropy(*batch) + 1.5 * torch.stack(images).mean()
+    assert torch.isclose(segmentation_loss(*batch, ce=0.7, dice=1.5, dice_over=over), expected, atol=1e-5)
+
+
+def test_variants_of_cross_entropy_equal_the_formulas(batch):
+    logits, masks = batch
+    p = logits.softmax(1).gather(1, masks[:, None])
+    for settings, expected in (
+        ({"smoothing": 0.1}, F.cross_entropy(logits, masks, label_smoothing=0.1)),
+        ({"class_weights": WEIGHTS}, F.cross_entropy(logits, masks, WEIGHTS) * WEIGHTS[masks].mean()),
+        ({"focal": 2.0}, -((1 - p) ** 2 * p.log()).mean()),
+    ):
+        for target in (masks, soft_labels(masks.byte())):
+            assert torch.isclose(segmentation_loss(logits, target, dice=0, **settings), expected, atol=1e-5)
+
+
+@cases("pixels", [1, 2 * 16 * 16, 1 << 20])  # one image per chunk; two and one; all three
+@cases("side", [4, 16])
+@cases("settings", SETTINGS, ids=range(6))
+def test_chunked_loss_and_gradient_equal_the_whole(batch, monkeypatch, settings, side, pixels):
+    monkeypatch.setattr(losses, "CPU_PIXELS", pixels)
+    logits, results = torch.randn(3, 19, side, side, requires_grad=True), []
+    for target in (batch[1], soft_labels(batch[1].byte())):  # one-hot soft labels give the loss of hard ones
+        whole = segmentation_loss(upsample(logits, (16, 16)), target, **settings)
+        results += [
+            (x, torch.autograd.grad(3 * x, logits)[0]) for x in (whole, training_loss(logits, target, **settings))
+        ]
+    for loss, gradient in results[1:]:
+        assert torch.isclose(loss, results[0][0], atol=1e-5)
+        assert torch.allclose(gradient, results[0][1], atol=1e-6)

@@ -1,15 +1,19 @@
-"""Submission, its checker, the course zip and sweeps. The network is untrained, the images are noise."""
+"""Submission, its checker, the course zip, sweeps and export. The networks are untrained, the images noise."""
 
 import contextlib
 import io
+import json
 import pickle
 import re
 import shlex
+import shutil
 import stat
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 from common import UserError
 
@@ -21,14 +25,12 @@ from PIL import Image
 
 import checkpoint
 import register
-from checks.conftest import cases, encoded, saved, write
-from data import Pairs
-from evaluate import confusion, official_score
+from checks.conftest import cases, encoded, saved, untrained, write
+from checks.references import TINY
 from images import mask_image
 from labels import PALETTE
 from model import build
-from predict import FaceParser
-from tools import check_submission, course_report, package, report_zip, sweep
+from tools import check_submission, course_report, export, package, report_zip, sweep
 from tools.check_submission import judge, read_zip
 from tools.package import make_submission, write_zip
 
@@ -103,21 +105,6 @@ def test_dev_contains_only_masks_and_a_failed_check_keeps_the_old_zip(place, sou
     assert make_submission(*flags) == 0
     write_zip(tmp_path / "again.zip", {k: v for k, v in reversed(sound.items()) if k.startswith("masks/")})
     assert target.read_bytes() == (tmp_path / "again.zip").read_bytes()
-
-
-def test_too_many_parameters_are_refused(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(package, "PARAM_LIMIT", 1_747_923)
-    with pytest.raises(UserError, match="has 1,747,923 parameters; .* fewer than 1,747,923"):
-        make_submission(place / WEIGHTS, place / IMAGES, "test", tmp_path / "big.zip")
-
-
-def test_default_weights_are_named(place, monkeypatch, command):
-    monkeypatch.chdir(place)
-    monkeypatch.setattr(package, "make_submission", lambda weights, images, phase, target, *rest: print(target))
-    for name, what in (("none", "the best run"), ("a", "the release")):
-        monkeypatch.setattr(register, "RELEASE", place / "runs" / name)
-        expected = f"weights: {what}, runs/a/best.pt\nruns/a/submission-test.zip\n"
-        assert command(package.main, "--data", "data")[:2] == (0, expected)
 
 
 class Hostile:
@@ -246,19 +233,6 @@ def test_course_zip_is_complete_and_its_readme_reproduces_the_masks(place, sound
         assert again == (tmp_path / "masks" / name).read_bytes() == sound[f"masks/{name}"]
 
 
-def test_readme_gives_the_score_of_the_weights_and_views_handed_in(place, monkeypatch):
-    rng = np.random.default_rng(0)
-    images, masks = rng.integers(0, 256, (10, 3, 64, 64), np.uint8), rng.integers(0, 19, (10, 64, 64), np.uint8)
-    pairs = Pairs(images, masks, np.zeros(10, bool), list("abcdefghij"))
-    monkeypatch.setattr(report_zip, "load_pairs", lambda data: pairs)
-    weights = place / WEIGHTS
-    content = checkpoint.load(weights) | {"validated": True, "held_out": ["d", "b"]}
-    parser = FaceParser(weights, views="flip", device="cpu")
-    own = [confusion(parser(images[i].transpose(1, 2, 0), whole=True).mask, masks[i]) for i in (3, 1)]
-    text = report_zip.describe_score(weights, content, "data", "flip")
-    assert text.startswith(f"{official_score(np.stack(own)):.4f}, the official score on the 2 pairs")
-
-
 @cases("script", [package, report_zip])
 def test_a_run_on_real_faces_gets_no_masks_of_synthetic_ones(place, tmp_path, monkeypatch, refused, script):
     monkeypatch.chdir(tmp_path)
@@ -295,3 +269,54 @@ def test_sweep_expands_every_combination():
     assert runs["dice1-sizes128"] == ["--dice=1", "--name=my run", "--sizes=128", "--overwrite"]
     with pytest.raises(UserError, match="several values"):
         dict(sweep.expand(["--dice=1"]))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with the checkpoint of an untrained network: its folder."""
+    folder = write({"args.json": b"{}", "metrics.jsonl": b"{}"}, tmp_path / "runs" / "a")
+    untrained(folder / "best.pt")
+    return folder
+
+
+@cases(("arguments", "logits"), [(["microsegformer"], True), (["microunet", TINY], False)])
+def test_onnx_file_gives_the_labels_of_torch_or_is_not_written(
+    run, tmp_path, monkeypatch, command, refused, arguments, logits
+):
+    onnx = pytest.importorskip("onnx")
+    untrained(run / "best.pt", *arguments, size=128)
+    path, other = tmp_path / "parser.onnx", tmp_path / "other.onnx"
+    flags = export.main, "--name", run, f"--logits={int(logits)}", "--out"
+    status, out, _ = command(*flags, path)
+    assert status == 0 and "of pixels of astronaut.jpg have torch's label" in out
+    model = onnx.load(path)
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(facts["labels"])[17] == "neck" and "uint8 RGB" in facts["input"] and "128 x 128" in facts["input"]
+    assert not any(node.op_type == "BatchNormalization" for node in model.graph.node)
+    assert [output.name for output in model.graph.output] == ["logits" if logits else "labels"]
+    untrained(run / "best.pt", *arguments, size=128)  # of which this file is none
+    monkeypatch.setattr(export, "convert", lambda *_: SimpleNamespace(save=partial(shutil.copy, path)))
+    assert "nothing written" in refused(*flags, other) and not other.exists()
+
+
+def test_missing_packages_and_flags_are_one_line(run, tmp_path, monkeypatch, refused):
+    assert "OUT=parser.onnx" in refused(export.main, "--name", run)
+    monkeypatch.setattr(export, "PACKAGES", ("onnx_that_is_missing",))
+    error = refused(export.main, "--name", run, "--out", tmp_path / "a.onnx")
+    assert "that_is_missing not installed: " in error and "-m pip install -r tools/requirements.txt" in error
+
+
+def test_release_is_the_run_in_half_precision(run, tmp_path, monkeypatch, command):
+    made, flags = tmp_path / "release", (export.main, "--release", "--runs", run.parent, "--name")
+    write({"best.json": b"of the previous release"}, made)
+    monkeypatch.setattr(register, "RELEASE", made)
+    state = checkpoint.load(run / "best.pt")["state_dict"]
+    assert command(*flags, "a")[0] == 0
+    assert {path.name for path in made.iterdir()} == {"best.pt", "args.json", "metrics.jsonl", "LICENCE.txt"}
+    half = checkpoint.load(made / "best.pt")["state_dict"]
+    assert {value.dtype for value in half.values()} == {torch.float16, torch.int64}
+    assert all(torch.allclose(half[key].float(), value.float(), 1e-3, 1e-7) for key, value in state.items())
+    (tmp_path / "all.pt").write_bytes((run / "best.pt").read_bytes())
+    again = [made], ["a"], ["a", "--overwrite", "--weights", tmp_path / "all.pt"]
+    assert [command(*flags, *more)[0] for more in again] == [2, 2, 0]
+    assert (made / "validated.pt").read_bytes() == (made / "best.pt").read_bytes()

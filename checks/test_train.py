@@ -1,6 +1,8 @@
-"""Training: rates, single steps and Muon by hand or against torch's optimisers, starts from weights, refusals."""
+"""Training: rates, single steps and Muon by hand or against torch's optimisers, starts, refusals, faults."""
 
+import contextlib
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -23,7 +25,7 @@ from checks.conftest import FLAGS, cases, set_up, train_here
 from checks.references import metrics
 from data import load_pairs
 from muon import COEFFICIENTS, Muon, orthogonalise
-from options import load_recipes, parse
+from options import build_parser, load_recipes, parse, parse_sizes
 
 
 @pytest.fixture
@@ -153,13 +155,13 @@ def test_augmentation_depends_on_seed_epoch_and_step_alone(start):
     assert [torch.equal(images[0], changed) for changed in images[1:]] == [True, False, False, False]
 
 
-def random(*shape):
+def normal(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 @cases("shape", [(12, 40), (40, 12), (16, 16)])
 def test_orthogonalise_equals_the_plain_iteration(shape):
-    matrix, (a, b, c) = random(*shape).double(), COEFFICIENTS
+    matrix, (a, b, c) = normal(*shape).double(), COEFFICIENTS
     x = matrix / matrix.norm()
     for _ in range(5):
         x = a * x + b * (x @ x.T) @ x + c * (x @ x.T) @ (x @ x.T) @ x
@@ -169,10 +171,10 @@ def test_orthogonalise_equals_the_plain_iteration(shape):
 
 def test_first_step_of_muon_by_hand():
     conv, bias, expected_bias = (nn.Parameter(torch.ones(s)) for s in ((4, 2, 3, 3), (4,), (4,)))
-    conv.grad, bias.grad, expected_bias.grad = random(4, 2, 3, 3), random(4), random(4)
+    conv.grad, bias.grad, expected_bias.grad = normal(4, 2, 3, 3), normal(4), normal(4)
     torch.optim.AdamW([expected_bias], lr=0.1, weight_decay=0.5).step()
     Muon([{"params": [conv], "orthogonal": True}, {"params": [bias]}], lr=0.1, weight_decay=0.5).step()
-    step = orthogonalise([random(4, 2, 3, 3).flatten(1)])[0].view(4, 2, 3, 3)
+    step = orthogonalise([normal(4, 2, 3, 3).flatten(1)])[0].view(4, 2, 3, 3)
     assert torch.allclose(conv, 0.95 - 0.1 * 0.2 * 18**0.5 * step, atol=1e-4)
     assert torch.equal(bias, expected_bias)
 
@@ -248,3 +250,22 @@ def test_second_training_of_a_run_is_refused(place):
     assert register.is_running(run.folder)
     with pytest.raises(UserError, match="another training"):
         set_up(place, "--resume=busy")
+
+
+VALUES = ["128:36,256:12", "32:0", ":", "{}", '{"a": 1}', "[[[[", "null", "balanced", ",", "1e400", "٣", "nan", "inf"]
+VALUES += ["-1", "0", "0.5", "1", "2", "7" * 30, "1e-9", "", "\0", "\n", "--", "-x", "basic", "muon", "restarts"]
+
+
+def test_attacks_cause_no_loss():
+    done = subprocess.run([sys.executable, "-m", "checks.faults", "--short"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_random_flags_are_parsed_or_refused():
+    rng, flags = random.Random(0), [a.option_strings[-1] for a in build_parser()._actions[1:]]
+    for _ in range(200):
+        words = [rng.choice(rng.choice([flags, VALUES])) for _ in range(rng.randint(0, 6))]
+        with contextlib.suppress(UserError, SystemExit):
+            args, given = parse(words)
+            rate = train.learning_rate(args, parse_sizes(args.sizes, args.epochs), 0.5)
+            assert 0 <= rate <= args.lr and given <= vars(args).keys()
