@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from augment import PRESETS, Strength, augment, colour, degrade, draw, jpeg, mix, warp
-from checks.conftest import cases
+from checks.conftest import cases, encoded
 from images import read_image
 from labels import COLOURS, FLIP
 from losses import soft_labels
@@ -66,8 +66,7 @@ def test_colour_equals_its_three_steps():
 @cases("quality", [5, 10])
 def test_jpeg_loses_what_a_file_loses(quality):
     pixels = read_image("docs/astronaut.jpg")[:256, :256]
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+    file = io.BytesIO(encoded(Image.fromarray(pixels), "JPEG", quality=quality))
     expected = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
     original = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
     ours = jpeg(original, quality).clamp(0, 1) * 255

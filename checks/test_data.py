@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from checks.conftest import cases
+from checks.conftest import cases, encoded, write
 from checks.test_data_tools import TURNED
 from data import SYNTHETIC, Batches, find_data_of, find_pairs, load_pairs, reversed_sides, split, swap_sides
 from images import mask_image, read_image, read_mask
@@ -24,11 +24,10 @@ FACE[200:260, 150:200], FACE[200:260, 300:350], FACE[280:330, 230:270] = 5, 4, 2
 @pytest.fixture
 def data(tmp_path):
     """A data folder of three pairs; the sides of the last mask are reversed."""
-    for kind in ("images", "masks"):
-        (tmp_path / "data/train" / kind).mkdir(parents=True)
     for number, mask in enumerate((FACE, FACE, swap_sides(FACE))):
-        Image.effect_noise((512, 512), 90).convert("RGB").save(tmp_path / f"data/train/images/{number}.jpg")
-        mask_image(mask).save(tmp_path / f"data/train/masks/{number}.png")
+        image = Image.effect_noise((512, 512), 90).convert("RGB")
+        files = {f"images/{number}.jpg": encoded(image, "JPEG"), f"masks/{number}.png": encoded(mask_image(mask))}
+        write(files, tmp_path / "data/train")
     return tmp_path / "data"
 
 

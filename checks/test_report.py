@@ -13,6 +13,7 @@ import subprocess
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 from common import UserError, show_line, show_progress, show_time
 
@@ -23,7 +24,7 @@ import register
 import train
 from checks.conftest import cases, untrained
 from data import swap_sides
-from evaluate import confusion, f_scores, label_scores
+from evaluate import confusion
 from images import mask_image, read_mask
 from labels import NUM_CLASSES
 from options import parse
@@ -43,19 +44,18 @@ def write_run(runs, name, scores, *flags, names=("p", "q", "r", "s"), **record):
     args, _ = parse(["--name", name, "--sizes", f"32:1,64:{len(scores)}", "--patience", "0", *flags])
     record = {"parameters": 1_747_923, "commit": "0" * 40, "versions": {"python": "3"}, "args": vars(args)} | record
     (folder / "args.json").write_text(json.dumps(record))
-    lines = []
-    for i, score in enumerate([*scores, scores[-1] / 2], 1):
-        lines.append(dict(epoch=i, lr=1e-3, loss=3 / i, val_loss=2 / i, official=score, batch32=score / 2, minutes=i))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [
+        dict(epoch=i, lr=1e-3, loss=3 / i, val_loss=2 / i, official=score, batch32=score / 2, minutes=i)
+        for i, score in enumerate([*scores, scores[-1] / 2], 1)
+    ]
+    train.write_metrics(folder, lines)
     rng = np.random.default_rng(len(name))
     truth = rng.integers(0, NUM_CLASSES, (len(names), 20, 20))
     truth[truth == 3] = 1
     predictions = np.where(rng.random(truth.shape) < 0.7, truth, 1)
     confusions = np.stack([confusion(*pair) for pair in zip(predictions, truth, strict=True)])
-    f, images = label_scores(confusions)
-    best = {"labels": train.rounded(f), "images_with_label": images.tolist(), "confusion": confusions.sum(0).tolist()}
-    best["image_scores"] = {name: train.rounded(row) for name, row in zip(names, f_scores(confusions), strict=True)}
-    (folder / "best.json").write_text(json.dumps(best))
+    own = SimpleNamespace(folder=folder, pairs=SimpleNamespace(names=names), val_indices=range(len(names)))
+    train.write_best(own, lines[0], confusions)
     return folder
 
 
