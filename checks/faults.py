@@ -304,11 +304,12 @@ def read_images(place):
 
 def spoil_numbers(place):
     """losses and gradients that are not finite, diverging trainings"""
-    cases = [("losses.training_loss", 5), ("torch.nn.utils.clip_grad_norm_", 4), ("evaluate.segmentation_loss", 1)]
-    for (target, nth), factor in place.some(list(itertools.product(cases, (float("nan"), float("inf")))), 1):
+    cases = [("losses.training_loss", 5, "the loss is"), ("torch.nn.utils.clip_grad_norm_", 4, "the gradient norm is")]
+    cases += [("evaluate.segmentation_loss", 1, "the validation loss is")]
+    for (target, nth, what), factor in place.some(list(itertools.product(cases, (float("nan"), float("inf")))), 1):
         name = f"{target}-{factor}"
         prepare = at_call(target, nth, change=lambda result, factor=factor: result * factor)
-        yield name, run(*place.train(name), prepare=prepare).lost("a lower --lr") or place.not_equal(name)
+        yield name, run(*place.train(name), prepare=prepare).lost(what, "a lower --lr") or place.not_equal(name)
     for flags in place.some(["--lr=100", "--lr=100 --optimiser=adamw --clip=0 --class-weights=balanced --focal=2"], 1):
         attempt = run(*place.train(f"diverging-{len(flags)}", *flags.split()))
         yield flags, attempt.lost("a lower --lr") if attempt.status else attempt.lost()
