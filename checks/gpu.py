@@ -1,12 +1,11 @@
-"""Run a script on emulated GPUs: tensors labelled cuda:N that hold a CPU tensor. Needs g++; GPUS=2 emulates two.
+"""Run scripts on emulated GPUs: tensors labelled cuda:N that hold a CPU tensor. Needs g++; GPUS=2 emulates two.
 
-python -m checks.gpu train.py --device cuda --sizes 64:1
+python -m checks.gpu train.py --device cuda --sizes 64:1 -- evaluate.py
 
 Every operation below autograd and autocast is computed on the CPU; operands on different devices are refused, as CUDA
-refuses them. At the end it prints how often the CPU waited for the GPU: copies, and values read from it.
+refuses them. After each script it prints how often the CPU waited for the GPU: copies, and values read from it.
 """
 
-import atexit
 import collections
 import ctypes
 import importlib.util
@@ -157,7 +156,14 @@ def install():
 
 
 if __name__ == "__main__":
-    sys.argv = sys.argv[1:]
-    enter = install()
-    atexit.register(lambda: print("waits:", sum(waits.values()), dict(+waits), file=sys.stderr))
-    enter(lambda: runpy.run_path(sys.argv[0], run_name="__main__"))
+    enter, status, commands = install(), 0, [[]]
+    for word in sys.argv[1:]:
+        commands.append([]) if word == "--" else commands[-1].append(word)
+    for sys.argv in commands:
+        waits.clear()
+        try:
+            enter(lambda: runpy.run_path(sys.argv[0], run_name="__main__"))
+        except SystemExit as ended:
+            status = max(status, ended.code or 0)
+        print("waits:", sum(waits.values()), dict(+waits), file=sys.stderr)
+    sys.exit(status)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 from common import UserError
@@ -11,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from checks.conftest import cases, encoded, write
+from checks.test_data_tools import TURNED
 from data import SYNTHETIC, Batches, find_data_of, find_pairs, load_pairs, reversed_sides, split, swap_sides
 from images import mask_image, read_image, read_mask
 
@@ -21,11 +24,10 @@ FACE[200:260, 150:200], FACE[200:260, 300:350], FACE[280:330, 230:270] = 5, 4, 2
 @pytest.fixture
 def data(tmp_path):
     """A data folder of three pairs; the sides of the last mask are reversed."""
-    for kind in ("images", "masks"):
-        (tmp_path / "data/train" / kind).mkdir(parents=True)
     for number, mask in enumerate((FACE, FACE, swap_sides(FACE))):
-        Image.effect_noise((512, 512), 90).convert("RGB").save(tmp_path / f"data/train/images/{number}.jpg")
-        mask_image(mask).save(tmp_path / f"data/train/masks/{number}.png")
+        image = Image.effect_noise((512, 512), 90).convert("RGB")
+        files = {f"images/{number}.jpg": encoded(image, "JPEG"), f"masks/{number}.png": encoded(mask_image(mask))}
+        write(files, tmp_path / "data/train")
     return tmp_path / "data"
 
 
@@ -47,13 +49,7 @@ def test_cache_contains_the_pixels_of_the_files(data):
         assert np.array_equal(pairs.masks[i], read_mask(mask)) and pairs.names[i] == image.stem
 
 
-def test_cache_is_not_used_for_changed_files(data):
-    load(data)
-    mask_image(np.full((512, 512), 3, np.uint8)).save(find_pairs(data)[0][1])
-    assert (load(data).masks[0] == 3).all()
-
-
-def test_truncated_cache_is_built_again_and_a_whole_one_is_not(data):
+def test_cache_is_built_again_only_if_files_change_or_it_is_truncated(data):
     load(data)
     (cache,) = (data.parent / "cache").iterdir()
     content, built = cache.read_bytes(), cache.stat().st_mtime_ns
@@ -62,9 +58,20 @@ def test_truncated_cache_is_built_again_and_a_whole_one_is_not(data):
     os.truncate(cache, len(content) // 2)
     load(data)
     assert cache.read_bytes() == content
+    mask_image(np.full((512, 512), 3, np.uint8)).save(find_pairs(data)[0][1])
+    assert (load(data).masks[0] == 3).all()
 
 
-@pytest.mark.parametrize("fix_sides", [True, False])
+@cases("start", [0, 3 * 3 * 512**2, 3 * 4 * 512**2])  # an image, a mask, the flag of a reversed mask
+def test_a_damaged_cache_is_not_trusted(data, start):
+    whole = np.memmap(load(data).path, np.uint8, "r+")
+    whole[start] ^= 1
+    whole.flush()
+    with pytest.raises(UserError, match="is damaged; delete it"):
+        load(data).batch(np.arange(3))
+
+
+@cases("fix_sides", [True, False])
 def test_reversed_masks_are_repaired_unless_disabled(data, fix_sides):
     pairs = load(data)
     assert pairs.reversed.tolist() == [False, False, True]
@@ -74,15 +81,16 @@ def test_reversed_masks_are_repaired_unless_disabled(data, fix_sides):
 
 
 # Left eyes, brows and ears are 4, 6 and 8: in the third mask they disagree, in the fifth the centroids are equal.
-@pytest.mark.parametrize(
-    "mask", ["5 0 4", "4 1 7", "8 7 4 5 6 9", "0 1 13", "4 5 4", "4 0 5", "8 6 4 5 7 9", "4 0 5 4"]
-)
+@cases("mask", ["5 0 4", "4 1 7", "8 7 4 5 6 9", "0 1 13", "4 5 4", "4 0 5", "8 6 4 5 7 9", "4 0 5 4"])
 def test_reversed_sides(mask):
     assert reversed_sides(np.array([mask.split()], np.uint8)) == (mask in ("4 0 5", "8 6 4 5 7 9", "4 0 5 4"))
 
 
 FAULTS = {
     "no partner": lambda image, mask: mask.unlink(),
+    "share a partner": lambda image, mask: shutil.copy(image, image.with_suffix(".webp")),
+    "share": lambda image, mask: shutil.copy(mask, mask.with_suffix(".webp")),
+    "EXIF orientation": lambda image, mask: Image.open(image).save(image, exif=TURNED),
     "cannot read image": lambda image, mask: image.write_bytes(image.read_bytes()[:3000]),
     "label 200": lambda image, mask: mask_image(np.full((512, 512), 200, np.uint8)).save(mask),
     "512 x 100": lambda image, mask: mask_image(np.zeros((100, 512), np.uint8)).save(mask),
@@ -90,7 +98,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("error", FAULTS)
+@cases("error", FAULTS)
 def test_faulty_pairs_are_refused_and_leave_no_cache(data, error):
     FAULTS[error](*find_pairs(data)[0])
     with pytest.raises(UserError, match=error):

@@ -1,30 +1,27 @@
 """tools/prepare.py and tools/synth.py, on tiny data sets made here."""
 
 import io
-import sys
+import itertools
 import zipfile
 
-from common import UserError, run_main
+from common import UserError
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from checks.conftest import cases, contents, encoded, write
 from data import SYNTHETIC_MARKER, reversed_sides, swap_sides
-from images import mask_image
+from images import mask_image, read_mask
 from labels import COLOURS, NAMES, NUM_CLASSES, PALETTE
 from tools import prepare, synth
 
 SIZE = 32
+TURNED = Image.Exif()
+TURNED[0x0112] = 3
 LABELS = (np.arange(SIZE * SIZE).reshape(SIZE, SIZE) // 8 % NUM_CLASSES).astype(np.uint8)
 MASK = np.zeros((512, 512), np.uint8)
 MASK[200:260, 150:200], MASK[200:260, 300:350], MASK[300:400, 200:300] = 5, 4, 1
-
-
-def encoded(image, kind="PNG"):
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return buffer.getvalue()
 
 
 def jpeg(seed=0, size=SIZE):
@@ -43,59 +40,39 @@ def release():
     skin, hair = np.zeros((2, 64, 64), np.uint8)
     skin[:, :32] = hair[:32] = 255
     files = {f"CelebA-HQ-img/{number}.jpg": jpeg(number, 64) for number in (0, 1, 2000)}
-    for number in (0, 1, 2000):
-        for part, pixels in (("hair", hair), ("skin", skin)):
-            name = f"CelebAMask-HQ-mask-anno/{number // 2000}/{number:05d}_{part}.png"
-            files[name] = encoded(Image.fromarray(pixels).convert("RGB"))
+    for number, (part, pixels) in itertools.product((0, 1, 2000), {"hair": hair, "skin": skin}.items()):
+        name = f"CelebAMask-HQ-mask-anno/{number // 2000}/{number:05d}_{part}.png"
+        files[name] = encoded(Image.fromarray(pixels).convert("RGB"))
     return files
 
 
-def write(files, path):
-    """Write {name: bytes} to a folder or zip."""
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            for name, content in files.items():
-                archive.writestr(name, content)
-    else:
+def pack(files, path):
+    """Write {name: bytes} to a folder or zip, which is returned."""
+    if path.suffix != ".zip":
+        return write(files, path)
+    with zipfile.ZipFile(path, "w") as archive:
         for name, content in files.items():
-            (path / name).parent.mkdir(parents=True, exist_ok=True)
-            (path / name).write_bytes(content)
+            archive.writestr(name, content)
     return path
-
-
-def contents(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("[!.]*")) if p.is_file()}
 
 
 def run_prepare(raw, out, count=None):
     return prepare.prepare(raw, out, count, SIZE, workers=1)[1]
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Run a tool's main with these flags: (exit status, stdout, stderr)."""
-
-    def run(tool, *flags):
-        monkeypatch.setattr(sys, "argv", [tool.__name__, *map(str, flags)])
-        with pytest.raises(SystemExit) as stop:
-            run_main(tool.main)
-        return stop.value.code or 0, *capsys.readouterr()
-
-    return run
-
-
-@pytest.mark.parametrize("raw", ["folder", "raw.zip"])
+@cases("raw", ["folder", "raw.zip"])
 def test_prepare_challenge(raw, tmp_path):
     files = {f"top/{name}": content for name, content in challenge().items()}
     files |= {"__MACOSX/top/train/images/._a.jpg": b"", "top/train/images/.hidden.jpg": b""}
-    run_prepare(write(files, tmp_path / raw), tmp_path / "out")
+    run_prepare(pack(files, tmp_path / raw), tmp_path / "out")
     # Images of the right size are copied byte for byte.
-    assert contents(tmp_path / "out") == {name.replace("val/", "dev/"): data for name, data in challenge().items()}
+    made = {name: content for name, content in contents(tmp_path / "out").items() if not name.startswith(".")}
+    assert made == {name.replace("val/", "dev/"): data for name, data in challenge().items()}
 
 
-@pytest.mark.parametrize("raw", ["folder", "raw.zip"])
+@cases("raw", ["folder", "raw.zip"])
 def test_prepare_release_paints_in_label_order(raw, tmp_path):
-    run_prepare(write(release(), tmp_path / raw), tmp_path / "out")
+    run_prepare(pack(release(), tmp_path / raw), tmp_path / "out")
     skin, hair = NAMES.index("skin"), NAMES.index("hair")
     with Image.open(tmp_path / "out/train/images/02000.jpg") as image:
         assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (SIZE, SIZE))
@@ -106,57 +83,79 @@ def test_prepare_release_paints_in_label_order(raw, tmp_path):
     assert [p.name for p in sorted((tmp_path / "two/train/images").iterdir())] == ["00000.jpg", "00001.jpg"]
 
 
-@pytest.mark.parametrize(
-    "mask",
-    [
-        Image.fromarray(LABELS),
-        Image.fromarray(np.array(COLOURS, np.uint8)[LABELS]),
-        mask_image(LABELS).remap_palette([*range(18, -1, -1)]),
-        mask_image(LABELS.repeat(2, 0).repeat(2, 1)),
-    ],
-)
-def test_prepare_keeps_labels(mask, tmp_path):
-    run_prepare(write(challenge() | {"train/masks/a.png": encoded(mask)}, tmp_path / "raw"), tmp_path / "out")
+def with_palette(palette):
+    image = mask_image(LABELS)
+    image.putpalette(palette)
+    return image
+
+
+FORMS = {  # of a mask; of the last ones colours or labels are wrong
+    "labels": Image.fromarray(LABELS),
+    "colours": Image.fromarray(np.array(COLOURS, np.uint8)[LABELS]),
+    "large": mask_image(LABELS.repeat(2, 0).repeat(2, 1)),
+    "optimised": mask_image(LABELS).remap_palette([18, *range(18)]),
+    "black": with_palette([0] * 57),
+    "grey": with_palette([value for value in range(256) for _ in range(3)]),
+    "colours of no label": with_palette([0, 0, 0, 128, 0, 0, 0, 128, 0, *[9] * 48]),
+    "255.*leave out the pair": mask_image(np.where(LABELS == 3, 255, LABELS).astype(np.uint8)),
+}
+
+
+@cases("form", FORMS)
+def test_masks_are_read_by_their_palette(form, tmp_path):
+    raw = write(challenge() | {"train/masks/a.png": encoded(FORMS[form])}, tmp_path / "raw")
+    if " " in form:
+        with pytest.raises(UserError, match=form):
+            read_mask(raw / "train/masks/a.png")
+        assert prepare.inspect(raw / "train/masks/a.png")[0][0].startswith("file contains ")
+        return
+    run_prepare(raw, tmp_path / "out")
     with Image.open(tmp_path / "out/train/masks/a.png") as image:
         assert image.mode == "P" and np.array_equal(image, LABELS)
+    if form not in ("colours", "large"):
+        assert prepare.inspect(raw / "train/masks/a.png")[0] == ["not 512 x 512"]
 
 
-def test_prepare_resumes(tmp_path):
-    raw = write(challenge(), tmp_path / "raw")
-    out = raw / "out"  # not read again
+@cases("raw", ["folder", "raw.zip"])
+def test_prepare_resumes_but_not_from_another_raw(raw, tmp_path):
+    raw = pack(challenge(), tmp_path / raw)
+    out = raw / "out" if raw.is_dir() else tmp_path / "out"  # not read again
     assert run_prepare(raw, out) == 6
     (out / "train/masks/b.png").rename(out / "train/masks/.b.png.a1b2c3d4.tmp")
-    assert run_prepare(raw, out) == 1
-    assert len(contents(out)) == 6
+    assert (run_prepare(raw, out), run_prepare(raw, out), len(list(out.rglob("*.*g")))) == (1, 0, 6)
+    pack(challenge() | {"train/images/b.jpg": jpeg(7)}, raw)
+    with pytest.raises(UserError, match="another RAW"):
+        run_prepare(raw, out)
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"train/images/a.jpg": b""}, "cannot read train/images/a.jpg"),
-        ({"train/masks/a.png": encoded(mask_image(LABELS))[:-60]}, "cannot read train/masks/a.png"),
-        ({"test/images/t.jpg": encoded(Image.new("L", (100, 100)))}, "cannot read test/images/t.jpg"),
-        (
-            {"train/masks/b.png": encoded(Image.new("RGB", (SIZE, SIZE), (1, 2, 3)))},
-            "b.png, PNG of mode RGB, is no PNG of labels",
-        ),
-        ({"train/masks/b.png": encoded(Image.new("L", (SIZE, SIZE), 19))}, "b.png contains label 19"),
-        ({"train/masks/b.png": encoded(Image.new("I;16", (SIZE, SIZE), 1))}, "b.png, PNG of mode I;16, is no"),
-        ({"train/masks/b.png": jpeg()}, "b.png, JPEG of mode RGB, is no"),
-        ({"train/images/c.jpg": jpeg()}, "1 training images without a mask, such as c"),
-        ({"train/masks/c.png": b""}, "1 training masks without an image, such as c"),
-        ({"train/images/a.png": b""}, "train/images/a.jpg and train/images/a.png are the same"),
-        ({"CelebA-HQ-img/0.jpg": b""}, "must contain either"),
-        ({"b/train/images/x.jpg": b"", "b/train/masks/x.png": b""}, "b/train/images/x.jpg and .* are of two data sets"),
-        ({"CelebAMask-HQ-mask-anno/0/00000_nostril.png": b""}, "00000_nostril.png is not NUMBER_PART"),
-        ({"CelebAMask-HQ-mask-anno/0/00000_nose.png": encoded(Image.new("L", (9, 9)))}, "differ in size"),
-    ],
-)
-def test_prepare_refuses(changes, reason, tmp_path, monkeypatch):
+REFUSED = {
+    "cannot read train/images/a.jpg": {"train/images/a.jpg": b""},
+    "cannot read train/masks/a.png": {"train/masks/a.png": encoded(mask_image(LABELS))[:-60]},
+    "cannot read test/images/t.jpg": {"test/images/t.jpg": encoded(Image.new("L", (100, 100)))},
+    "b.png, PNG of mode RGB, is no PNG of labels": {
+        "train/masks/b.png": encoded(Image.new("RGB", (SIZE, SIZE), (1, 2, 3)))
+    },
+    "b.png contains label 19": {"train/masks/b.png": encoded(Image.new("L", (SIZE, SIZE), 19))},
+    "b.png, PNG of mode I;16, is no": {"train/masks/b.png": encoded(Image.new("I;16", (SIZE, SIZE), 1))},
+    "b.png, JPEG of mode RGB, is no": {"train/masks/b.png": jpeg()},
+    "1 training images without a mask, such as c": {"train/images/c.jpg": jpeg()},
+    "1 training masks without an image, such as c": {"train/masks/c.png": b""},
+    "train/images/a.jpg and train/images/a.png are the same": {"train/images/a.png": b""},
+    "must contain either": {"CelebA-HQ-img/0.jpg": b""},
+    "b/train/images/x.jpg and .* are of two": {"b/train/images/x.jpg": b"", "b/train/masks/x.png": b""},
+    "00000_nostril.png is not NUMBER_PART": {"CelebAMask-HQ-mask-anno/0/00000_nostril.png": b""},
+    "differ in size": {"CelebAMask-HQ-mask-anno/0/00000_nose.png": encoded(Image.new("L", (9, 9)))},
+    "not the same picture": {"train/masks/a.png": encoded(Image.new("L", (SIZE, SIZE // 2)))},
+    "EXIF orientation": {"train/images/a.jpg": encoded(Image.new("RGB", (SIZE, SIZE)), exif=TURNED)},
+}
+
+
+@cases("reason", REFUSED)
+def test_prepare_refuses(reason, tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 64)  # Pillow refuses twice as many
-    base = release() if "mask-anno" in str(changes.keys()) else challenge()
+    base = release() if "mask-anno" in str(REFUSED[reason]) else challenge()
     with pytest.raises(UserError, match=reason):
-        run_prepare(write(base | changes, tmp_path / "raw.zip"), tmp_path / "out")
+        run_prepare(pack(base | REFUSED[reason], tmp_path / "raw.zip"), tmp_path / "out")
 
 
 @pytest.fixture
@@ -168,30 +167,28 @@ def data(tmp_path):
     return write(files | {"dev/images/d.jpg": jpeg(2, 512)}, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "fault"),
-    [
-        ("train/images/c.jpg", jpeg(9, 512), "image without mask"),
-        ("train/masks/c.png", encoded(mask_image(MASK)), "mask without image"),
-        ("train/images/b.jpg", jpeg(1, 512)[:-200], "cannot read image file: the file is truncated"),
-        ("dev/images/d.jpg", jpeg(2, 256), "not 512 x 512"),
-        ("train/masks/b.png", encoded(mask_image(MASK[:, :500].copy())), "not 512 x 512"),
-        (
-            "train/masks/b.png",
-            encoded(mask_image(MASK).convert("RGB")),
-            "file contains the labels' colours, not labels",
-        ),
-        ("train/masks/b.png", encoded(Image.fromarray(MASK), "JPEG"), "file is a JPEG, which destroys labels"),
-        ("train/masks/b.png", encoded(Image.new("L", (512, 512), 19)), "file contains label 19"),
-        ("train/masks/b.png", encoded(mask_image(swap_sides(MASK))), prepare.REVERSED),
-        ("dev/images/copy.png", encoded(Image.open(io.BytesIO(jpeg(1, 512)))), "same pixels as {}/train/images/b.jpg"),
-    ],
-)
+AUDITED = [
+    ("train/images/c.jpg", jpeg(9, 512), "image without mask"),
+    ("train/masks/c.png", encoded(mask_image(MASK)), "mask without image"),
+    ("train/images/a.webp", jpeg(9, 512), "name of another file"),
+    ("train/images/b.jpg", jpeg(1, 512)[:-200], "cannot read image file: the file is truncated"),
+    ("train/images/b.jpg", encoded(Image.open(io.BytesIO(jpeg(1, 512))), exif=TURNED), "EXIF orientation"),
+    ("dev/images/d.jpg", jpeg(2, 256), "not 512 x 512"),
+    ("train/masks/b.png", encoded(mask_image(MASK[:, :500].copy())), "not 512 x 512"),
+    ("train/masks/b.png", encoded(mask_image(MASK).convert("RGB")), "file contains the labels' colours, not labels"),
+    ("train/masks/b.png", encoded(Image.fromarray(MASK), "JPEG"), "file is a JPEG, which destroys labels"),
+    ("train/masks/b.png", encoded(Image.new("L", (512, 512), 19)), "file contains label 19"),
+    ("train/masks/b.png", encoded(mask_image(swap_sides(MASK))), prepare.REVERSED),
+    ("dev/images/copy.png", encoded(Image.open(io.BytesIO(jpeg(1, 512)))), "same pixels as {}/train/images/b.jpg"),
+]
+
+
+@cases(("name", "content", "fault"), AUDITED, ids=range(len(AUDITED)))
 def test_audit_finds_one_fault(name, content, fault, command, data):
     assert prepare.audit(data, workers=1) == {}
     write({name: content}, data)
     assert prepare.audit(data, workers=1) == {fault.format(data): [data / name]}
-    status, out, _ = command(prepare, "--check", "--data", data, "--list=1")
+    status, out, _ = command(prepare.main, "--check", "--data", data, "--list=1")
     assert status == int(fault != prepare.REVERSED) and f"{fault.format(data)} (1): {data / name}" in out
 
 
@@ -222,28 +219,23 @@ def test_synth_label_rates(faces):
 
 def test_synth_image_and_mask_agree(faces):
     """The image changes more along the borders of the mask than along the same borders moved by 6 pixels."""
-    on, off = [], []
-    for image, mask in faces:
-        step = abs(np.diff(np.asarray(image.convert("L"), np.float32), axis=1))
-        border = np.diff(np.asarray(mask).astype(int), axis=1) != 0
-        on.append(step[border].mean())
-        off.append(step[np.roll(border, 6, axis=0)].mean())
-    assert np.mean(on) > 1.5 * np.mean(off)
+    steps = np.stack([abs(np.diff(np.float32(image.convert("L")), axis=1)) for image, _ in faces])
+    borders = np.diff(np.stack([np.asarray(mask) for _, mask in faces]).astype(int), axis=2) != 0
+    assert steps[borders].mean() > 1.5 * steps[np.roll(borders, 6, axis=1)].mean()
 
 
 def test_synth_resumes(command, tmp_path):
-    root = tmp_path / "faces"
-    assert "19 new faces" in command(synth, "--out", root, "--train=3", "--size=64")[1]
+    root, flags = tmp_path / "faces", (synth.main, "--out", tmp_path / "faces", "--train=3", "--size=64")
+    assert "19 new faces" in command(*flags)[1]
     made = contents(root)
     assert len(made) == 2 * 3 + 8 + 8 + 1 and SYNTHETIC_MARKER in made
     (root / "train/masks/train_00001.png").unlink()
-    assert "1 new faces" in command(synth, "--out", root, "--train=3", "--size=64")[1]
-    assert contents(root) == made
+    assert "1 new faces" in command(*flags)[1] and contents(root) == made
     synth.make_dataset(tmp_path / "again", 3, size=64, workers=2)
     assert contents(tmp_path / "again") == made
 
 
-def test_mistakes_are_one_line_and_status_2(command, tmp_path):
+def test_mistakes_are_refused(refused, tmp_path):
     raw, other = write(challenge(), tmp_path / "raw"), write({"train/images/mine.jpg": b""}, tmp_path / "other")
     text, new, faces = write({"text.zip": b"no zip"}, tmp_path) / "text.zip", tmp_path / "new", tmp_path / "faces"
     synth.make_dataset(faces, 1, 1, 1, size=64, workers=1)
@@ -259,6 +251,5 @@ def test_mistakes_are_one_line_and_status_2(command, tmp_path):
         (synth, ("--out", faces, "--size=128"), "another --size"),
         (synth, ("--out", new, "--size=0"), "not an integer from 1"),
     ):
-        status, out, error = command(tool, *flags)
-        assert (status, out, error.count("\n")) == (2, "", 1) and reason in error
+        assert reason in refused(tool.main, *flags)
     assert not new.exists()

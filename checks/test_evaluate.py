@@ -1,4 +1,4 @@
-"""The official score by hand; networks and folders scored; views and label maps."""
+"""The official score and the losses by hand, whole and in chunks; views and label maps."""
 
 import json
 
@@ -9,35 +9,30 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import losses
+from checks.conftest import cases, encoded, write
 from data import Pairs, split
-from evaluate import (
-    batch_score,
-    compare_folders,
-    confusion,
-    evaluate,
-    held_out,
-    label_scores,
-    main,
-    official_score,
-    record_views,
-)
+from evaluate import batch_score, confusion, evaluate, held_out, label_scores, main, official_score, record_views
 from images import mask_image
 from labels import FLIP
-from model import build
+from losses import segmentation_loss, soft_labels, training_loss
+from model import build, upsample
 from views import Views, input_size, label_map, log_probabilities, parse_views, resize
 
 
-def test_confusion_counts_pixels():
-    pred, true = np.random.default_rng(0).integers(0, 19, (2, 40, 30), np.uint8)
-    expected = np.zeros((19, 19))
-    np.add.at(expected, (true, pred), 1)
-    assert np.array_equal(confusion(pred, true), expected)
+@cases(("shape", "labels", "right"), [((1, 1), 19, 0), ((40, 30), 19, 0.5), ((7, 9), 2, 0.9), ((3, 40), 5, 1)])
+def test_score_is_the_mean_f_over_the_labels_in_the_truth(shape, labels, right):
+    rng = np.random.default_rng(0)
+    true, other = rng.integers(0, labels, (2, *shape), np.uint8)
+    pred = np.where(rng.random(shape) < right, true, other)
+    f = [2 * np.sum((pred == k) & (true == k)) / np.sum((pred == k) * 1 + (true == k)) for k in np.unique(true)]
+    assert official_score(confusion(pred, true)[None]) == pytest.approx(np.mean(f), abs=1e-5)
 
 
-def test_score_by_hand():
-    true, pred = np.uint8([[0, 0, 1, 1]]), np.uint8([[0, 1, 1, 5]])
+def test_a_label_that_is_not_in_the_truth_has_no_score():
     # F is 2/3 for label 0 and 1/2 for label 1; label 5 is not in the truth.
-    assert official_score(confusion(pred, true)[None]) == pytest.approx((2 / 3 + 1 / 2) / 2, abs=1e-6)
+    score = official_score(confusion(np.uint8([[0, 1, 1, 5]]), np.uint8([[0, 0, 1, 1]]))[None])
+    assert score == pytest.approx((2 / 3 + 1 / 2) / 2, abs=1e-6)
 
 
 def test_batch_and_label_scores_by_hand():
@@ -48,20 +43,14 @@ def test_batch_and_label_scores_by_hand():
     assert f[:2] == pytest.approx([1, 0], abs=1e-6) and np.isnan(f[2]) and images[:3].tolist() == [2, 1, 0]
 
 
-class Oracle(torch.nn.Module):
-    """Returns logits of stored masks, in order."""
-
-    def forward(self, images, full_size):
-        chosen, self.masks = self.masks[: len(images)], self.masks[len(images) :]
-        return F.one_hot(chosen.long(), 19).permute(0, 3, 1, 2).float() * 20
-
-
-@pytest.mark.parametrize("scale", [0.5, 2])  # logits coarser and finer than the masks
+@cases("scale", [0.5, 2])  # logits coarser and finer than the masks
 def test_perfect_network_scores_1(scale):
     masks = np.zeros((3, 64, 64), np.uint8)
     masks[:, 10:40, 10:40], masks[:, 44:60, 44:60] = 1, 15
-    oracle = Oracle()
-    oracle.masks = F.interpolate(torch.from_numpy(masks)[None], scale_factor=scale)[0]
+    resized = F.interpolate(torch.from_numpy(masks)[None], scale_factor=scale)[0]
+    batches = iter((20.0 * F.one_hot(resized.long(), 19).permute(0, 3, 1, 2)).split(2))
+    oracle = torch.nn.Identity()
+    oracle.forward = lambda images, full_size: next(batches)
     pairs = Pairs(np.zeros((3, 64, 64, 3), np.uint8), masks, np.zeros(3, bool), list("abc"))
     confusions, loss = evaluate(oracle, pairs, np.arange(3), 64, torch.device("cpu"), batch=2)
     assert official_score(confusions) > 0.98 and loss < 0.2
@@ -79,25 +68,23 @@ def test_weights_are_scored_on_the_pairs_their_training_held_out(tmp_path):
         assert held_out(content, path / "best.pt", [(name, None) for name in names]).tolist() == expected
 
 
-def write_masks(root, **masks):
-    for name, mask in masks.items():
-        (root / name).mkdir()
-        if mask:
-            mask_image(np.uint8(mask)).save(root / name / "a.png")
-    return root / "pred", root / "true"
+def write_masks(root, pred, true):
+    """The folders pred and true with masks of these labels, {name: rows}, as flags."""
+    for kind, masks in (("pred", pred), ("true", true)):
+        write({f"{kind}/{n}.png": encoded(mask_image(np.uint8(rows))) for n, rows in masks.items()}, root)
+    return f"--masks={root}/pred", f"--truth={root}/true"
 
 
-def test_script_scores_folders_of_masks(tmp_path, monkeypatch, capsys):
-    pred, true = write_masks(tmp_path, pred=[[0, 13]], true=[[0, 13]])
-    monkeypatch.setattr("sys.argv", ["evaluate.py", f"--masks={pred}", f"--truth={true}"])
-    main()
-    assert "official score 1.0000" in capsys.readouterr().out
+def test_some_masks_of_the_truth_are_its_score_only_if_asked(tmp_path, command, refused):
+    flags = write_masks(tmp_path, {"a": [[0, 13]]}, {"a": [[0, 13]], "b": [[1]]})
+    assert "1 of the 2 masks" in refused(main, *flags)
+    status, out, warning = command(main, *flags, "--partial")
+    assert status == 0 and "official score 1.0000" in out and "1 of the 2 masks" in warning
 
 
-@pytest.mark.parametrize(("truth", "error"), [(None, "a.png"), ([[200]], "label 200"), ([[0, 0]], "a.png")])
-def test_folders_that_do_not_match_are_refused(tmp_path, truth, error):
-    with pytest.raises(UserError, match=error):
-        compare_folders(*write_masks(tmp_path, pred=[[0]], true=truth))
+@cases(("true", "error"), [({"b": [[0]]}, "a.png"), ({"a": [[200]]}, "label 200"), ({"a": [[0, 0]]}, "a.png")])
+def test_folders_that_do_not_match_are_refused(tmp_path, refused, true, error):
+    assert error in refused(main, *write_masks(tmp_path, {"a": [[0]]}, true))
 
 
 def test_views_are_parsed():
@@ -125,7 +112,7 @@ def test_input_has_the_aspect_ratio_of_the_image():
     assert input_size(512, 512, 256, 1.25) == (320, 320) and input_size(200, 800, 256) == (128, 512)
 
 
-@pytest.mark.parametrize("size", [(4, 4), (12, 12), (5, 7), (24, 30)])
+@cases("size", [(4, 4), (12, 12), (5, 7), (24, 30)])
 def test_resize_averages_down_and_interpolates_up(size):
     images = torch.randint(0, 256, (1, 3, 12, 12), dtype=torch.uint8)
     expected = F.interpolate(images.float() / 255, size, mode="bilinear")
@@ -144,3 +131,55 @@ def test_scores_of_views_are_kept_with_the_run(tmp_path):
     assert kept["views"]["flip"] == {"official": pytest.approx(1), "batch32": pytest.approx(1)}
     with pytest.raises(UserError, match="no scores of these 2 images"):
         record_views(path, "flip", {"a", "b"}, confusions)
+
+
+WEIGHTS = torch.linspace(0.1, 2, 19)
+SETTINGS = [{}, {"focal": 2.0}, {"smoothing": 0.1}, {"dice_over": "all"}, {"dice": 0}, {"class_weights": WEIGHTS}]
+
+
+@pytest.fixture
+def batch():
+    """Logits (3, 19, 16, 16) and labels (3, 16, 16)."""
+    masks = torch.randint(0, 7, (3, 16, 16))
+    masks[0, :8] = 18
+    return torch.randn(3, 19, 16, 16), masks
+
+
+@cases("over", ["present", "all"])
+def test_dice_equals_the_formula(batch, over):
+    logits, masks = batch
+    p, images, smooth = logits.softmax(1), [], over == "all"
+    for i in range(3):
+        truths = {label: (masks[i] == label).float() for label in (range(19) if smooth else masks[i].unique())}
+        terms = [(2 * (p[i, k] * t).sum() + smooth) / (p[i, k].sum() + t.sum() + smooth) for k, t in truths.items()]
+        images.append(1 - torch.stack(terms).mean())
+    expected = 0.7 * F.cross_entropy(*batch) + 1.5 * torch.stack(images).mean()
+    assert torch.isclose(segmentation_loss(*batch, ce=0.7, dice=1.5, dice_over=over), expected, atol=1e-5)
+
+
+def test_variants_of_cross_entropy_equal_the_formulas(batch):
+    logits, masks = batch
+    p = logits.softmax(1).gather(1, masks[:, None])
+    for settings, expected in (
+        ({"smoothing": 0.1}, F.cross_entropy(logits, masks, label_smoothing=0.1)),
+        ({"class_weights": WEIGHTS}, F.cross_entropy(logits, masks, WEIGHTS) * WEIGHTS[masks].mean()),
+        ({"focal": 2.0}, -((1 - p) ** 2 * p.log()).mean()),
+    ):
+        for target in (masks, soft_labels(masks.byte())):
+            assert torch.isclose(segmentation_loss(logits, target, dice=0, **settings), expected, atol=1e-5)
+
+
+@cases("pixels", [1, 2 * 16 * 16, 1 << 20])  # one image per chunk; two and one; all three
+@cases("side", [4, 16])
+@cases("settings", SETTINGS, ids=range(6))
+def test_chunked_loss_and_gradient_equal_the_whole(batch, monkeypatch, settings, side, pixels):
+    monkeypatch.setattr(losses, "CPU_PIXELS", pixels)
+    logits, results = torch.randn(3, 19, side, side, requires_grad=True), []
+    for target in (batch[1], soft_labels(batch[1].byte())):  # one-hot soft labels give the loss of hard ones
+        whole = segmentation_loss(upsample(logits, (16, 16)), target, **settings)
+        results += [
+            (x, torch.autograd.grad(3 * x, logits)[0]) for x in (whole, training_loss(logits, target, **settings))
+        ]
+    for loss, gradient in results[1:]:
+        assert torch.isclose(loss, results[0][0], atol=1e-5)
+        assert torch.allclose(gradient, results[0][1], atol=1e-6)

@@ -12,6 +12,8 @@ from common import ArgumentParser, UserError, atomic, duration, run_main, write_
 import pytest
 import torch
 
+from checks.conftest import cases, write
+
 SCRIPTS = {path.stem: path for path in Path().glob("*.py")}
 
 
@@ -38,7 +40,7 @@ def test_settings_become_flags():
     assert sorted(typed("LR=8e-4", "VAL_EVERY=2", "LMSA=0", "EPOCHS=")) == ["--lmsa=0", "--lr=8e-4", "--val-every=2"]
 
 
-@pytest.mark.parametrize("target", ["train", "resume", "sweep", "predict", "submit", "report-zip"])
+@cases("target", ["train", "resume", "sweep", "predict", "submit", "report-zip"])
 def test_values_reach_the_script_as_typed(target, tmp_path):
     odd = f'it\'s $HOME "x"; `id` $(shell touch {tmp_path}/run) $(touch {tmp_path}/run)\n\ttouch {tmp_path}/run # \\ %'
     names = ["NAME", "IN", "OUT", "MATRIC", "lower"]
@@ -54,23 +56,30 @@ def test_environment_sets_nothing():
     assert "needs NAME=" in make("-n", "resume", NAME="laptop").stderr
 
 
-@pytest.mark.parametrize(
-    ("args", "error"),
-    [
-        *[("train DCIE=2", "--dcie"), ("trian", "trian"), ("predict OUT=d", "IN="), ("help VENV=$(shell,id)", "VENV")],
-        *[("train x;id=1", ";"), ("train x`id`=1", "`"), ("help PYTHON=$HOME", "PYTHON")],
-    ],
-)
+MISTAKES = [
+    *[("train DCIE=2", "--dcie"), ("trian", "trian"), ("predict OUT=d", "IN="), ("help VENV=$(shell,id)", "VENV")],
+    *[("train x;id=1", ";"), ("train x`id`=1", "`"), ("help PYTHON=$HOME", "PYTHON")],
+]
+
+
+@cases(("args", "error"), MISTAKES)
 def test_mistakes_are_refused_with_status_2(args, error):
     done = make(*args.split())
     assert done.returncode == 2 and error in done.stderr
 
 
-@pytest.mark.parametrize(("given", "lmsa"), [("--lmsa=0", False), ("--no-lmsa", False), ("--lmsa=1", True), ("", None)])
-def test_switches_take_values(given, lmsa):
+def test_clean_removes_only_an_environment(tmp_path):
+    write({"docs/a": b"", "venv/.ready": b"", "venv/pyvenv.cfg": b"", "mine/.ready": b""}, tmp_path)
+    for value, status in (("docs venv", 2), ("mine", 0), ("venv", 0)):
+        assert make("-C", tmp_path, "-f", Path("Makefile").resolve(), "clean", f"VENV={value}").returncode == status
+    assert {path.name for path in tmp_path.iterdir()} == {"docs", "mine"}
+
+
+def test_switches_take_values():
     parser = ArgumentParser()
     parser.switch("--lmsa", None)
-    assert parser.parse_args(given.split()).lmsa is lmsa
+    found = [parser.parse_args(given.split()).lmsa for given in ("--lmsa=0", "--no-lmsa", "--lmsa=1", "")]
+    assert found == [False, False, True, None]
 
 
 def imports(path):
@@ -80,18 +89,13 @@ def imports(path):
     return {module.partition(".")[0] for module in modules}
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_scripts_import_three_packages_and_no_tools(name):
-    allowed = {"torch", "numpy", "PIL"} | SCRIPTS.keys() | sys.stdlib_module_names
-    assert imports(SCRIPTS[name]) <= allowed
-
-
-def test_each_script_imports_only_those_before_it():
+def test_each_script_imports_three_packages_and_those_before_it():
     order = ["common", "labels", "model", "checkpoint", "register", "device", "views", "losses", "augment", "images"]
     order += ["data", "evaluate", "options", "train", "locate", "photo", "predict", "ensemble_tta"]
     assert sorted(order) == sorted(SCRIPTS)
     for place, name in enumerate(order):
-        assert imports(SCRIPTS[name]) & SCRIPTS.keys() <= set(order[:place]), name
+        allowed = {"torch", "numpy", "PIL", *order[:place]} | sys.stdlib_module_names
+        assert imports(SCRIPTS[name]) <= allowed, name
 
 
 def test_failed_write_keeps_the_old_file(tmp_path):
@@ -102,19 +106,12 @@ def test_failed_write_keeps_the_old_file(tmp_path):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
-def test_user_error_is_one_line_and_status_2(capsys):
-    with pytest.raises(SystemExit) as ended:
-        run_main(lambda: ArgumentParser().parse_args(["--x\n=1"]))
-    assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1
-
-
 def test_durations():
     assert [duration(s) for s in (0.4, 89, 90, 5400, 11100)] == ["0 s", "89 s", "2 min", "1 h 30 min", "3 h 05 min"]
 
 
-def test_lack_of_memory_is_one_line_and_other_errors_keep_their_traceback(capsys):
-    with pytest.raises(SystemExit) as ended:
-        run_main(lambda: torch.empty(1 << 62, dtype=torch.uint8))
-    assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory: try a smaller BATCH")
+def test_mistakes_and_lack_of_memory_are_one_line_and_bugs_keep_their_traceback(refused):
+    assert "=1" in refused(ArgumentParser().parse_args, "--x\n=1")
+    assert "out of memory: try a smaller BATCH" in refused(lambda: torch.empty(1 << 62, dtype=torch.uint8))
     with pytest.raises(RuntimeError, match="size"):
         run_main(lambda: torch.zeros(2) + torch.zeros(3))

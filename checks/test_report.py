@@ -1,5 +1,8 @@
 """Leaderboard, page of all runs, course report and progress lines: their figures are those of the runs' files."""
 
+import base64
+import contextlib
+import hashlib
 import html
 import io
 import json
@@ -7,30 +10,29 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 import zipfile
+from types import SimpleNamespace
 
-from common import UserError, duration, show_line, show_progress, show_time
+from common import UserError, show_line, show_progress, show_time
 
 import numpy as np
 import pytest
 
-import checkpoint
+import register
+import train
+from checks.conftest import cases, untrained
 from data import swap_sides
-from evaluate import confusion, f_scores, label_scores
+from evaluate import confusion
 from images import mask_image, read_mask
 from labels import NUM_CLASSES
-from model import build
 from options import parse
-from register import lock
 from tools import course_report, report, report_zip
 from tools.package import make_submission
 from tools.report import EXPERIMENTS, LEGEND, leaderboard, make_line, read_folder, recipe_table, survey
-from tools.synth import make_dataset
-from train import rounded
 
 HELD_OUT = {"validated": True, "trained_on": ["another"]}
+SCRIPT = "<script>alert(1)</script>"
 NASTY = """<b>"O'Neil" & co #1%<!--<script>"""
 needs_browser = pytest.mark.skipif(not any(map(shutil.which, course_report.BROWSERS)), reason="no Chromium")
 
@@ -41,19 +43,18 @@ def write_run(runs, name, scores, *flags, names=("p", "q", "r", "s"), **record):
     args, _ = parse(["--name", name, "--sizes", f"32:1,64:{len(scores)}", "--patience", "0", *flags])
     record = {"parameters": 1_747_923, "commit": "0" * 40, "versions": {"python": "3"}, "args": vars(args)} | record
     (folder / "args.json").write_text(json.dumps(record))
-    lines = []
-    for i, score in enumerate([*scores, scores[-1] / 2], 1):
-        lines.append(dict(epoch=i, lr=1e-3, loss=3 / i, val_loss=2 / i, official=score, batch32=score / 2, minutes=i))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [
+        dict(epoch=i, lr=1e-3, loss=3 / i, val_loss=2 / i, official=score, batch32=score / 2, minutes=i)
+        for i, score in enumerate([*scores, scores[-1] / 2], 1)
+    ]
+    train.write_metrics(folder, lines)
     rng = np.random.default_rng(len(name))
     truth = rng.integers(0, NUM_CLASSES, (len(names), 20, 20))
     truth[truth == 3] = 1
     predictions = np.where(rng.random(truth.shape) < 0.7, truth, 1)
     confusions = np.stack([confusion(*pair) for pair in zip(predictions, truth, strict=True)])
-    f, images = label_scores(confusions)
-    best = {"labels": rounded(f), "images_with_label": images.tolist(), "confusion": confusions.sum(0).tolist()}
-    best["image_scores"] = {name: rounded(row) for name, row in zip(names, f_scores(confusions), strict=True)}
-    (folder / "best.json").write_text(json.dumps(best))
+    own = SimpleNamespace(folder=folder, pairs=SimpleNamespace(names=names), val_indices=range(len(names)))
+    train.write_best(own, lines[0], confusions)
     return folder
 
 
@@ -64,11 +65,6 @@ def runs(tmp_path):
     write_run(tmp_path, NASTY, [0.6, 0.7], "--lr", "3e-3", "--recipe", "cpu")
     write_run(tmp_path, "synthetic", [0.95], pairs={"drawn": True})
     return tmp_path
-
-
-def save_weights(folder, **content):
-    content |= {"model": "microunet", "model_args": {}, "size": 64, "state_dict": build("microunet").state_dict()}
-    checkpoint.save(folder / "best.pt", content)
 
 
 def best(folder):
@@ -86,19 +82,15 @@ def page_data(runs):
 
 
 def test_leaderboard_has_real_faces_by_best_score_then_synthetic_ones(runs):
-    save_weights(runs / "low", official=0.5)
-    save_weights(runs / "high", validated=False)
+    untrained(runs / "low/best.pt", official=0.5)
+    untrained(runs / "high/best.pt", validated=False)
     with open(runs / "high/metrics.jsonl", "a") as file:
         file.write('{"epoch": 4, "offi')  # a crash while writing
     rows = [row.split() for row in leaderboard(survey(runs)[0]).replace(NASTY, "nasty").splitlines()[1:]]
     assert [row[0] for row in rows] == ["high", "nasty", "low", "synthetic"]
     assert " ".join(rows[0][1:7]) == "0.9000 0.4500 2/3 1748 3.0 all"
     assert "sizes=32:1,64:2" in rows[0]
-    assert (rows[1][6], rows[2][6], rows[3][7:9]) == (
-        "-",
-        "yes",
-        ["synthetic", "faces;"],
-    )
+    assert (rows[1][6], rows[2][6], rows[3][7:9]) == ("-", "yes", ["synthetic", "faces;"])
 
 
 @pytest.fixture
@@ -112,22 +104,18 @@ def experiments(runs):
     return runs
 
 
-def test_experiments_are_listed_like_runs_after_those_of_the_user(experiments, monkeypatch, capsys):
+def test_experiments_are_listed_like_runs_after_those_of_the_user(experiments, command, refused):
     (experiments / "low").rename(experiments / "high")  # another run of that name
     for flags, expected in (["--all"], ["high", "synthetic", "records", "high", "nasty"]), ([], ["high", "synthetic"]):
-        monkeypatch.setattr("sys.argv", ["", "--table", "--runs", str(experiments), *flags])
-        report.main()
-        out, err = capsys.readouterr()
+        _, out, error = command(report.main, "--table", "--runs", experiments, *flags)
         text = out.replace(NASTY, "nasty")
         assert re.findall("^(your runs|records|low|high|nasty|synthetic)", text, re.M) == ["your runs", *expected]
-        assert ("skipped line 1 of" in err) == bool(flags)
+        assert ("skipped line 1 of" in error) == bool(flags)
     long = [run | {"changed": {"model_args": "x" * 99}} for run in survey(experiments)[0]]
     assert max(map(len, f"{leaderboard(long)}\n{LEGEND}".splitlines())) <= 100
     (experiments / "high/best.pt").write_text("of the other run")
     assert [run["name"] for run in page_data(experiments)["runs"]] == ["high", NASTY, "synthetic"]  # own: damaged
-    monkeypatch.setattr("sys.argv", ["", "--table", f"--runs={experiments}/typo"])
-    with pytest.raises(UserError, match="no folder"):
-        report.main()
+    assert "no folder" in refused(report.main, "--table", f"--runs={experiments}/typo")
 
 
 def test_unfinished_runs_are_listed_with_the_command_that_resumes_them(tmp_path):
@@ -136,7 +124,7 @@ def test_unfinished_runs_are_listed_with_the_command_that_resumes_them(tmp_path)
         (folder / "last.pt").touch() if name != "gone" else None
     write_run(tmp_path, "done", [0.5])
     (write_run(tmp_path, "whole", [0.5]) / "metrics.jsonl").write_text('{"epoch": 2, "lr": 1, "loss": 1}')
-    lock(tmp_path / "busy")
+    register.lock(tmp_path / "busy")
     assert [run["remark"] for run in survey(tmp_path)[0] if run["remark"]] == [
         "unfinished: busy, 4 of 9 epochs, running",
         f"unfinished: cut, 4 of 9 epochs, make resume NAME={tmp_path}/cut",
@@ -163,31 +151,49 @@ def test_the_make_line_repeats_a_run():
     assert make_line({"recipe": "gone", "lr": 0.5, "start_from": "a b"}) == "make train FROM='a b' LR=0.5"
 
 
-def test_damaged_runs_are_named_and_the_others_shown(runs):
-    damages = {
-        "args.json": ["", "[]", '{"args": {}}', '{"args": {"sizes": "64", "epochs": 9, "lr": "fast"}}'],
-        "metrics.jsonl": ['{"epoch": 1}', '{"epoch": 1, "lr": 1, "loss": NaN}', '{"epoch": 1, "lr": 1, "loss": []}'],
-        "best.json": ["{", "{}", '{"confusion": [[1]], "labels": [], "images_with_label": [], "image_scores": {}}'],
-    }
-    for file, contents in damages.items():
-        for i, content in enumerate(contents):
-            (write_run(runs, f"bad-{file}-{i}", [0.1]) / file).write_text(content)
+LINE = dict(epoch=1, lr=1, loss=1, official=0.5, batch32=0.5, minutes=1)
+CHANGES = {"loss": [1]}, {"loss": float("nan")}, {"minutes": int("9" * 400)}
+DAMAGES = [
+    *[("args.json", text) for text in ("", "[]", '{"args": {}}', "[" * 100_000)],
+    ("args.json", '{"args": {"sizes": "64", "epochs": 9, "lr": "fast"}}'),
+    ("args.json", json.dumps({"args": vars(parse([])[0]), "pairs": {"validation": [1]}})),
+    *[("metrics.jsonl", json.dumps(line)) for line in ({"epoch": 1}, *(LINE | change for change in CHANGES))],
+    *[("best.json", text) for text in ("{", "{}", "[" * 100_000)],
+    ("best.json", '{"confusion": [[1]], "labels": [], "images_with_label": [], "image_scores": {}}'),
+]
+
+
+def test_damaged_runs_are_named_and_the_others_shown(runs, command, refused):
+    for i, (file, content) in enumerate(DAMAGES):
+        (write_run(runs, f"bad-{i:02}", [0.1]) / file).write_text(content)
+        assert register.best_score(runs / f"bad-{i:02}") <= 0.5
+    (write_run(runs, "cut", [0.1]) / "metrics.jsonl").write_text("[" * 100_000)  # as if cut off
     data = page_data(runs)
     assert not re.search("<b>&?[\"']|<!--<", (runs / "index.html").read_text())  # no name becomes markup
-    assert [name for name, _ in data["unreadable"]] == [path.name for path in sorted(runs.glob("bad-*"))]
-    assert [run["name"] for run in data["runs"]] == ["high", NASTY, "low", "synthetic"]
+    assert [name for name, _ in data["unreadable"]] == [f"bad-{i:02}" for i in range(len(DAMAGES))]
+    assert [run["name"] for run in data["runs"]] == ["high", NASTY, "low", "synthetic", "cut"]
+    status, out, error = command(report.main, "--table", f"--runs={runs}")
+    assert status == 0 and "high" in out and error.count("skipped bad-") == len(DAMAGES)
+    refused(train.main, f"--runs={runs}", "--resume=bad-03")
+
+
+def test_names_and_settings_reach_the_terminal_as_text(tmp_path, command):
+    write_run(tmp_path, "a\x1b[31m\nb", [0.5], args=vars(parse([])[0]) | {"recipe": "x\x1b]0;\x07"})
+    status, out, _ = command(report.main, "--table", f"--runs={tmp_path}")
+    assert status == 0 and not {"\x1b", "\x07"} & set(out)
+    assert len(out.split("\n\n")[0].splitlines()) == 3  # title, head, run
 
 
 @pytest.fixture(scope="module")
-def scored(tmp_path_factory):
-    """A run with weights and six synthetic pairs, one of them with left and right reversed in its mask."""
+def scored(place, tmp_path_factory):
+    """A run with weights and ten synthetic pairs, one of them with left and right reversed in its mask."""
     root = tmp_path_factory.mktemp("scored")
-    make_dataset(root / "data", train=6, dev=0, test=1, workers=1)
+    shutil.copytree(place / "data", root / "data")
     paths = sorted((root / "data/train/masks").iterdir())
     flags = "--data", str(root / "data"), "--model", "microunet"
     folder = write_run(root / "runs", "a", [0.5], *flags, names=[p.stem for p in paths], parameters=1_758_835)
     mask_image(swap_sides(read_mask(paths[2]))).save(paths[2])
-    save_weights(folder, **HELD_OUT)
+    untrained(folder / "best.pt", **HELD_OUT)
     return folder
 
 
@@ -197,23 +203,22 @@ def test_images_are_ranked_and_reversed_masks_listed_apart(scored):
     flawed = sorted(scores)[2]
     order = sorted(scores.keys() - {flawed}, key=scores.get)
     groups = [[p["name"] for p in data["pictures"] if p["group"] == key] for key in ("lowest", "highest", "reversed")]
-    assert groups == [order[:3], order[:2:-1], [flawed]]
-    assert (data["reversed"], data["images"], data["seen"]) == (1, 6, False)
+    assert groups == [order[:5], order[:4:-1], [flawed]]
+    assert (data["reversed"], data["images"], data["seen"]) == (1, 10, False)
     assert data["score_without_reversed"] == pytest.approx(np.mean([scores[name] for name in order]))
 
 
-def test_images_are_predicted_again_only_if_the_weights_change(scored, monkeypatch):
-    save_weights(scored, **HELD_OUT, epoch=2)
+def test_images_are_predicted_again_only_if_the_weights_change(scored, monkeypatch, command):
+    untrained(scored / "best.pt", **HELD_OUT, epoch=2)
     assert report.read_pictures(scored) is None
     assert not report.draw_pictures(scored, "cpu")["seen"]
     (scored / "best.pt").rename(scored / "validated.pt")  # as in the release
-    save_weights(scored, validated=False)
+    untrained(scored / "best.pt", validated=False)
     assert not report.draw_pictures(scored, "cpu")["seen"]
     (scored / "validated.pt").unlink()
     assert report.draw_pictures(scored, "cpu")["seen"]
-    command = [sys.executable, "-m", "tools.report", "--runs", str(scored.parent), "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith(f"{scored.parent}/index.html: ")
+    status, out, _ = command(report.main, "--runs", scored.parent, "--device", "cpu")
+    assert status == 0 and out.startswith(f"{scored.parent}/index.html: ")
     assert report.read_pictures(scored)
     monkeypatch.setattr(report, "draw_pictures", None)
     assert page_data(scored.parent)["runs"][0]["pictures"]
@@ -273,7 +278,7 @@ def test_the_page_sorts_filters_and_compares(runs):
 
 
 @needs_browser
-@pytest.mark.parametrize("width", [420, 1300])
+@cases("width", [420, 1300])
 def test_the_page_fits_a_phone_and_its_table_a_screen(runs, width):
     frame = report.write_page(runs).with_name("frame.html")
     frame.write_text(f'<body><iframe style="border: 0" width="{width}" height="800" src="index.html"></iframe></body>')
@@ -286,10 +291,10 @@ def test_the_page_fits_a_phone_and_its_table_a_screen(runs, width):
 
 
 def test_the_draft_states_the_figures_of_the_run(scored):
-    save_weights(scored, validated=False)
+    untrained(scored / "best.pt", validated=False)
     page = course_report.draft(scored, "A & B", "A12345678B")
     own = np.mean([report.image_score(row) for row in best(scored)["image_scores"].values()])
-    assert f"(official score) is {own:.4f}</b> on 6 images" in page and page.count(f"{own:.4f}") == 1
+    assert f"(official score) is {own:.4f}</b> on 10 images" in page and page.count(f"{own:.4f}") == 1
     assert "1,758,835 parameters</b>" in page and "1.5 times a Dice loss averaged over the labels present" in page
     assert "A &amp; B · A12345678B" in page and "None" not in page.split("<script")[0]
     *modules, total = [int(n.replace(",", "")) for n in re.search("<pre>(.*?)<", page, re.DOTALL)[1].split()[1::2]]
@@ -303,39 +308,62 @@ def test_the_draft_marks_the_repositorys_records_and_synthetic_faces(experiments
     assert "say nothing about real ones" in course_report.draft(experiments / "synthetic", None, None)
 
 
-def test_a_draft_is_replaced_only_if_asked(runs, monkeypatch):
-    def report(*flags):
-        monkeypatch.setattr("sys.argv", ["", "--runs", str(runs), "--name", "high", "--author", "Ada", *flags])
-        course_report.main()
-
-    report()
-    path = runs / "high/report.html"
+def test_a_draft_is_replaced_only_if_asked(runs, command, refused):
+    flags, path = (course_report.main, "--runs", runs, "--name=high", "--author=Ada"), runs / "high/report.html"
+    assert command(*flags)[0] == 0
     path.write_text(path.read_text().replace("Ada", "Ada Lovelace"))
-    with pytest.raises(UserError, match="exists: rename it"):
-        report()
-    assert "Lovelace" in path.read_text()
-    report("--overwrite")
-    assert "Lovelace" not in path.read_text()
+    assert "exists: rename it" in refused(*flags) and "Lovelace" in path.read_text()
+    assert command(*flags, "--overwrite")[0] == 0 and "Lovelace" not in path.read_text()
 
 
-def test_the_course_zip_without_a_number_has_a_draft_with_its_own_score(scored, tmp_path, monkeypatch, capsys):
-    def make_zip(*flags):
-        monkeypatch.setattr("sys.argv", ["", "--name", str(scored), "--out", str(tmp_path), *flags])
-        report_zip.main()
-        return capsys.readouterr()
-
+def test_the_course_zip_without_a_number_has_a_draft_with_its_own_score(scored, tmp_path, monkeypatch, command):
+    flags = report_zip.main, "--name", scored, "--out", tmp_path
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(course_report, "BROWSERS", ())
-    save_weights(scored, **HELD_OUT)
+    monkeypatch.setattr(report_zip, "check_run", lambda *_: [])
+    untrained(scored / "best.pt", **HELD_OUT)
     test = scored.parent.parent / "data/test/images"
-    make_submission(scored / "best.pt", test, "test", scored / "submission-test.zip", "flip", run=1)
-    assert "to hand in: fill in author" in make_zip().out
+    make_submission(scored / "best.pt", test, "test", scored / "submission-test.zip", "flip", run=0)
+    assert "to hand in: fill in author" in command(*flags)[1]
     with zipfile.ZipFile(tmp_path / "report-zip.zip") as archive:
         page, readme = (archive.read(name).decode() for name in ("report.html", "Readme.txt"))
     stated = re.search(r"score\) is (\S+)</b>.*from the views flip, averaged", page, re.DOTALL)[1]
     assert stated == re.search("F-measure: (.*), the official score", readme)[1]
     (scored / "report.html").write_text(page.replace(stated, "0.9999"))
-    assert f"states 0.9999, but the masks handed in have {stated}" in make_zip().err
+    assert f"states 0.9999, but the masks handed in have {stated}" in command(*flags)[2]
+
+
+@cases("key", ["split_seed", "val_split"])
+def test_a_record_is_text_in_the_course_report(tmp_path, key):
+    folder = write_run(tmp_path, "a", [0.5], args=vars(parse([])[0]) | {key: SCRIPT})
+    with contextlib.suppress(UserError):
+        assert SCRIPT not in course_report.draft(folder, SCRIPT, SCRIPT)
+
+
+@cases("change", [{"reversed": SCRIPT}, {"images": "3"}, {"panels": ["http://x/a.png"] * 4}, {"score": []}])
+def test_edited_pictures_are_not_shown(scored, change):
+    picture = {"group": "", "name": "", "score": 0.5, "lowest": [["nose", 0.1]], "panels": ["data:image/png;,"] * 4}
+    content = {"version": report.weights_version(scored), "images": 1, "reversed": 0, "score_without_reversed": 0.5}
+    for changed in ({}, change):
+        (scored / "pictures.json").write_text(json.dumps(content | {"pictures": [picture | changed]} | changed))
+        assert bool(report.read_pictures(scored)) == (not changed)
+
+
+def test_both_pages_run_their_own_scripts_and_load_nothing(tmp_path):
+    folder = write_run(tmp_path, "a", [0.5])
+    for page in (course_report.draft(folder, None, None), report.write_page(tmp_path).read_text()):
+        scripts = re.findall(r"<script(?! type)[^>]*>(.*?)</script>", page, re.DOTALL)
+        hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+        policy = re.search('<meta http-equiv="Content-Security-Policy" content="(.*?)">', page)[1]
+        assert policy.startswith("default-src 'none'; img-src data:;") and "script-src 'sha256-" in policy
+        assert len(scripts) == 2 and all(f"'sha256-{value}'" in policy for value in hashes)
+
+
+@cases(("user", "count"), [(0, 1), (1000, 0)])
+def test_chromium_keeps_its_sandbox(monkeypatch, user, count):
+    monkeypatch.setattr("os.geteuid", lambda: user)
+    monkeypatch.setattr(course_report.shutil, "which", lambda name: "echo")
+    assert course_report.browse("x")[0].count("--no-sandbox") == count
 
 
 def test_a_network_of_another_version_is_refused(tmp_path):
@@ -347,18 +375,11 @@ def test_a_pdf_of_the_user_is_replaced_only_if_asked(scored, monkeypatch):
     pytest.importorskip("pypdf")
     monkeypatch.setattr(course_report, "BROWSERS", ())
     (scored / "report.html").write_text("draft")
-    for content, overwrite, error in (
-        (b"mine", False, "move it away"),
-        (b"mine", True, "no Chromium"),
-        (
-            b"%PDF-1.4\n<</Title (Face parsing report)\n",
-            False,
-            "no Chromium",
-        ),
-    ):
+    ours = b"%PDF-1.4\n<</Title (Face parsing report)\n"
+    for content, flag, error in (b"mine", False, "move it away"), (b"mine", True, "no Chr"), (ours, False, "no Chr"):
         (scored / "report.pdf").write_bytes(content)
         with pytest.raises(UserError, match=error):
-            course_report.print_draft(scored, overwrite)
+            course_report.print_draft(scored, overwrite=flag)
         assert (scored / "report.pdf").read_bytes() == content
     (scored / "report.pdf").unlink()
 
@@ -377,18 +398,16 @@ def test_the_draft_prints_on_few_pages(scored, monkeypatch):
 
 def test_progress_lines_overwrite_a_terminal_and_are_one_a_minute_elsewhere(monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
-    monkeypatch.setattr("common._printed", -1e9)
     screen, pipe = io.StringIO(), io.StringIO()
     monkeypatch.setattr(screen, "isatty", lambda: True)
     for stream in (screen, pipe):
+        monkeypatch.setattr("common._printed", -1e9)
+        monkeypatch.setattr("sys.stderr", stream)
         show_line("x" * 50, stream)
         show_line("y" * 50, pipe)
-        monkeypatch.setattr("sys.stderr", stream)
         show_progress("predicting", 1, 1, 1)  # the last item clears the line
-    assert (screen.getvalue(), pipe.getvalue()) == (f"\r{'x' * 19}\r{' ' * 19}\r", "y" * 50 + "\n")
-    monkeypatch.setattr("sys.stderr", pipe)
+    assert (screen.getvalue(), pipe.getvalue()) == (f"\r{'x' * 19}\r{' ' * 19}\r", f"{'y' * 50}\n{'x' * 50}\n")
     monkeypatch.setattr("common._printed", -1e9)
     with show_time("exporting"):
         time.sleep(1.2)
-    assert pipe.getvalue().endswith("y\nexporting, 1 s\n")
-    assert [duration(seconds) for seconds in (89, 90, 11100)] == ["89 s", "2 min", "3 h 05 min"]
+    assert pipe.getvalue().endswith("x\nexporting, 1 s\n")

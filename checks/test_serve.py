@@ -6,16 +6,19 @@ import io
 import re
 import shutil
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from common import UserError
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import checkpoint
+from checks.conftest import cases, untrained
 from images import read_image
 from labels import COLOURS
-from model import build
 from photo import overlay
 from predict import FaceParser
 from tools import serve
@@ -28,8 +31,7 @@ PHOTO = "docs/astronaut.jpg"
 def server(tmp_path_factory):
     """A running server of an untrained network for 64 pixels."""
     path = tmp_path_factory.mktemp("serve") / "a.pt"
-    content = {"model": "microunet", "model_args": {}, "size": 64, "state_dict": build("microunet").state_dict()}
-    checkpoint.save(path, content)
+    untrained(path)
     with serve.make_server(FaceParser(path, device="cpu"), 0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
@@ -56,24 +58,35 @@ def test_the_answer_is_the_mask_of_predict(server):
     assert status == 200 and np.array_equal(mask, server.RequestHandlerClass.parser(PHOTO, whole=True).mask)
 
 
-@pytest.mark.parametrize(
-    ("request_", "status", "text"),
-    [
-        ({"Host": "example.com"}, 403, "other hosts"),
-        ({"Host": "127.0.0.1:1"}, 403, "other hosts"),
-        ({"Origin": "http://example.com"}, 403, "other sites"),
-        ({"Origin": "null"}, 403, "other sites"),
-        ({"Content_Length": None}, 411, "length"),
-        ({"Content_Length": "-1"}, 411, "length"),
-        ({"body": bytes(serve.MAX_BYTES + 1)}, 413, "more than 40 MB"),
-        ({"body": b"no picture"}, 415, "unknown format"),
-        ({"path": "/mask"}, 404, "/parse"),
-        ({"method": "GET", "path": "/../Makefile"}, 404, "the page is at /"),
-    ],
-)
+REFUSED = [
+    *[({"Host": "example.com"}, 403, "other hosts"), ({"Host": "127.0.0.1:1"}, 403, "other hosts")],
+    *[({"Origin": "http://example.com"}, 403, "other sites"), ({"Origin": "null"}, 403, "other sites")],
+    *[({"Content_Length": None}, 411, "length"), ({"Content_Length": "-1"}, 411, "length")],
+    *[({"body": bytes(serve.MAX_BYTES + 1)}, 413, "more than 40 MB"), ({"body": b"x"}, 415, "unknown format")],
+    *[({"path": "/mask"}, 404, "/parse"), ({"method": "GET", "path": "/../Makefile"}, 404, "the page is at /")],
+]
+
+
+@cases(("request_", "status", "text"), REFUSED, ids=range(len(REFUSED)))
 def test_refused_requests_have_a_clear_answer(server, request_, status, text):
     answer, body = ask(server, **request_)
     assert answer == status and text in body.decode() and body.count(b"\n") == 0
+
+
+def test_pictures_are_decoded_one_at_a_time(server, monkeypatch):
+    running, most = [], []
+
+    def decode(*_):
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.05)
+        running.pop()
+        raise UserError("no picture")
+
+    monkeypatch.setattr(serve, "decode_picture", decode)
+    with ThreadPoolExecutor(50) as pool:
+        answers = list(pool.map(lambda _: ask(server, body=b"x")[0], range(50)))
+    assert answers == [415] * 50 and max(most) == 1 and server.request_queue_size >= 50
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,21 @@
-"""Submission, its checker, the course zip and sweeps. The network is untrained, the images are noise."""
+"""Submission, its checker, the course zip, sweeps and export. The networks are untrained, the images noise."""
 
+import contextlib
 import io
+import json
 import pickle
 import re
 import shlex
+import shutil
 import stat
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
-from common import UserError, run_main
+from common import UserError
 
 import numpy as np
 import pypdf
@@ -20,32 +25,25 @@ from PIL import Image
 
 import checkpoint
 import register
-from data import Pairs
-from evaluate import confusion, official_score
+from checks.conftest import cases, encoded, saved, untrained, write
+from checks.references import TINY
 from images import mask_image
 from labels import PALETTE
-from model import PARAM_LIMIT, build
-from predict import FaceParser
-from tools import check_submission, course_report, package, report_zip, sweep
+from model import build
+from tools import check_submission, course_report, export, package, report_zip, sweep
 from tools.check_submission import judge, read_zip
 from tools.package import make_submission, write_zip
+from tools.synth import make_dataset
 
 ROOT = Path(__file__).parent.parent
 IMAGES, WEIGHTS, CKPT = "data/test/images", "runs/a/best.pt", "solution/ckpt.pth"
 LABELS = np.zeros((512, 512), np.uint8)
 
 
-def saved(content):
-    file = io.BytesIO()
-    torch.save(content, file)
-    return file.getvalue()
-
-
-def mask_bytes(labels, mode="P", palette=PALETTE):
-    image, file = mask_image(labels), io.BytesIO()
+def mask_bytes(labels, palette=PALETTE):
+    image = mask_image(labels)
     image.putpalette(palette)
-    image.convert(mode).save(file, format="PNG")
-    return file.getvalue()
+    return encoded(image)
 
 
 def pdf(path, pages, width=594.96):
@@ -64,30 +62,21 @@ def faults(place, entries=None, phase="test", run=0):
     return "\n".join(f"{check}: {detail}" for status, check, detail in findings if status == "FAIL")
 
 
-def exit_status(monkeypatch, main, *flags):
-    monkeypatch.setattr(sys, "argv", ["x", *map(str, flags)])
-    with pytest.raises(SystemExit) as ended:
-        run_main(main)
-    return ended.value.code or 0
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with data/test/images, a run runs/a in half precision whose masks vary, and its submission."""
     root = tmp_path_factory.mktemp("submission")
-    images, run = root / IMAGES, root / "runs" / "a"
-    images.mkdir(parents=True)
-    run.mkdir(parents=True)
-    for seed, name in enumerate("abc"):
-        grid = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), np.uint8)
-        Image.fromarray(grid).resize((512, 512)).save(images / f"{name}.jpg")
+    rng, run = np.random.default_rng(0), root / "runs" / "a"
+    grids = [Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize((512, 512)) for _ in range(3)]
+    write({f"{name}.jpg": encoded(image, "JPEG") for name, image in zip("abc", grids, strict=True)}, root / IMAGES)
+    record = b'{"args": {}, "versions": {"torch": "2.13.0", "numpy": "2.4.6"}}'
+    lines = b'{"official": 0.71236, "batch32": 0.60004}\n{"official": 0.7, "batch32": 0.6}\n'
+    write({"args.json": record, "metrics.jsonl": lines}, run)
     model = build("microsegformer")
     torch.nn.init.normal_(model.classifier.weight, std=1.0)
     state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     checkpoint.save(run / "best.pt", {"model": "microsegformer", "model_args": {}, "size": 64, "state_dict": state})
-    (run / "args.json").write_text('{"args": {}, "versions": {"torch": "2.13.0", "numpy": "2.4.6"}}')
-    (run / "metrics.jsonl").write_text('{"official": 0.71236, "batch32": 0.60004}\n{"official": 0.7, "batch32": 0.6}\n')
-    make_submission(run / "best.pt", images, "test", run / "submission-test.zip", "flip", run=1)
+    make_submission(run / "best.pt", root / IMAGES, "test", run / "submission-test.zip", "flip", run=1)
     return root
 
 
@@ -107,40 +96,23 @@ def test_submission_contains_the_required_files_and_no_unused_module(sound):
     assert all(len(np.unique(Image.open(io.BytesIO(sound[name])))) > 2 for name in masks)
 
 
-def test_same_content_gives_the_same_bytes_and_dev_contains_only_masks(place, sound, tmp_path):
-    run, target = place / "runs" / "a", tmp_path / "again.zip"
-    make_submission(run / "best.pt", place / IMAGES, "test", target, "flip", run=0)
-    assert target.read_bytes() == (run / "submission-test.zip").read_bytes()
-    make_submission(run / "best.pt", place / IMAGES, "dev", place / "judged.zip", "flip", run=1)
-    assert read_zip(place / "judged.zip")[0] == {k: v for k, v in sound.items() if k.startswith("masks/")}
-    assert faults(place, phase="dev") == ""
+def test_dev_contains_only_masks_and_a_failed_check_keeps_the_old_zip(place, sound, tmp_path, monkeypatch):
+    target, flags = tmp_path / "dev.zip", (place / WEIGHTS, place / IMAGES, "dev", tmp_path / "dev.zip", "flip")
+    write_zip(target, {"masks/old.png": b""})
+    old = target.read_bytes()
+    with monkeypatch.context() as context:
+        context.setattr(package, "judge", lambda *_: [("FAIL", "run", "")])
+        with pytest.raises(UserError, match="was not written, because a check failed"):
+            make_submission(*flags)
+    assert target.read_bytes() == old
+    make_submission(*flags)
+    write_zip(tmp_path / "again.zip", {k: v for k, v in reversed(sound.items()) if k.startswith("masks/")})
+    assert target.read_bytes() == (tmp_path / "again.zip").read_bytes()
 
 
-def test_failed_check_keeps_the_old_zip(place, tmp_path, monkeypatch, capsys):
-    kept = tmp_path / "kept.zip"
-    write_zip(kept, {"masks/old.png": b""})
-    old = kept.read_bytes()
-    monkeypatch.setattr(check_submission, "TIME_LIMIT", 0.01)
-    with pytest.raises(UserError, match="was not written, because a check failed"):
-        make_submission(place / WEIGHTS, place / IMAGES, "test", kept, run=1)
-    assert kept.read_bytes() == old
-    assert "timed out after 0.01 seconds" in capsys.readouterr().out
-
-
-def test_too_many_parameters_are_refused(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(package, "PARAM_LIMIT", 1_747_923)
-    with pytest.raises(UserError, match="has 1,747,923 parameters; .* fewer than 1,747,923"):
-        make_submission(place / WEIGHTS, place / IMAGES, "test", tmp_path / "big.zip")
-
-
-def test_default_weights_are_named(place, monkeypatch, capsys):
-    monkeypatch.chdir(place)
-    monkeypatch.setattr(package, "make_submission", lambda weights, images, phase, target, *rest: print(target))
-    for name in ("none", "a"):
-        monkeypatch.setattr(register, "RELEASE", place / "runs" / name)
-        assert exit_status(monkeypatch, package.main, "--data", "data") == 0
-    lines, target = capsys.readouterr().out.splitlines(), "runs/a/submission-test.zip"
-    assert [line.replace(f"{place}/", "") for line in lines] == ["weights: runs/a/best.pt (no NAME given)", target] * 2
+class Hostile:
+    def __reduce__(self):
+        return print, ("executed",)
 
 
 UNSAFE = ("../masks/a.png", "masks/../../a.png", "/masks/a.png", "masks\\a.png", "C:/masks/a.png")
@@ -150,56 +122,62 @@ FAULTS = {
     "folders: a.png does not belong at the top": ("a.png", b""),
     "masks: masks/b.png is missing": ("masks/b.png", None),
     "masks: masks/d.png belongs to no image": ("masks/d.png", b""),
-    "masks: masks/a.png has mode RGB": ("masks/a.png", mask_bytes(LABELS, "RGB")),
+    "masks: masks/a.png has mode RGB": ("masks/a.png", encoded(mask_image(LABELS).convert("RGB"))),
     "masks: masks/a.png is 256 x 256, but": ("masks/a.png", mask_bytes(LABELS[:256, :256])),
     "masks: masks/a.png contains label 19": ("masks/a.png", mask_bytes(LABELS + 19)),
     "masks: masks/a.png has another palette": ("masks/a.png", mask_bytes(LABELS + 2, palette=PALETTE[::-1])),
     "masks: masks/a.png is not a readable": ("masks/a.png", mask_bytes(LABELS)[:200]),
     "solution: solution/requirements.txt is missing": ("solution/requirements.txt", None),
     "checkpoint: ckpt.pth is damaged": (CKPT, saved(MISFIT)[:-99]),
+    "checkpoint: ckpt.pth is damaged or": (CKPT, saved({"state_dict": Hostile()})),
+    "checkpoint: ckpt.pth is damaged or contains": (CKPT, pickle.dumps({"state_dict": Hostile()}, 2)),
     'checkpoint: ckpt.pth has no "state_dict"': (CKPT, saved({"weights": {}})),
     "checkpoint: ckpt.pth does not fit": (CKPT, saved(MISFIT)),
     "checkpoint: ckpt.pth contains weights": (CKPT, saved({"state_dict": {"a": torch.tensor(np.nan)}})),
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_exactly_the_fault_is_reported(place, sound, fault):
+@cases("fault", FAULTS)
+def test_exactly_the_fault_is_reported(place, sound, capsys, fault):
     changed = sound | dict([FAULTS[fault]])
     text = faults(place, {name: data for name, data in changed.items() if data is not None})  # None removes the file
-    assert text.startswith(fault) and "\n" not in text
+    assert text.startswith(fault) and "\n" not in text and "executed" not in capsys.readouterr().out
 
 
 def test_missing_folders_are_reported(place, sound):
-    assert "folders: no folder solution/" in faults(place, {k: v for k, v in sound.items() if k.startswith("masks/")})
     nested = faults(place, {f"mine/{name}": data for name, data in sound.items()})
     assert "folders: everything is inside mine/: zip its contents" in nested
-    assert "folders: no folder masks/" in faults(place, {})
+    found = faults(place, {})
+    assert "folders: no folder masks/" in found and "folders: no folder solution/" in found
 
 
-@pytest.mark.parametrize("count", [PARAM_LIMIT - 1, PARAM_LIMIT])
-@pytest.mark.parametrize("more", [{}, {"model": "another", "model_args": {}}, {"model": {"w": 1}, "model_args": 0}])
-def test_parameters_of_other_networks_are_counted_without_buffers(place, sound, count, more):
-    state = {"w": torch.zeros(count), "bn.running_mean": torch.zeros(9), "bn.num_batches_tracked": torch.tensor(0)}
-    text = faults(place, sound | {CKPT: saved({"state_dict": state, **more})})
-    assert text.startswith("checkpoint: ckpt.pth has 1,821,085 parameters") if count == PARAM_LIMIT else text == ""
+MANY = torch.zeros(5_000_000)
+OTHERS = [  # what ckpt.pth contains beside 1,800,000 weights
+    *[({"state_dict": {"w.running_mean": tensor}}, True) for tensor in (MANY, MANY.view(5000, 1000))],
+    *[({"more": [{"x": MANY}]}, True), ({"more": [0.5] * 30_000}, True)],
+    *[({"state_dict": {"x": torch.zeros(n)}}, n == 21_085) for n in (21_084, 21_085)],
+    *[({"model": "another", "model_args": {}}, False), ({"model": {"w": 1}, "model_args": 0}, False)],
+    ({"state_dict": {"bn.running_mean": torch.zeros(9), "bn.num_batches_tracked": torch.tensor(0)}}, False),
+]
 
 
-@pytest.mark.parametrize("write", [saved, lambda content: pickle.dumps(content, 2)])
-def test_code_in_a_checkpoint_is_not_executed(place, sound, tmp_path, write):
-    class Hostile:
-        def __reduce__(self):
-            return open, (str(tmp_path / "executed"), "w")
+@cases(("more", "fails"), OTHERS, ids=range(len(OTHERS)))
+def test_parameters_of_other_networks_are_counted_without_buffers(place, sound, more, fails):
+    state = {"w": torch.zeros(1_800_000)} | more.get("state_dict", {})
+    text = faults(place, sound | {CKPT: saved(more | {"state_dict": state})})
+    assert re.match(r"checkpoint: ckpt.pth has [\d,]+ parameters", text) if fails else text == ""
 
-    text = faults(place, sound | {CKPT: write({"state_dict": Hostile()})})
-    assert text.startswith("checkpoint: ckpt.pth is damaged or contains") and not (tmp_path / "executed").exists()
+
+@cases(("name", "content"), [("more.pth", saved(MANY)), ("a.py", b"1" * 2**22)])
+def test_parameters_in_other_files_are_counted(place, sound, name, content):
+    assert "parameters, with all entries" in faults(place, sound | {f"solution/{name}": content})
 
 
 def test_links_duplicates_other_compression_and_macos_files(place, sound):
     write_zip(place / "judged.zip", sound | {"__MACOSX/masks/._a.png": b"x"})
+    link = zipfile.ZipInfo("solution/link")
+    link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
     with zipfile.ZipFile(place / "judged.zip", "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
-        link = zipfile.ZipInfo("solution/link")
-        link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
         archive.writestr(link, "/etc/passwd")
         archive.writestr("masks/a.png", b"")
         archive.writestr("solution/b", b"", zipfile.ZIP_BZIP2)
@@ -220,30 +198,30 @@ def test_bombs_are_not_unpacked(place, sound, tmp_path, monkeypatch):
     assert text.startswith("checkpoint: ckpt.pth is damaged") and "33,554,432 bytes" in text
 
 
-def test_run_py_runs_alone_and_its_masks_are_compared(place, sound):
+def test_run_py_runs_alone_and_its_masks_are_compared(place, sound, monkeypatch):
     copy = b"import sys, shutil, pathlib\nshutil.copy(pathlib.Path(sys.argv[2]).stem, sys.argv[4])\n"
     files = sound | {f"solution/{name}": sound[f"masks/{name}.png"] for name in "ab"} | {"solution/run.py": copy}
     labels = np.array(Image.open(io.BytesIO(sound["masks/c.png"])))
     labels[3, :7] = (labels[3, :7] + 1) % 19
     files["solution/c"] = mask_bytes(labels)
-    assert faults(place, files, run=1) == ""
     assert faults(place, files, run=2) == "run: c.jpg: run.py and masks/ differ in 7 of 262,144 pixels"
     text = faults(place, {name: data for name, data in sound.items() if name != "solution/labels.py"}, run=1)
     assert "ended with status 1" in text and "No module named 'labels'" in text
+    monkeypatch.setattr(check_submission, "TIME_LIMIT", 0.01)
+    assert "timed out after 0.01 seconds" in faults(place, run=1)
 
 
-@pytest.mark.parametrize("name, status", [("none", 2), ("text", 2), ("empty", 1), ("runs/a/submission-test", 0)])
-def test_exit_status(place, monkeypatch, name, status):
+def test_exit_status(place, command):
     (place / "text.zip").write_text("not a zip")
     write_zip(place / "empty.zip", {})
-    flags = ("--zip", place / f"{name}.zip", "--data", place / "data")
-    assert exit_status(monkeypatch, check_submission.main, *flags) == status
+    for name, status in (("none", 2), ("text", 2), ("empty", 1), ("runs/a/submission-test", 0)):
+        assert command(check_submission.main, "--zip", place / f"{name}.zip", "--data", place / "data")[0] == status
 
 
-def test_course_zip_contains_everything_and_its_readme_reproduces_the_masks(place, sound, tmp_path, monkeypatch):
+def test_course_zip_is_complete_and_its_readme_reproduces_the_masks(place, sound, tmp_path, monkeypatch, command):
     monkeypatch.chdir(place)
     flags = ["--name", "a", "--data", "data", "--report", pdf(place / "report.pdf", 5), "--matric", "a12345678b"]
-    assert exit_status(monkeypatch, report_zip.main, *flags, "--out", tmp_path) == 0
+    assert command(report_zip.main, *flags, "--out", tmp_path)[0] == 0
     with zipfile.ZipFile(tmp_path / "A12345678B.zip") as archive:
         archive.extractall(tmp_path)
     assert (tmp_path / "checkpoint/ckpt.pth").read_bytes() == sound[CKPT]
@@ -258,40 +236,21 @@ def test_course_zip_contains_everything_and_its_readme_reproduces_the_masks(plac
         assert again == (tmp_path / "masks" / name).read_bytes() == sound[f"masks/{name}"]
 
 
-def test_readme_gives_the_score_of_the_weights_and_views_handed_in(place, tmp_path, monkeypatch):
-    rng = np.random.default_rng(0)
-    images, masks = (
-        rng.integers(0, top, shape, np.uint8) for top, shape in ((256, (10, 3, 64, 64)), (19, (10, 64, 64)))
-    )
-    pairs = Pairs(images, masks, np.zeros(10, bool), list("abcdefghij"))
-    monkeypatch.setattr(course_report, "load_pairs", lambda data: pairs)
-    weights = tmp_path / "best.pt"
-    content = checkpoint.load(place / WEIGHTS) | {"validated": True, "held_out": ["d", "b"]}
-    checkpoint.save(weights, content)
-    parser = FaceParser(weights, views="flip", device="cpu")
-    own = [confusion(parser(images[i].transpose(1, 2, 0), whole=True).mask, masks[i]) for i in (3, 1)]
-    text = report_zip.describe_score(weights, content, "data", "flip")
-    assert text.startswith(f"{official_score(np.stack(own)):.4f}, the official score on the 2 pairs")
-
-
-@pytest.mark.parametrize("script", [package, report_zip])
-def test_a_run_on_real_faces_gets_no_masks_of_synthetic_ones(place, tmp_path, monkeypatch, capsys, script):
+@cases("script", [package, report_zip])
+def test_a_run_on_real_faces_gets_no_masks_of_synthetic_ones(place, tmp_path, monkeypatch, refused, script):
     monkeypatch.chdir(tmp_path)
     flags = [] if script is package else ["--matric", "A12345678B", "--report", pdf(tmp_path / "report.pdf", 1)]
-    assert exit_status(monkeypatch, script.main, "--name", place / "runs" / "a", *flags) == 2
-    assert "no data/ folder" in capsys.readouterr().err
+    assert "no data/ folder" in refused(script.main, "--name", place / "runs" / "a", *flags)
 
 
-def test_report_must_have_at_most_five_a4_pages(tmp_path):
-    assert course_report.count_pages(pdf(tmp_path / "a.pdf", 5)) == 5
-    (tmp_path / "cut.pdf").write_bytes((tmp_path / "a.pdf").read_bytes()[:100])
-    for path, message in (
-        (pdf(tmp_path / "long.pdf", 6), "has 6 pages"),
-        (pdf(tmp_path / "letter.pdf", 1, 612), "page 1 of .* has 612 x 842"),
-        (tmp_path / "cut.pdf", "cannot read"),
-    ):
-        with pytest.raises(UserError, match=message):
-            course_report.count_pages(path)
+@cases(("pages", "width", "error"), [(5, 594.96, ""), (6, 594.96, "has 6 pages"), (1, 612, "page 1 .* 612 x 842")])
+def test_report_must_have_at_most_five_a4_pages(tmp_path, pages, width, error):
+    path = pdf(tmp_path / "a.pdf", pages, width)
+    with pytest.raises(UserError, match=error) if error else contextlib.nullcontext():
+        assert course_report.count_pages(path) == pages
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="cannot read"):
+        course_report.count_pages(path)
 
 
 def test_course_zip_refuses_other_weights_and_a_wrong_number(place, sound, tmp_path):
@@ -315,3 +274,60 @@ def test_sweep_expands_every_combination():
     for flags, error in (["--dice=1"], "several values"), (["--dice", "1 2"], 'write it after "="'):
         with pytest.raises(UserError, match=error):
             dict(sweep.expand(flags))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with the checkpoint of an untrained network: its folder."""
+    folder = write({"args.json": b"{}", "metrics.jsonl": b"{}"}, tmp_path / "runs" / "a")
+    untrained(folder / "best.pt")
+    return folder
+
+
+@cases("arguments", [["microsegformer"], ["microunet", TINY]])
+def test_onnx_file_gives_the_labels_of_torch_or_is_not_written(run, tmp_path, monkeypatch, command, refused, arguments):
+    onnx = pytest.importorskip("onnx")
+    untrained(run / "best.pt", *arguments, size=128)
+    path, other = tmp_path / "parser.onnx", tmp_path / "other.onnx"
+    flags = export.main, "--name", run, "--out"
+    status, out, _ = command(*flags, path)
+    assert status == 0 and "of pixels of astronaut.jpg have torch's label" in out
+    model = onnx.load(path)
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(facts["labels"])[17] == "neck" and "uint8 RGB" in facts["input"] and "128 x 128" in facts["input"]
+    assert not any(node.op_type == "BatchNormalization" for node in model.graph.node)
+    assert [output.name for output in model.graph.output] == ["labels"]
+    untrained(run / "best.pt", *arguments, size=128)  # of which this file is none
+    monkeypatch.setattr(export, "convert", lambda *_: SimpleNamespace(save=partial(shutil.copy, path)))
+    assert "nothing written" in refused(*flags, other) and not other.exists()
+
+
+def test_int8_file_is_a_third_of_the_size(tmp_path, command):
+    pytest.importorskip("onnx")
+    make_dataset(tmp_path / "data", train=4, dev=1, test=1)
+    path = tmp_path / "parser.onnx"
+    status, out, _ = command(export.main, "--int8", f"--data={tmp_path}/data", f"--out={path}")
+    assert status == 0 and path.stat().st_size < 3e6 and "have torch's label" in out
+
+
+def test_missing_packages_and_flags_are_one_line(run, tmp_path, monkeypatch, refused):
+    assert "OUT=parser.onnx" in refused(export.main, "--name", run)
+    monkeypatch.setattr(export, "PACKAGES", ("onnx_that_is_missing",))
+    error = refused(export.main, "--name", run, "--out", tmp_path / "a.onnx")
+    assert "that_is_missing not installed: " in error and "-m pip install -r tools/requirements.txt" in error
+
+
+def test_release_is_the_run_in_half_precision(run, tmp_path, monkeypatch, command):
+    made, flags = tmp_path / "release", (export.main, "--release", "--runs", run.parent, "--name")
+    write({"best.json": b"of the previous release"}, made)
+    monkeypatch.setattr(register, "RELEASE", made)
+    state = checkpoint.load(run / "best.pt")["state_dict"]
+    assert command(*flags, "a")[0] == 0
+    assert {path.name for path in made.iterdir()} == {"best.pt", "args.json", "metrics.jsonl", "LICENCE.txt"}
+    half = checkpoint.load(made / "best.pt")["state_dict"]
+    assert {value.dtype for value in half.values()} == {torch.float16, torch.int64}
+    assert all(torch.allclose(half[key].float(), value.float(), 1e-3, 1e-7) for key, value in state.items())
+    (tmp_path / "all.pt").write_bytes((run / "best.pt").read_bytes())
+    again = [made], ["a"], ["a", "--overwrite", "--weights", tmp_path / "all.pt"]
+    assert [command(*flags, *more)[0] for more in again] == [2, 2, 0]
+    assert (made / "validated.pt").read_bytes() == (made / "best.pt").read_bytes()

@@ -1,7 +1,8 @@
-"""Training: schedules by hand, a resumed run equals an uninterrupted one, processes equal one, refusals."""
+"""Training: rates, single steps and Muon by hand or against torch's optimisers, starts, refusals, faults."""
 
+import contextlib
 import json
-import resource
+import random
 import signal
 import subprocess
 import sys
@@ -10,74 +11,52 @@ from types import SimpleNamespace
 
 from common import UserError
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import checkpoint
 import evaluate
 import register
 import train
-from checks.references import difference, metrics
+from checks.conftest import FLAGS, cases, set_up, train_here
+from checks.references import metrics
 from data import load_pairs
-from losses import training_loss
-from options import load_recipes, parse
-from tools.synth import make_dataset
-from train import learning_rate
-
-# Two sizes, Muon, EMA, dropout, mixing: everything that has a state or draws random numbers.
-FLAGS = "--sizes=32:2,64:1 --batch=2 --optimiser=muon --ema=0.9 --augment=advanced --lr=1e-3 --warmup=1"
+from options import build_parser, load_recipes, parse, parse_sizes
+from train import COEFFICIENTS, Muon, orthogonalise
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with data/ and a finished training runs/whole."""
-    root = tmp_path_factory.mktemp("training")
-    make_dataset(root / "data", train=12, dev=0, test=0, workers=1)
-    train_here(root, f"--name=whole {FLAGS}")
-    return root
+@pytest.fixture
+def start(place):
+    """A function that sets up a training, two steps an epoch, with further flags."""
+    usual = "--batch=2 --val-split=0.5 --sizes=32:9 --augment=none --warmup=0 --schedule=constant --dropout=0"
+    return lambda flags: set_up(place, f"{usual} --no-lmsa {flags}")
 
 
-def full(place, flags):
-    return f"--runs={place}/runs --data={place}/data --cache={place}/cache --device=cpu --threads=1 {flags}".split()
+def take_step(run, epoch=0, step=0):
+    """(images, target, status) of a step, always on the same pair."""
+    batch = train.load_batch(run, epoch, np.zeros(9, int), step)
+    return *batch, train.train_step(run, epoch, step, *batch)
 
 
-def start(place, flags, launcher="", **settings):
-    command = [sys.executable, *launcher.split(), "train.py", *full(place, flags)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings)
-
-
-def set_up(place, flags):
-    run = train.Training(train.resumed_args(*parse(full(place, flags))))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    return run
-
-
-def train_here(place, flags):
-    """Train in this process, which saves the start of another."""
-    train.train(set_up(place, flags))
-    register._locks.clear()
-
-
-def values(place, name, *keys):
-    return torch.tensor([[line[key] for key in keys] for line in metrics(place / "runs" / name)])
-
-
-def rates(epochs, phases, schedule="cosine", warmup=2):
-    args = SimpleNamespace(lr=1.0, schedule=schedule, warmup=warmup, restart_period=4, restart_growth=2)
-    return [pytest.approx(learning_rate(args, phases, epoch), abs=1e-3) for epoch in epochs]
+def rates(epochs, phases, schedule="cosine", warmup=2, period=4, growth=2):
+    args = SimpleNamespace(lr=1.0, schedule=schedule, warmup=warmup, restart_period=period, restart_growth=growth)
+    return [pytest.approx(train.learning_rate(args, phases, epoch), abs=1e-3) for epoch in epochs]
 
 
 def test_learning_rates_by_hand():
     assert rates([1, 2, 6, 10], [(64, 10)]) == [0.5, 1, 0.5, 0]
     # After the warm-up, 6 epochs at 64 pixels cost as much as 1.5 epochs at 128: half of the way.
     assert rates([8], [(64, 8), (128, 1.5)]) == [0.5]
-    assert rates([2, 4, 5.999, 6, 10, 13.999, 14], [(64, 30)], "restarts") == [1, 0.5, 0, 0, 0.5, 0, 0]
+    assert rates([2, 4, 5.999, 6, 6.001, 10, 13.999, 14], [(64, 30)], "restarts") == [1, 0.5, 0, 0, 1, 0.5, 0, 0]
+    assert rates([2.1, 2.101], [(64, 30)], "restarts", 0, 0.7, 1) == [0, 1]  # 3 * 0.7 is rounded
     assert rates([29], [(64, 30)], "constant") == [1]
     assert rates([0.5, 1, 2], [(64, 2)], warmup=5) == [0.5, 1, 0]  # at most half of the run
 
 
-@pytest.mark.parametrize("name", sorted(load_recipes()))
+@cases("name", sorted(load_recipes()))
 def test_recipe_parses_and_flags_override_it(name):
     args, given = parse([f"--recipe={name}", "--lr=0.5"])
     assert args.lr == 0.5 and {"lr", "recipe"} <= given
@@ -86,28 +65,9 @@ def test_recipe_parses_and_flags_override_it(name):
 def test_arguments_of_a_recipes_network_are_kept_for_that_network_only():
     narrow = json.loads(parse(["--recipe=search"])[0].model_args)
     assert narrow["widths"][0] == 16
-    for flags, expected in [
-        (["--model-args={}"], narrow),
-        (["--model=microunet", '--model-args={"attention": 0}'], narrow | {"attention": 0}),
-        (["--model=microsegformer"], {}),
-    ]:
+    own = ["--model=microunet", '--model-args={"attention": 0}']
+    for flags, expected in [([], narrow), (own, narrow | {"attention": 0}), (["--model=microsegformer"], {})]:
         assert json.loads(parse(["--recipe=search", *flags])[0].model_args) == expected
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(place, number):
-    folder = place / "runs" / number.name
-    started, saved = folder / "args.json", folder / "last.pt"
-    process = start(place, f"--name={number.name} --save-minutes=0 {FLAGS}")
-    while process.poll() is None and not (started.exists() and saved.stat().st_mtime_ns > started.stat().st_mtime_ns):
-        time.sleep(0.005)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == (-9 if number == signal.SIGKILL else 130)
-    assert number == signal.SIGKILL or "make resume" in output
-    assert checkpoint.load(saved)["progress"]["epoch"] < 3
-    train_here(place, f"--resume={number.name}")
-    assert difference(folder, place / "runs/whole") == ""
 
 
 def test_second_ctrl_c_ends_at_once_but_no_repeat_of_the_first():
@@ -123,37 +83,137 @@ def test_second_ctrl_c_ends_at_once_but_no_repeat_of_the_first():
         assert process.wait(timeout=10) == 130
 
 
-def test_two_processes_equal_one(place):
-    flags = f"{FLAGS} --no-lmsa --dropout=0 --batch=4 --sizes=32:2 --optimiser=adamw"
-    train_here(place, f"--name=one {flags}")
-    process = start(place, f"--name=two {flags}", "-m torch.distributed.run --standalone --nproc-per-node=2")
-    _, error = process.communicate()
-    assert process.returncode == 0, error
-    one, two = (values(place, name, "loss", "val_loss") for name in ("one", "two"))
-    assert torch.allclose(one, two, rtol=1e-3)
+def test_ema_moves_by_its_decay_which_warms_up(start):
+    run = start("--ema=0.2")
+    for step, decay in enumerate([0.1, 2 / 11, 0.2]):  # (1 + step) / (10 + step), at most 0.2
+        kept, new = (next(model.parameters()) for model in (run.average, run.model))
+        old, _ = kept.clone(), take_step(run, *divmod(step, 2))
+        assert torch.allclose(kept, decay * old + (1 - decay) * new, atol=1e-6)
 
 
-def test_processes_without_a_gpu_each_are_refused():
-    with pytest.raises(UserError, match="NPROC=2"):
-        train.start_processes(parse(["--nproc=2", "--device=cpu"])[0])
+def test_every_group_takes_the_rate_of_the_schedule(start):
+    run = start("--optimiser=muon --lr=0.01 --schedule=cosine --warmup=1 --sizes=32:4")
+    for step, rate in enumerate([0.5, 1, 0.9330, 0.75, 0.5, 0.25, 0.0670, 0]):  # after the first epoch, half a cosine
+        take_step(run, *divmod(step, 2))
+        assert [group["lr"] for group in run.optimiser.param_groups] == pytest.approx([0.01 * rate] * 3, abs=1e-6)
 
 
-def test_evaluation_equals_the_score_of_training(place, monkeypatch, capsys):
-    run, command = f"{place}/runs/whole", "evaluate.py --weights={0} --cache={1}/cache --device=cpu --threads=1"
-    monkeypatch.setattr("sys.argv", command.format(run, place).split())
-    evaluate.main()
+@cases("clip", [0, 0.5])
+def test_clipping_bounds_the_norm_of_a_step(start, clip):
+    run = start(f"--clip={clip} --lr=1 --ce=50")
+    run.optimiser, old = torch.optim.SGD(run.model.parameters()), [p.detach().clone() for p in run.model.parameters()]
+    norm = float(take_step(run)[2][1])
+    moved = sum((p.detach() - v).square().sum() for p, v in zip(run.model.parameters(), old, strict=True))
+    assert norm > 2 and float(moved) ** 0.5 == pytest.approx(clip or norm, rel=1e-3)
+
+
+@cases(("amp", "dtype"), [("bf16", torch.bfloat16), ("off", torch.float32)])
+def test_amp_sets_the_precision_inside_the_network(start, amp, dtype):
+    run, seen = start(f"--amp={amp}"), []
+    run.model.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    take_step(run)
+    assert seen == [dtype]
+
+
+@cases("threads", [1, 2])
+@cases("dtype", [torch.bfloat16, None])
+def test_the_fastest_threads_and_precision_are_kept(monkeypatch, threads, dtype):
+    now, args, weight = [2], parse([])[0], torch.ones(1, requires_grad=True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: now[-1])
+    monkeypatch.setattr(torch, "set_num_threads", now.append)
+    monkeypatch.setattr("train.amp_dtype", lambda amp, device: torch.bfloat16)
+
+    def forward(image, full_size):
+        time.sleep(0.03 * (now[-1] != threads) + 0.03 * (torch.is_autocast_enabled("cpu") != bool(dtype)))
+        return weight
+
+    own = {"device": torch.device("cpu"), "processes": 1, "model": nn.Identity(), "sizes": [32]}
+    own["model"].forward = forward
+    assert train.choose_speed(SimpleNamespace(args=args, **own)) is dtype
+    assert (now[-1], args.threads, args.amp) == (threads, threads, "bf16" if dtype else "off")
+
+
+def test_class_weights_are_inverse_roots_of_frequencies_with_mean_1(start):
+    run = start("--class-weights=balanced --dice=0 --lr=1e-12")
+    frequency = np.bincount(run.pairs.masks[run.batches.indices].ravel(), minlength=19) / 5 / 512**2
+    by_hand = frequency.clip(1e-4) ** -0.5 / (frequency @ frequency.clip(1e-4) ** -0.5)
+    images, target, status = take_step(run)
+    expected = F.cross_entropy(run.model(images), target, torch.tensor(by_hand).float(), reduction="none").mean()
+    assert float(status[0]) == pytest.approx(expected.item(), rel=1e-4)
+
+
+@cases(("flags", "kept"), [("--decay-all", 0.95), ("--no-decay-all", 1), ("--optimiser=muon", 0.95)])
+def test_decay_shrinks_biases_and_norms_only_if_asked(start, monkeypatch, flags, kept):
+    monkeypatch.setattr("train.training_loss", lambda logits, target, **settings: 0 * logits.sum())
+    run = start(f"--lr=0.1 --weight-decay=0.5 {flags}")
+    old, _ = [p.detach().clone() for p in run.model.parameters()], take_step(run)
+    for p, v in zip(run.model.parameters(), old, strict=True):
+        assert torch.allclose(p, v * (0.95 if p.dim() > 1 else kept))
+
+
+def test_patience_counts_epochs_since_the_last_gain(start, monkeypatch):
+    scores = iter([0.2, 0.1, 0.5, 0.5, 0.4, 0.9])
+    monkeypatch.setattr("train.official_score", lambda confusions: next(scores))
+    train.train(run := start("--patience=2"))
+    assert (run.progress["epoch"], run.progress["best_epoch"]) == (5, 3)
+
+
+def test_steps_use_the_network_compiled_for_each_size(start, monkeypatch):
+    calls = []
+    forward = lambda model: lambda *args, **more: calls.append("step") or model(*args, **more)  # noqa: E731
+    monkeypatch.setattr("torch.compile", lambda model, **settings: calls.append(settings) or forward(model))
+    take_step(start("--no-compile"))
+    take_step(start("--compile"))
+    assert calls == [{"dynamic": False}, "step"]
+
+
+def test_augmentation_depends_on_seed_epoch_and_step_alone(start):
+    one, again, other = (start(f"--augment=basic --seed={seed}") for seed in (1, 1, 2))
+    images = [take_step(*which)[0] for which in [(one,), (again,), (other,), (one, 1), (one, 0, 1)]]
+    assert [torch.equal(images[0], changed) for changed in images[1:]] == [True, False, False, False]
+
+
+def normal(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@cases("shape", [(12, 40), (40, 12), (16, 16)])
+def test_orthogonalise_equals_the_plain_iteration(shape):
+    matrix, (a, b, c) = normal(*shape).double(), COEFFICIENTS
+    x = matrix / matrix.norm()
+    for _ in range(5):
+        x = a * x + b * (x @ x.T) @ x + c * (x @ x.T) @ (x @ x.T) @ x
+    result, _ = orthogonalise([matrix.float(), torch.ones(12, 3)])
+    assert torch.allclose(result, x.float(), atol=1e-4) and 0.6 < torch.linalg.svdvals(result)[0] < 1.3
+
+
+def test_first_step_of_muon_by_hand():
+    conv, bias, expected_bias = (nn.Parameter(torch.ones(s)) for s in ((4, 2, 3, 3), (4,), (4,)))
+    conv.grad, bias.grad, expected_bias.grad = normal(4, 2, 3, 3), normal(4), normal(4)
+    torch.optim.AdamW([expected_bias], lr=0.1, weight_decay=0.5).step()
+    Muon([{"params": [conv], "orthogonal": True}, {"params": [bias]}], lr=0.1, weight_decay=0.5).step()
+    step = orthogonalise([normal(4, 2, 3, 3).flatten(1)])[0].view(4, 2, 3, 3)
+    assert torch.allclose(conv, 0.95 - 0.1 * 0.2 * 18**0.5 * step, atol=1e-4)
+    assert torch.equal(bias, expected_bias)
+
+
+def test_hidden_matrices_alone_take_muons_step():
+    hidden = nn.Conv2d(8, 19, 1), nn.Linear(19, 8)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), *hidden, nn.Conv2d(8, 19, 1))
+    model.ends = "0", "4"
+    groups = train.make_optimiser(model, parse(["--optimiser=muon"])[0], torch.device("cpu")).param_groups
+    orthogonal = {id(p): group["orthogonal"] for group in groups for p in group["params"]}
+    assert [name for name, p in model.named_parameters() if orthogonal[id(p)]] == ["2.weight", "3.weight"]
+
+
+def test_evaluation_equals_the_score_of_training(place, command):
+    flags = f"--weights={place}/runs/whole", f"--cache={place}/cache", "--device=cpu", "--threads=1"
     official = max(line["official"] for line in metrics(place / "runs/whole"))
-    assert f"official score {official:.4f}" in capsys.readouterr().out
-
-
-def test_run_from_weights_starts_with_them(place):
-    train_here(place, "--name=from --from=whole --sizes=32:1 --batch=4 --lr=1e-12")
-    new, old = (checkpoint.load(place / f"runs/{name}/best.pt")["state_dict"] for name in ("from", "whole"))
-    assert torch.allclose(new["classifier.weight"], old["classifier.weight"], atol=1e-6)
+    assert f"official score {official:.4f}" in command(evaluate.main, *flags)[1]
 
 
 def test_last_epoch_keeps_a_fraction_of_the_first_weights(place):
-    train_here(place, "--name=kept --from=whole --keep=0.25 --sizes=32:1 --batch=4 --ema=0.9 --lr=1e-2")
+    train_here(place, f"--name=kept {FLAGS} --from=whole --keep=0.25 --sizes=32:1 --lr=1e-2")
     names = "whole/best.pt", "kept/best.pt", "kept/last.pt"
     first, best, last = (torch.load(place / "runs" / name) for name in names)
     for name, value in best["state_dict"].items():
@@ -161,82 +221,47 @@ def test_last_epoch_keeps_a_fraction_of_the_first_weights(place):
             assert torch.allclose(value, 0.25 * first["state_dict"][name] + 0.75 * last["average"][name], atol=1e-6)
 
 
-def test_bf16_loss_is_close_to_float32(place):
-    train_here(place, f"--name=bf16 {FLAGS} --amp=bf16 --sizes=32:1")
-    assert torch.allclose(values(place, "bf16", "loss")[0], values(place, "whole", "loss")[0], rtol=0.05)
-
-
 def test_weights_that_have_seen_the_held_out_pairs_are_refused(place):
     content, pairs = checkpoint.load(place / "runs/whole/best.pt"), load_pairs(place / "data", place / "cache")
     assert sorted(content["trained_on"] + content["held_out"]) == pairs.keys()
     old = {key: value for key, value in content.items() if key != "trained_on"} | {"validated": False}
-    for name, changed in (
-        ("old", old),
-        ("other", content | {"trained_on": ["x"]}),
-        ("all", content | {"trained_on": pairs.names, "held_out": []}),
-    ):
+    for name, changed in (("old", old), ("all", content | {"trained_on": pairs.names, "held_out": []})):
         checkpoint.save(place / f"{name}.pt", changed)
-        if name != "other":
-            with pytest.raises(UserError, match="would be too high"):
-                set_up(place, f"--name=x --from={place / name}.pt {FLAGS}")
+        with pytest.raises(UserError, match="would be too high"):
+            set_up(place, f"--name=x --from={place / name}.pt {FLAGS}")
+    checkpoint.save(place / "other.pt", content | {"trained_on": ["x"]})
     run = set_up(place, f"--name=after-other --from={place / 'other'}.pt {FLAGS}")
     assert ("x", None) in checkpoint.load(run.folder / "last.pt")["trained_on"]
 
 
-@pytest.mark.parametrize(
-    ("flags", "error"),
-    [
-        ("--name=whole", "exists"),
-        ("--name=../x", "plain folder name"),
-        ("--name=.x", "plain folder name"),
-        ("--name=x --amp=fp16", "fp16"),
-        ("--name=x --threads=-1", "--threads -1"),
-        ("--name=x --recipe=finish --sizes=32:1", "add FROM="),
-        ("--name=x --keep=0.5 --sizes=32:1", "add FROM="),
-        ("--resume=nobody", "no run nobody"),
-        ("--resume=whole --dropout=0.5", "--dropout 0.5 differs"),
-        ("--resume=whole --name=x", "--name x differs"),
-        ("--name=x --recipe=nothing", "no recipe"),
-        ("--name=x --lr=-1", "--lr -1"),
-        ("--name=x --dcie=2", "--dcie"),
-        ("--name=x --sizes=100", "--sizes 100"),
-        ("--name=x --sizes=32:1 --epochs=3", "--epochs"),
-        ("--name=x --from=nobody", "no run nobody"),
-        ("--name=x --from=whole --split-seed=1", "would be too high"),
-        ("--name=x --model=microunet --from=whole", "MODEL=microsegformer"),
-        ("--name=x --model=microunet --no-lmsa", "--lmsa"),
-        ("--name=x --data=nowhere", "nowhere"),
-        ("--name=x --model-args={", "no JSON object"),
-        ("--name=x --mixup=0.6 --cutmix=0.6", "--mixup and --cutmix"),
-        ("--name=x --class-weights=1,2", "--class-weights"),
-        ("--name=x --ce=0 --dice=0", "no loss"),
-        ("--name=x --val-split=0.001", "--val-split"),
-        ("--name=x --val-split=0 --target=0.8", "--target"),
-        ("--name=x --patience=3 --val-every=4", "--patience"),
-    ],
-)
+MISTAKES = [
+    *[("--name=whole", "exists"), ("--name=../x", "plain folder name"), ("--name=.x", "plain folder name")],
+    *[("--name=x --amp=fp16", "fp16"), ("--name=x --threads=-1", "--threads -1"), ("--name=x --lr=-1", "--lr -1")],
+    *[("--name=x --recipe=finish --sizes=32:1", "add FROM="), ("--name=x --keep=0.5 --sizes=32:1", "add FROM=")],
+    *[("--resume=nobody", "no run nobody"), ("--resume=whole --dropout=0.5", "--dropout 0.5 differs")],
+    ("--resume=whole --name=x", "--name x differs"),
+    *[("--name=x --recipe=nothing", "no recipe"), ("--name=x --dcie=2", "--dcie")],
+    *[("--name=x --sizes=100", "--sizes 100"), ("--name=x --sizes=32:1 --epochs=3", "--epochs")],
+    *[("--name=x --from=nobody", "no run nobody"), ("--name=x --from=whole", "MODEL=microunet")],
+    ("--name=x --model=microunet --from=whole --val-split=.5", "would be too high"),
+    *[("--name=x --model=microunet --no-lmsa", "--lmsa"), ("--name=x --data=nowhere", "nowhere")],
+    *[("--name=x --model-args={", "no JSON object"), ("--name=x --mixup=0.6 --cutmix=0.6", "--mixup and --cutmix")],
+    *[("--name=x --class-weights=1,2", "--class-weights"), ("--name=x --ce=0 --dice=0", "no loss")],
+    *[("--name=x --val-split=0.001", "--val-split"), ("--name=x --val-split=0 --target=0.8", "--target")],
+    ("--name=x --patience=3 --val-every=4", "--patience"),
+]
+
+
+@cases(("flags", "error"), MISTAKES)
 def test_invalid_arguments_are_refused_and_leave_no_run(place, flags, error):
     with pytest.raises(UserError, match=error):
         set_up(place, flags)
     assert not (place / "runs/x").exists()
 
 
-def test_full_disk_is_one_line_and_keeps_the_last_save(place):
-    limits = (20 << 20,) * 2  # last.pt is smaller before the first step and larger after it
-    process = start(place, f"--name=full {FLAGS}", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
-    _, error = process.communicate()
-    assert process.returncode == 2 and "cannot write" in error and error.count("\n") == 1
-    assert checkpoint.load(place / "runs/full/last.pt")["progress"]["step"] == 0
-    assert not list((place / "runs/full").glob(".*.tmp"))
-
-
-def test_loss_that_is_nan_stops_and_keeps_the_last_save(place, monkeypatch):
-    factors = iter([1.0, 1.0, float("nan")])
-    monkeypatch.setattr("train.training_loss", lambda *args, **more: training_loss(*args, **more) * next(factors))
-    with pytest.raises(UserError, match="nan in epoch 1, step 3"):
-        train_here(place, f"--name=nan {FLAGS} --save-minutes=0")
-    saved = checkpoint.load(place / "runs/nan/last.pt")
-    assert saved["progress"]["step"] == 2 and all(v.isfinite().all() for v in saved["state_dict"].values())
+def test_processes_without_a_gpu_each_are_refused():
+    with pytest.raises(UserError, match="NPROC=2"):
+        train.start_processes(parse(["--nproc=2", "--device=cpu"])[0])
 
 
 def test_second_training_of_a_run_is_refused(place):
@@ -244,3 +269,22 @@ def test_second_training_of_a_run_is_refused(place):
     assert register.is_running(run.folder)
     with pytest.raises(UserError, match="another training"):
         set_up(place, "--resume=busy")
+
+
+VALUES = ["128:36,256:12", "32:0", ":", "{}", '{"a": 1}', "[[[[", "null", "balanced", ",", "1e400", "٣", "nan", "inf"]
+VALUES += ["-1", "0", "0.5", "1", "2", "7" * 30, "1e-9", "", "\0", "\n", "--", "-x", "basic", "muon", "restarts"]
+
+
+def test_attacks_cause_no_loss():
+    done = subprocess.run([sys.executable, "-m", "checks.faults", "--short"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_random_flags_are_parsed_or_refused():
+    rng, flags = random.Random(0), [a.option_strings[-1] for a in build_parser()._actions[1:]]
+    for _ in range(200):
+        words = [rng.choice(rng.choice([flags, VALUES])) for _ in range(rng.randint(0, 6))]
+        with contextlib.suppress(UserError, SystemExit):
+            args, given = parse(words)
+            rate = train.learning_rate(args, parse_sizes(args.sizes, args.epochs), 0.5)
+            assert 0 <= rate <= args.lr and given <= vars(args).keys()
