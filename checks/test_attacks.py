@@ -56,7 +56,7 @@ def test_copies_of_a_pair_stay_on_one_side(copy, capsys):
     for path in list((copy / "data/train").rglob("*.*g")):
         shutil.copy(path, path.with_stem("copy-" + path.stem))
     run = set_up(copy, f"--name=twice {FLAGS}")
-    trained, held = ({known for _, known in run.names[key]} for key in ("trained_on", "held_out"))
+    trained, held = ({known for _, known in run.pair_keys[key]} for key in ("trained_on", "held_out"))
     assert not trained & held and len(trained | held) == 10 and "held out too" in capsys.readouterr().err
 
 
@@ -97,7 +97,7 @@ def test_recipes_that_cannot_be_read_are_one_line(tmp_path, monkeypatch, text):
 def test_a_folder_that_is_no_run_keeps_its_files(copy, flags):
     write({"last.pt": (copy / "runs/whole/last.pt").read_bytes(), "report.docx": b""}, copy / "runs/x")
     before = contents(copy / "runs/x")
-    with pytest.raises(UserError, match="is no run"):
+    with pytest.raises(UserError, match="is not a run"):
         set_up(copy, f"--name=x {FLAGS}" + flags.format(copy))
     assert contents(copy / "runs/x") == before | {".lock": b""}
 

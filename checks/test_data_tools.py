@@ -132,7 +132,7 @@ REFUSED = {
     "cannot read train/images/a.jpg": {"train/images/a.jpg": b""},
     "cannot read train/masks/a.png": {"train/masks/a.png": encoded(mask_image(LABELS))[:-60]},
     "cannot read test/images/t.jpg": {"test/images/t.jpg": encoded(Image.new("L", (100, 100)))},
-    "b.png, PNG of mode RGB, is no PNG of labels": {
+    "b.png, PNG of mode RGB, is not a PNG of labels": {
         "train/masks/b.png": encoded(Image.new("RGB", (SIZE, SIZE), (1, 2, 3)))
     },
     "b.png contains label 19": {"train/masks/b.png": encoded(Image.new("L", (SIZE, SIZE), 19))},

@@ -127,9 +127,9 @@ def test_the_fastest_threads_and_precision_are_kept(monkeypatch, threads, dtype)
         time.sleep(0.03 * (now[-1] != threads) + 0.03 * (torch.is_autocast_enabled("cpu") != bool(dtype)))
         return weight
 
-    own = {"device": torch.device("cpu"), "processes": 1, "model": nn.Identity(), "sizes": [32]}
-    own["model"].forward = forward
-    assert train.choose_speed(SimpleNamespace(args=args, **own)) is dtype
+    model = nn.Identity()
+    model.forward = forward
+    assert train.choose_speed(args, model, torch.device("cpu"), processes=1, size=32) is dtype
     assert (now[-1], args.threads, args.amp) == (threads, threads, "bf16" if dtype else "off")
 
 
@@ -245,7 +245,7 @@ MISTAKES = [
     *[("--name=x --from=nobody", "no run nobody"), ("--name=x --from=whole", "MODEL=microunet")],
     ("--name=x --model=microunet --from=whole --val-split=.5", "would be too high"),
     *[("--name=x --model=microunet --no-lmsa", "--lmsa"), ("--name=x --data=nowhere", "nowhere")],
-    *[("--name=x --model-args={", "no JSON object"), ("--name=x --mixup=0.6 --cutmix=0.6", "--mixup and --cutmix")],
+    *[("--name=x --model-args={", "not a JSON object"), ("--name=x --mixup=0.6 --cutmix=0.6", "--mixup and --cutmix")],
     *[("--name=x --class-weights=1,2", "--class-weights"), ("--name=x --ce=0 --dice=0", "no loss")],
     *[("--name=x --val-split=0.001", "--val-split"), ("--name=x --val-split=0 --target=0.8", "--target")],
     ("--name=x --patience=3 --val-every=4", "--patience"),

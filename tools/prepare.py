@@ -137,9 +137,7 @@ def labels_from_image(image, name):
         if image.mode in ("RGB", "RGBA") and (labels := images.labels_from_colours(image)) is not None:
             return labels
     kind = f"{image.format} of mode {image.mode}"
-    raise UserError(
-        f"mask {name}, {kind}, is not a PNG of labels or of their colours; replace it or leave it out"
-    )
+    raise UserError(f"mask {name}, {kind}, is not a PNG of labels or of their colours; replace it or leave it out")
 
 
 def paint(raw, names):
