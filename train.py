@@ -192,8 +192,8 @@ class Training:
         self.loss |= dict(dice_over=args.dice_over, class_weights=label_weights(self, indices))
         self.optimiser = make_optimiser(self.model, args, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
-        self.signals, self.progress, self.unread = catch_signals(self.rank), NO_PROGRESS.copy(), []
         self.folder = on_rank_0(self.rank, open_run, args)
+        self.signals, self.progress, self.unread = catch_signals(self.rank), NO_PROGRESS.copy(), []
         used = {"training": len(indices), "validation": len(self.val_indices), "content": self.pairs.digest}
         used["drawn"] = is_synthetic(data)
         if args.resume:
