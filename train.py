@@ -381,7 +381,10 @@ def catch_signals(rank=0):
 
     def watch():
         begin = 0.0
-        while number := os.read(reader, 1)[0]:
+        while True:
+            number = os.read(reader, 1)[0]
+            if number not in (signal.SIGINT, signal.SIGTERM):  # a signal that other code handles
+                continue
             if not signals:
                 begin = time.monotonic()
                 signals.append(number)
