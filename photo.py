@@ -18,10 +18,10 @@ from common import UserError
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from labels import COLOURS, NAMES
-from locate import find_candidates
+from locate import distinct, find_candidates, pyramid, sample, to_photo
 from model import upsample
 from views import ONE_VIEW, label_map, log_probabilities, to_input
 
@@ -41,10 +41,9 @@ FACE_LABELS = list(range(1, 13))  # skin to lower lip
 PLACE_TOLERANCE = 0.06  # of a part's centre, as a fraction of the side
 SIZE_TOLERANCE = 0.7  # of the logarithm of a part's size
 FACE_SCORE = 0.5  # minimum score of a face
-WIDER = 1.4  # factor of the second look: in chance patterns the network sees a face only if they fill its input
+CANDIDATE = 0.25  # minimum heat of a place that is parsed
 LEVEL = 10  # degrees of roll up to which a portrait is parsed as it is: the network was trained on turned ones
 LIKENESS = 0.3  # minimum IoU of face and usual face to parse a photo as a portrait; at least 0.37 in the data set
-MIN_SIDE = 44  # pixels of the smallest portrait: a face of about 32
 SEARCH_SIDE = 384  # network input for candidates: fewer faces are confirmed at 256 than at 384 or 512
 BATCH = 4
 PORTRAIT_OVERLAP = 0.55  # minimum IoU of a photo and the portrait found in it to parse the photo as that portrait
@@ -153,54 +152,32 @@ def crop(pixels, window):
     return pixels[np.ix_(rows, columns)]
 
 
-def look(models, pixels, places, size, device):
-    """Parse the squares at places [(x, y, side, angle), ...]: [(score, (x, y, side, angle) of the match), ...]."""
-    found, reduced = [], {1: pixels}
-    for start in range(0, len(places), BATCH):
-        crops = []
-        for x, y, side, angle in places[start : start + BATCH]:
-            factor = 1 << max(0, int(math.log2(side / size)))
-            if factor not in reduced:
-                reduced[factor] = np.asarray(Image.fromarray(pixels).reduce(factor))
-            window = square(x / factor, y / factor, side / factor, angle)
-            view = Image.fromarray(np.ascontiguousarray(crop(reduced[factor], window)))
-            # Area average down, bilinear up, like all other input of the network.
-            kind = Image.Resampling.BOX if window.width > size else Image.Resampling.BILINEAR
-            crops.append((np.asarray(view.resize((size, size), kind)), window, factor))
-        images = to_input(np.stack([view for view, *_ in crops]), device)
-        scores, portraits = match_layout(measure(log_probabilities(models, images, size, ONE_VIEW)))
-        rows = zip(crops, scores.tolist(), portraits.tolist(), strict=True)
-        for (_, window, factor), score, (x, y, scale, roll) in rows:
-            x, y = window.photo_points(x, y)
-            side = scale * window.width
-            found.append((score, (factor * x, factor * y, factor * side, window.angle + roll)))
-    return found
+def look(models, levels, places, size):
+    """Parse the squares at places (N, 4) of a `pyramid`: the scores (N,) and the places (N, 4) of their matches."""
+    found = [places.new_empty(0, 5)]
+    for part in places.split(BATCH):
+        images = (sample(levels, part, size) * 255).round().byte()
+        scores, matches = match_layout(measure(log_probabilities(models, images, size, ONE_VIEW)))
+        x, y, scale, roll = matches.to(part.device).T
+        place = [to_photo(part, x - 0.5, y - 0.5), (part[:, 2] * scale)[:, None], (part[:, 3] + roll)[:, None]]
+        found.append(torch.cat([scores.to(part.device)[:, None], *place], 1))
+    found = torch.cat(found)
+    return found[:, 0], found[:, 1:]
 
 
-def distinct(found):
-    """Of [(score, (x, y, side, ...)), ...] the best first, without those whose centre lies in the face of a better."""
-    kept = []
-    for score, place in sorted(found, key=lambda item: -item[0]):
-        # A face is the inner half of a portrait.
-        if all(math.dist(place[:2], other[:2]) > max(place[2], other[2]) / 4 for _, other in kept):
-            kept.append((score, place))
-    return kept
-
-
-def find_faces(models, locator, pixels, size, device):
+def find_faces(parser, pixels):
     """The faces in uint8 pixels (H, W, 3): [(score, Window), ...], the best first.
 
     A window is where a portrait like those of the training would be cropped. The score is the mean of the locator's
-    and of the matches of two parses, the second of a larger square. `size` is the side of the network's input.
+    heat and of the parse's match.
     """
-    candidates = distinct([(heat, tuple(place)) for heat, *place in find_candidates(locator, pixels, device).tolist()])
-    looks = look(models, pixels, [place for _, place in candidates], size, device)
-    likely = [(heat, *first) for (heat, _), first in zip(candidates, looks, strict=True)]
-    likely = [item for item in likely if item[0] + item[1] >= FACE_SCORE and item[2][2] >= MIN_SIDE]
-    wide = [(x, y, WIDER * side, angle) for _, _, (x, y, side, angle) in likely]
-    looks = look(models, pixels, wide, round(size * WIDER / 32) * 32, device)  # the face as large as before
-    found = [((heat + one + two) / 3, place) for (heat, one, _), (two, place) in zip(likely, looks, strict=True)]
-    return [(score, square(*place)) for score, place in distinct(found) if score >= FACE_SCORE and place[2] >= MIN_SIDE]
+    levels, scale = pyramid(pixels, parser.device)
+    heats, places = find_candidates(parser.locator, levels)
+    likely = heats > CANDIDATE
+    scores, places = look(parser.models, levels, places[likely], min(parser.size, SEARCH_SIDE))
+    scores, places = (scores + heats[likely]) / 2, places * places.new_tensor([scale, scale, scale, 1])
+    found = distinct(zip(scores.tolist(), places.tolist(), strict=True))
+    return [(score, square(*place)) for score, place in found if score >= FACE_SCORE]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,69 +207,65 @@ class Parsed:
     searched: bool = True  # False with `box` or `whole`
 
 
-def parse_photos(models, photos, size, views, device, whole=False, box=None, locator=None, cutout=None):
-    """Parse photos of one size, a list of uint8 pixels (H, W, 3), in one batch: [Parsed, ...].
+def parse_photos(parser, photos, whole=False, box=None, cutout=None):
+    """Parse photos of one size, a list of uint8 pixels (H, W, 3), with a predict.FaceParser: [Parsed, ...].
 
     A photo that is one portrait, like those of the training, or any photo with `whole`, is parsed as one portrait;
-    otherwise each face found with `locator` is parsed. Without a face, a photo that has skin and hair as a portrait
-    does is parsed as one, any other becomes background. `box` (left, top, width, height) is parsed as the only portrait
-    instead; UserError if it lies outside the photos. `size` is the side the models were trained on. `cutout`: labels
-    (ids) whose probability becomes `alpha`.
+    otherwise each face found is parsed. Without a face, a photo that has skin where a portrait does is parsed as one,
+    any other becomes background. `box` (left, top, width, height) is parsed as the only portrait instead; UserError if
+    it does not touch the photos. `cutout`: labels (ids) whose probability becomes `alpha`.
     """
     if not photos:
         return []
     height, width = photos[0].shape[:2]
-    everything = Window(0, 0, width, height)
-    if box and (not overlap(box, everything) or max(box[2:]) > 2 * max(height, width)):
-        raise UserError(f"the box {box} lies outside the image of {width} x {height} pixels, or is far larger")
-    window, parsed = Window(*box) if box else everything, []
-    batch = parse_window(models, photos, window, size, views, device).split(1)
-    for pixels, log_p in zip(photos, batch, strict=True):
-        portraits, missed = [(None, window, window, log_p)], False
-        if not (box or whole):
-            portraits, missed = _search(pixels, log_p, models, size, views, device, locator)
+    window, parsed = Window(*(box or (0, 0, width, height))), []
+    if not overlap(window, (0, 0, width, height)) or max(window[2:4]) > 2 * max(height, width):
+        size = f"{width} x {height} pixels"
+        raise UserError(f"box {tuple(box)}: give one inside the image of {size}, or at most twice as large around it")
+    for pixels, log_p in zip(photos, parse_window(parser, photos, window, parser.size).split(1), strict=True):
+        portraits = [(None, window, window, log_p)] if box or whole else search(parser, pixels, log_p)
         parsed.append(paste(height, width, portraits, cutout))
-        parsed[-1].missed, parsed[-1].searched = missed, not (box or whole)
+        parsed[-1].searched = not (box or whole)
+        parsed[-1].missed = parsed[-1].searched and parsed[-1].faces[0].score is None
     return parsed
 
 
-def _search(pixels, log_p, models, size, views, device, locator):
-    """(portraits as `paste` takes them, True if no face was found); `log_p` is the photo's parse as one portrait."""
+def search(parser, pixels, log_p):
+    """The portraits in a photo, as `paste` takes them; `log_p` is the photo's parse as one portrait."""
     height, width = pixels.shape[:2]
     everything = Window(0, 0, width, height)
     # Convert fractions of the sides to pixels; a portrait is square in pixels.
     units = torch.tensor([width, height, math.sqrt(width * height), 1], device=log_p.device)
     scores, places = match_layout(measure(log_p) * units)
 
-    def fills(window):
-        return overlap(window, everything) >= PORTRAIT_OVERLAP and abs(window.angle) <= LEVEL
+    def fills(score, window):
+        return score >= FACE_SCORE and overlap(window, everything) >= PORTRAIT_OVERLAP and abs(window.angle) <= LEVEL
 
-    score, clear = scores.item(), fills(square(*places[0].tolist())) and scores.item() >= FACE_SCORE
-    faces = [] if clear else find_faces(models, locator, pixels, min(size, SEARCH_SIDE), device)
-    # The search may confirm a portrait in which the face is hard to see.
-    if clear or (faces and fills(faces[0][1])):
-        return [(score, everything, everything, log_p)], False
+    faces = [(scores.item(), square(*places[0].tolist()))]
+    if not fills(*faces[0]):
+        faces = find_faces(parser, pixels)
+    if faces and fills(*faces[0]):
+        return [(faces[0][0], everything, everything, log_p)]
     if not faces:
-        likely = resembles_portrait(log_p)
-        return [(None, everything, everything, log_p if likely else None)], True
-
-    def portraits():
-        for score, window in sorted(faces, key=lambda face: face[1].left):
-            yield score, window, *parse_face(models, pixels, window, size, views, device)
-
-    return portraits(), False
+        return [(None, everything, everything, log_p if resembles_portrait(log_p) else None)]
+    faces.sort(key=lambda face: face[1].left)
+    return ((score, window, *parse_face(parser, pixels, window)) for score, window in faces)
 
 
-def parse_face(models, pixels, window, size, views, device):
+def parse_face(parser, pixels, window):
     """Parse a portrait and its surroundings until nothing of the person reaches beyond them, or the photo ends.
 
     Returns the Window parsed and its log-probabilities (1, 19, h, w).
     """
-    log_p, more = parse_window(models, [pixels], window, _input_side(window, size), views, device), True
-    side = window.width
+
+    def parse(window):
+        side = min(parser.size, max(SMALL_INPUT, math.ceil(window.width / 32) * 32))
+        return parse_window(parser, [pixels], window, side)
+
+    log_p, side = parse(window), window.width
     for growth in GROWTH:
         window = window.scaled(growth)
-        around = parse_window(models, [pixels], window, _input_side(window, size), views, device)
+        around = parse(window)
         log_p = surround(log_p, around, growth)
         more = continues(around, window, *pixels.shape[:2])
         if not more:
@@ -323,10 +296,6 @@ def confine(log_p, rounded, portrait):
     kept = F.interpolate(reached, scale_factor=4)[..., : len(along), : len(along)] * allowed
     log_p[:, 0] += 50 * (1 - kept[:, 0])
     return log_p
-
-
-def _input_side(window, size):
-    return min(size, max(SMALL_INPUT, math.ceil(window.width / 32) * 32))
 
 
 def continues(log_p, window, height, width):
@@ -360,31 +329,14 @@ def reduction(height, width):
     return max(1, math.ceil(math.sqrt(height * width / MAX_PIXELS)))
 
 
-def parse_window(models, photos, window, size, views, device):
-    """Log-probabilities (B, 19, h, w), on the logit grid, of a Window of B photos."""
+def parse_window(parser, photos, window, size):
+    """Log-probabilities (B, 19, h, w), on the logit grid, of a Window of B photos; `size` is the input's side."""
     factor = reduction(window.height, window.width)
     if factor > 1:
         photos = [np.asarray(Image.fromarray(pixels).reduce(factor)) for pixels in photos]
         window = Window(*(-(-value // factor) for value in window[:4]), window.angle)
     images = np.stack([crop(pixels, window) for pixels in photos])
-    return log_probabilities(models, to_input(images, device), size, views)
-
-
-def labels_at(log_p, height, width):
-    """Labels (height, width) uint8 of log-probabilities (1, 19, h, w)."""
-    return _enlarged(lambda h, w: label_map(log_p, h, w)[0], height, width)
-
-
-def opacity_at(log_p, labels, height, width):
-    """Probability of `labels` as uint8 (height, width), made steeper: 255 from 0.75 on, 0 up to 0.25."""
-    p = (2 * log_p[:, labels].exp().sum(1, keepdim=True) - 0.5) * 255
-    return _enlarged(lambda h, w: upsample(p, (h, w))[0, 0].clamp(0, 255).round().byte(), height, width)
-
-
-def _enlarged(compute, height, width):
-    factor = reduction(height, width)
-    values = compute(-(-height // factor), -(-width // factor)).cpu().numpy()
-    return values.repeat(factor, 0).repeat(factor, 1)[:height, :width] if factor > 1 else values
+    return log_probabilities(parser.models, to_input(images, parser.device), size, parser.views)
 
 
 def surround(inner, outer, growth):
@@ -421,37 +373,33 @@ def paste(height, width, portraits, cutout=None):
             continue
         rows, columns, distance = _inside(around, place)
         inside = (rows >= 0) & (rows < around.height) & (columns >= 0) & (columns < around.width)
-        rows, columns = rows.clip(0, around.height - 1), columns.clip(0, around.width - 1)
-        labels = labels_at(log_p, around.height, around.width)[rows, columns]
+        factor = reduction(around.height, around.width)
+        grid = -(-around.height // factor), -(-around.width // factor)
+        cells = rows.clip(0, around.height - 1) // factor, columns.clip(0, around.width - 1) // factor
+        labels = label_map(log_p, *grid)[0].cpu().numpy()[cells]
         distance = distance * np.float32(around.width / window.width) + FAR * (labels == 0)
         nearer = inside & (distance < nearest[place])
         nearest[place][nearer] = distance[nearer]
         owner[place][nearer] = index
         mask[place][nearer] = labels[nearer]
         if cutout:
-            alpha[place][nearer] = opacity_at(log_p, cutout, around.height, around.width)[rows, columns][nearer]
+            # Steeper than the probability: 255 from 0.75 on, 0 up to 0.25.
+            p = (2 * log_p[:, cutout].exp().sum(1, keepdim=True) - 0.5) * 255
+            opacity = upsample(p, grid)[0, 0].clamp(0, 255).round().byte().cpu().numpy()
+            alpha[place][nearer] = opacity[cells][nearer]
     faces = []
     for index, (score, window, place) in enumerate(found):
         own = np.where(owner[place] == index, mask[place], 0)
-        y, x = (np.flatnonzero(own.any(axis)) for axis in (1, 0))
-        y, x = (slice(v[0], v[-1] + 1) if len(v) else slice(0, 0) for v in (y, x))
-        own = own[y, x]
-        box = place[1].start + x.start, place[0].start + y.start, own.shape[1], own.shape[0]
-        score = None if score is None else round(score, 3)
-        box = tuple(map(int, box))
-        faces.append(Face(mask=own, box=box, window=window[:4], angle=round(window.angle, 1), score=score))
+        x0, y0, x1, y1 = own.any() and Image.fromarray(own).getbbox() or (0, 0, 0, 0)
+        box = int(place[1].start) + x0, int(place[0].start) + y0, x1 - x0, y1 - y0
+        score = score and round(score, 3)
+        face = {"mask": own[y0:y1, x0:x1], "box": box, "window": window[:4], "angle": round(window.angle, 1)}
+        faces.append(Face(**face, score=score))
     if cutout and found:  # a soft edge, but nothing far from the labels
         reach = max(2, max(window.width for _, window, _ in found) // 100)
-        alpha[~_dilate(np.isin(mask, cutout), reach)] = 0
+        near = Image.fromarray(np.isin(mask, cutout)).convert("L").filter(ImageFilter.BoxBlur(reach))
+        alpha[np.asarray(near) == 0] = 0
     return Parsed(mask=mask, owner=owner, faces=faces, alpha=alpha)
-
-
-def _dilate(selected, reach):
-    """bool (H, W): pixels at most `reach` rows and columns from one that is selected."""
-    x = torch.from_numpy(selected)[None].float()
-    for kernel in ((2 * reach + 1, 1), (1, 2 * reach + 1)):
-        x = F.max_pool2d(x, kernel, 1, (kernel[0] // 2, kernel[1] // 2))
-    return x[0].numpy() > 0
 
 
 def _inside(window, place):

@@ -146,7 +146,7 @@ def measure_portraits(parser, pairs, indices):
             mask = Image.fromarray(parser(photo).mask[place]).resize(true.shape, Image.Resampling.NEAREST)
             predicted[f"{side} pixels in {WIDTH} x {HEIGHT}"] = np.asarray(mask), true
         found = Window(85, 85, 344, 344)
-        around, log_p = parse_face(parser.models, np.array(portrait), found, parser.size, parser.views, parser.device)
+        around, log_p = parse_face(parser, np.array(portrait), found)
         predicted["inner two thirds found"] = paste(512, 512, [(None, found, around, log_p)]).mask, true
         for name, (mask, truth) in predicted.items():
             scores.setdefault(name, []).append(confusion(mask, truth))
