@@ -11,6 +11,7 @@ The parser then confirms what it found (photo.py), so that a false alarm costs o
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from common import ArgumentParser, UserError, positive, run_main, show_progress
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import checkpoint
 import register
-from augment import Strength, colour, degrade, draw
+from augment import PRESETS, Strength, colour, degrade, draw
 from data import find_data, load_pairs, split
 from device import select_device
 from labels import NAMES
@@ -41,17 +42,8 @@ HEAT = 0.25  # minimum of a candidate
 CANVAS = 192  # side of the training images
 BATCH = 16
 LEARNING_RATE = 2e-3
-QUALITY = Strength(
-    brightness=0.3,
-    contrast=0.4,
-    saturation=0.6,
-    grey=0.1,
-    gamma=0.3,
-    dark=0.1,
-    reduce=0.3,
-    defocus=0.3,
-    grain=0.2,
-    jpeg=0.3,
+QUALITY = replace(
+    Strength(**PRESETS["robust"]), contrast=0.4, saturation=0.6, gamma=0.3, defocus=0.3, grain=0.2, jpeg=0.3
 )
 
 
@@ -92,13 +84,12 @@ class Locator(nn.Module):
 def load_locator(device="cpu", path=None):
     """The trained Locator, ready for inference. UserError if the file is missing or damaged."""
     path = path or register.RELEASE / "locator.pt"
-    if not Path(path).is_file():
-        raise UserError(f"no {path}, which finds faces: `make locator` trains it; --whole needs no search")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        why = f"is missing or damaged ({type(error).__name__})"
         raise UserError(
-            f"{path} is damaged ({type(error).__name__}): restore it or train it with `make locator`"
+            f"{path}, which finds faces, {why}: `make locator` trains it; --whole needs no search"
         ) from None
     locator = Locator()
     checkpoint.load_state(locator, {name: value.float() for name, value in state.items()}, path)
@@ -167,10 +158,7 @@ def distinct(found):
 
 @torch.inference_mode()
 def find_candidates(locator, levels):
-    """Candidates for faces in the `levels` of a photo: heats (N,), values 0..1, and places (N, 4) as `sample` has them.
-
-    Each is seen again, upright and in several sizes; heat and place are the means of all looks.
-    """
+    """Candidates for faces in the `levels` of a photo: heats (N,), 0..1, and places (N, 4) as `sample` takes them."""
     found = []
     for k in range(0, len(levels), LEVEL):
         output = locator(levels[k].contiguous(memory_format=torch.channels_last))[0]
@@ -180,22 +168,24 @@ def find_candidates(locator, levels):
         places[:, :3] *= 2**k
         found += zip(heat[rows, columns].tolist(), places.tolist(), strict=True)
     found = distinct(found)
-    heats = levels[0].new_tensor([heat for heat, _ in found])
-    places = levels[0].new_tensor([place for _, place in found]).view(-1, 4)
-    cells = CANVAS // STRIDE
-    middle = (torch.arange(cells, device=heats.device) + 0.5) * STRIDE - CANVAS / 2
-    total, moved = heats[:, None].clone(), heats[:, None] * places
-    for side in AGAIN:
-        views = sample(levels, places, CANVAS, CANVAS / side)
-        outputs = [locator(part.contiguous(memory_format=torch.channels_last)) for part in views.split(BATCH)]
-        output = torch.cat(outputs) if outputs else views.new_empty(0, 6, cells, cells)
+    heats, places = ([item[i] for item in found] for i in (0, 1))
+    return look_again(locator, levels, levels[0].new_tensor(heats), levels[0].new_tensor(places).view(-1, 4))
+
+
+@torch.inference_mode()
+def look_again(locator, levels, heats, places):
+    """Heats (N,) and places (N, 4) averaged with those seen in upright squares around the places, in AGAIN sizes."""
+    total, moved = heats[:, None], heats[:, None] * places
+    middle = (torch.arange(CANVAS // STRIDE, device=heats.device) + 0.5) * STRIDE - CANVAS / 2
+    for side in AGAIN if len(places) else ():
+        views = sample(levels, places, CANVAS, CANVAS / side).contiguous(memory_format=torch.channels_last)
+        output = torch.cat([locator(part) for part in views.split(BATCH)])
         near = torch.hypot(middle, middle[:, None] - (CENTRE - 0.5) * side) < side / 5
         heat, cell = (output[:, 0].sigmoid() * near).flatten(1).max(1)
         values = output.flatten(2)[torch.arange(len(cell)), :, cell]
-        seen = read_places(values, cell // cells, cell % cells)
-        x, y = ((seen[:, :2] - CANVAS / 2) / side).T
-        again = torch.cat([to_photo(places, x, y), seen[:, 2:]], 1)
-        again[:, 2], again[:, 3] = places[:, 2] * seen[:, 2] / side, places[:, 3] + seen[:, 3]
+        x, y, seen, roll = read_places(values, cell // len(middle), cell % len(middle)).T
+        centre = to_photo(places, (x - CANVAS / 2) / side, (y - CANVAS / 2) / side)
+        again = torch.stack([*centre.T, places[:, 2] * seen / side, places[:, 3] + roll], 1)
         total, moved = total + heat[:, None], moved + heat[:, None] * again
     return total[:, 0] / (1 + len(AGAIN)), moved / total
 

@@ -202,9 +202,9 @@ class Parsed:
     mask: np.ndarray  # uint8 (H, W)
     owner: np.ndarray  # int16 (H, W), index into faces, -1 far from any face
     faces: list  # of Face, left to right
-    missed: bool = False  # no face was found
-    alpha: np.ndarray | None = None  # uint8 (H, W): 255 times the probability of the labels asked for
-    searched: bool = True  # False with `box` or `whole`
+    missed: bool  # no face was found
+    alpha: np.ndarray | None  # uint8 (H, W): 255 times the probability of the labels asked for
+    searched: bool  # False with `box` or `whole`
 
 
 def parse_photos(parser, photos, whole=False, box=None, cutout=None):
@@ -218,38 +218,26 @@ def parse_photos(parser, photos, whole=False, box=None, cutout=None):
     if not photos:
         return []
     height, width = photos[0].shape[:2]
-    window, parsed = Window(*(box or (0, 0, width, height))), []
+    window = Window(*(box or (0, 0, width, height)))
     if not overlap(window, (0, 0, width, height)) or max(window[2:4]) > 2 * max(height, width):
         size = f"{width} x {height} pixels"
         raise UserError(f"box {tuple(box)}: give one inside the image of {size}, or at most twice as large around it")
-    for pixels, log_p in zip(photos, parse_window(parser, photos, window, parser.size).split(1), strict=True):
-        portraits = [(None, window, window, log_p)] if box or whole else search(parser, pixels, log_p)
-        parsed.append(paste(height, width, portraits, cutout))
-        parsed[-1].searched = not (box or whole)
-        parsed[-1].missed = parsed[-1].searched and parsed[-1].faces[0].score is None
-    return parsed
+    if box or whole:
+        batch = parse_window(parser, photos, window, parser.size).split(1)
+        return [paste(height, width, [(None, window, window, log_p)], cutout, searched=False) for log_p in batch]
+    return [paste(height, width, search(parser, pixels, window), cutout) for pixels in photos]
 
 
-def search(parser, pixels, log_p):
-    """The portraits in a photo, as `paste` takes them; `log_p` is the photo's parse as one portrait."""
-    height, width = pixels.shape[:2]
-    everything = Window(0, 0, width, height)
-    # Convert fractions of the sides to pixels; a portrait is square in pixels.
-    units = torch.tensor([width, height, math.sqrt(width * height), 1], device=log_p.device)
-    scores, places = match_layout(measure(log_p) * units)
-
-    def fills(score, window):
-        return score >= FACE_SCORE and overlap(window, everything) >= PORTRAIT_OVERLAP and abs(window.angle) <= LEVEL
-
-    faces = [(scores.item(), square(*places[0].tolist()))]
-    if not fills(*faces[0]):
-        faces = find_faces(parser, pixels)
-    if faces and fills(*faces[0]):
-        return [(faces[0][0], everything, everything, log_p)]
-    if not faces:
-        return [(None, everything, everything, log_p if resembles_portrait(log_p) else None)]
-    faces.sort(key=lambda face: face[1].left)
-    return ((score, window, *parse_face(parser, pixels, window)) for score, window in faces)
+def search(parser, pixels, everything):
+    """The portraits in a photo and what they show, as `paste` takes them; `everything` is the photo as a Window."""
+    faces = find_faces(parser, pixels)
+    filling = [f for f in faces if overlap(f[1], everything) >= PORTRAIT_OVERLAP and abs(f[1].angle) <= LEVEL]
+    if faces and not filling:
+        faces.sort(key=lambda face: face[1].left)
+        return ((score, window, *parse_face(parser, pixels, window)) for score, window in faces)
+    log_p = parse_window(parser, [pixels], everything, parser.size)
+    known = filling or resembles_portrait(log_p)
+    return [(filling[0][0] if filling else None, everything, everything, log_p if known else None)]
 
 
 def parse_face(parser, pixels, window):
@@ -353,7 +341,7 @@ def surround(inner, outer, growth):
     return joined
 
 
-def paste(height, width, portraits, cutout=None):
+def paste(height, width, portraits, cutout=None, searched=True):
     """Parsed of portraits [(score, Window, Window parsed around it, its log-probabilities, or None), ...].
 
     In an overlap a pixel belongs to the portrait whose centre is nearer, relative to its side, of those in which it is
@@ -399,7 +387,8 @@ def paste(height, width, portraits, cutout=None):
         reach = max(2, max(window.width for _, window, _ in found) // 100)
         near = Image.fromarray(np.isin(mask, cutout)).convert("L").filter(ImageFilter.BoxBlur(reach))
         alpha[np.asarray(near) == 0] = 0
-    return Parsed(mask=mask, owner=owner, faces=faces, alpha=alpha)
+    missed = searched and all(face.score is None for face in faces)
+    return Parsed(mask=mask, owner=owner, faces=faces, missed=missed, alpha=alpha, searched=searched)
 
 
 def _inside(window, place):

@@ -163,7 +163,7 @@ def test_hair_is_parsed_until_it_ends(faces):
 def test_portrait_is_parsed_as_a_whole(faces):
     images = torch.from_numpy(painted(faces[0])).permute(2, 0, 1)[None]
     expected = label_map(log_probabilities([Oracle()], images, 256, ONE_VIEW), 512, 512)[0].numpy()
-    parsed = parse(faces[0])
+    parsed = parse(faces[0], near([(0, 0, 512, 512)]))
     assert np.array_equal(parsed.mask, expected) and parsed.faces[0].window == (0, 0, 512, 512) and not parsed.missed
 
 
