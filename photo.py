@@ -49,9 +49,9 @@ BATCH = 4
 PORTRAIT_OVERLAP = 0.55  # minimum IoU of a photo and the portrait found in it to parse the photo as that portrait
 MAX_PIXELS = 1 << 22  # parsed at once: larger windows are reduced, which bounds memory
 SMALL_INPUT = 384  # network input for windows of at most so many pixels; larger ones get up to the models' own
-FEATHER = 0.1  # width of the transition from a parse to its surroundings, as a fraction of its side
+FEATHER = 0.15  # width of the transition from a parse to its surroundings, as a fraction of its side
 GROWTH = 1.5, 1.5  # from a portrait to the window around it, and to the next; in larger ones the network errs
-BUST = 0.42, 0.08  # half width and centre, in the largest window, of the ellipse that ends what reaches beyond it
+BUST = 0.46, 0.08  # half width and centre, in the largest window, of the shape that ends what reaches beyond it
 FAR = np.float32(99)  # beyond all distances
 REACH = 0.02  # minimum fraction of a window's border that must be labelled to parse a larger one
 
@@ -81,8 +81,9 @@ class Window(NamedTuple):
 
 
 def square(x, y, side, angle):
-    """The Window around x, y with a side of `side` rounded to a multiple of 8, level if it nearly is."""
-    side = max(8, round(side / 8) * 8)
+    """The Window around x, y, level if it nearly is; a side that is not small is a multiple of 8: few sizes occur."""
+    step = 8 if side > SMALL_INPUT / 3 else 1
+    side = max(8, round(side / step) * step)
     angle = (angle + 180) % 360 - 180
     return Window(round(x - side / 2), round(y - side / 2), side, side, 0.0 if abs(angle) < LEVEL / 2 else angle)
 
@@ -264,15 +265,16 @@ def parse_face(parser, pixels, window):
 def confine(log_p, rounded, portrait):
     """Make background certain in log-probabilities (1, 19, n, n) where labels are not connected to those at the centre.
 
-    If `rounded`, also outside the ellipse BUST, which touches the lower edge: what continues ends in a curve. Parts of
-    a face lie inside the portrait, whose side is this fraction of n.
+    If `rounded`, also outside the superellipse BUST, which touches the lower edge: what continues ends in a curve, a
+    little pointed, since an ellipse of few pixels has a straight end. Parts of a face lie inside the portrait, whose
+    side is this fraction of n.
     """
     along = (torch.arange(log_p.shape[-1], device=log_p.device) + 0.5) / log_p.shape[-1] - 0.5
     log_p[:, FACE_LABELS[1:]] -= 50 * (torch.hypot(along, along[:, None]) > portrait / 2).to(log_p.dtype)
     labels = log_p.argmax(1, keepdim=True)
     allowed = labels > 0
     if rounded:
-        allowed &= torch.hypot(along / BUST[0], (along[:, None] - BUST[1]) / (0.5 - BUST[1])) < 1
+        allowed &= (along / BUST[0]).abs() ** 1.5 + ((along[:, None] - BUST[1]) / (0.5 - BUST[1])).abs() ** 1.5 < 1
     # Grow from the centre in steps of 4 cells.
     coarse = F.max_pool2d(allowed.float(), 4, ceil_mode=True)
     middle = F.max_pool2d((torch.hypot(along, along[:, None]) < 0.1).float()[None, None], 4, ceil_mode=True)
