@@ -1,12 +1,13 @@
 """Where faces may be in a photo: a small fully convolutional network, its training from the pairs, and the search.
 
-python locate.py --data data                 # trains runs/release/locator.pt on the training pairs, 20 minutes
-python locate.py --steps 200 --output a.pt   # a quick look
+python locate.py --data data                             # trains runs/release/locator.pt on the training pairs
+python locate.py --start a.pt --steps 200 --output b.pt  # from other weights
 
 Like CenterNet (arXiv 1904.07850) the network gives a heat map of face centres, and for each centre the side and the
-roll of the portrait around it. It sees portraits of 24 to 176 pixels; two further looks at the photo, each reduced four
-times, find the larger ones. It is trained on portraits cut out by their masks and pasted at any size, roll and place.
-The parser then confirms what it found (photo.py), so that a false alarm costs only time.
+roll of the portrait around it. It sees portraits of 24 to 176 pixels; further looks at the photo, each reduced four
+times, find the larger ones, and each candidate is seen again upright, in two sizes. It is trained on portraits cut out
+by their masks and pasted at any size, roll and place, among some whose faces are spoilt. The parser then confirms what
+it found (photo.py).
 """
 
 import math
@@ -35,7 +36,7 @@ STRIDE = 8
 UNIT = 64  # pixels: the portrait side whose logarithm is 0
 SIDES = 24, 176  # pixels of the portraits in training
 LEVEL = 2  # halvings from one look to the next
-AGAIN = 48, 64, 96, 128  # portrait sides in the second looks
+AGAIN = 96, 128  # portrait sides in the second looks
 CENTRE = 0.56  # height of a face's centre (the bridge of the nose to the lips) in its portrait, from the top
 MAX_PIXELS = 1_600_000  # of the first look: larger photos are reduced
 HEAT = 0.25  # minimum of a candidate

@@ -5,8 +5,8 @@ python predict.py --input group.jpg --output masks --json --cutout hair,hat
 The network was trained on portraits cropped as in CelebA-HQ (arXiv 1710.10196): square, the eyes level and at fixed
 places. A small second network (locate.py) proposes where in the photo such portraits are, at any size and roll. Each
 proposal is parsed, and the eyes, brows, nose and lips found there are matched with their usual layout by scale, shift
-and rotation: the agreement is the score, and the match gives the exact portrait. A face is parsed once more there, and
-around it until its hair and clothes end.
+and rotation, which gives the exact portrait. The mean of this agreement and of the second network's certainty is the
+score of a face. It is parsed once more there, and around it until its hair and clothes end.
 """
 
 import math
@@ -40,7 +40,9 @@ PARTS = tuple(NAMES.index(name) for name in LAYOUT)
 FACE_LABELS = list(range(1, 13))  # skin to lower lip
 PLACE_TOLERANCE = 0.06  # of a part's centre, as a fraction of the side
 SIZE_TOLERANCE = 0.7  # of the logarithm of a part's size
-FACE_SCORE = 0.5  # minimum score of a face
+FACE_SCORE = 0.4  # minimum score of a face
+FAR = 0.2, 0.5, 30  # shift in sides, logarithm of the scale and degrees of a match that is far from what was proposed
+TILTED = 60  # degrees of roll up to which a place without a face is parsed level too
 CANDIDATE = 0.25  # minimum heat of a place that is parsed
 LEVEL = 10  # degrees of roll up to which a portrait is parsed as it is: the network was trained on turned ones
 LIKENESS = 0.3  # minimum IoU of face and usual face to parse a photo as a portrait; at least 0.37 in the data set
@@ -52,7 +54,7 @@ SMALL_INPUT = 384  # network input for windows of at most so many pixels; larger
 FEATHER = 0.15  # width of the transition from a parse to its surroundings, as a fraction of its side
 GROWTH = 1.5, 1.5  # from a portrait to the window around it, and to the next; in larger ones the network errs
 BUST = 0.46, 0.08  # half width and centre, in the largest window, of the shape that ends what reaches beyond it
-FAR = np.float32(99)  # beyond all distances
+BEYOND = np.float32(99)  # all distances
 REACH = 0.02  # minimum fraction of a window's border that must be labelled to parse a larger one
 
 GROUPS = {"head": tuple(name for name in NAMES if name not in ("background", "neck_l", "neck", "cloth"))}
@@ -154,14 +156,19 @@ def crop(pixels, window):
 
 
 def look(models, levels, places, size):
-    """Parse the squares at places (N, 4) of a `pyramid`: the scores (N,) and the places (N, 4) of their matches."""
+    """Parse the squares at places (N, 4) of a `pyramid`: the scores (N,) and the places (N, 4) of their matches.
+
+    The score is lower for a match far from the square, which is one of chance or of a neighbour.
+    """
     found = [places.new_empty(0, 5)]
     for part in places.split(BATCH):
         images = (sample(levels, part, size) * 255).round().byte()
         scores, matches = match_layout(measure(log_probabilities(models, images, size, ONE_VIEW)))
         x, y, scale, roll = matches.to(part.device).T
+        far = torch.stack([torch.hypot(x - 0.5, y - 0.5) / FAR[0], scale.log() / FAR[1], roll / FAR[2]])
+        scores = scores.to(part.device) * torch.exp(-far.square().sum(0) / 2)
         place = [to_photo(part, x - 0.5, y - 0.5), (part[:, 2] * scale)[:, None], (part[:, 3] + roll)[:, None]]
-        found.append(torch.cat([scores.to(part.device)[:, None], *place], 1))
+        found.append(torch.cat([scores[:, None], *place], 1))
     found = torch.cat(found)
     return found[:, 0], found[:, 1:]
 
@@ -174,11 +181,16 @@ def find_faces(parser, pixels):
     """
     levels, scale = pyramid(pixels, parser.device)
     heats, places = find_candidates(parser.locator, levels)
-    likely = heats > CANDIDATE
-    scores, places = look(parser.models, levels, places[likely], min(parser.size, SEARCH_SIDE))
-    scores, places = (scores + heats[likely]) / 2, places * places.new_tensor([scale, scale, scale, 1])
-    found = distinct(zip(scores.tolist(), places.tolist(), strict=True))
-    return [(score, square(*place)) for score, place in found if score >= FACE_SCORE]
+    chosen, found = heats > CANDIDATE, []
+    for _ in range(2):
+        heats, places = heats[chosen], places[chosen]
+        scores, matches = look(parser.models, levels, places, min(parser.size, SEARCH_SIDE))
+        scores, matches = (scores + heats) / 2, matches * matches.new_tensor([scale, scale, scale, 1])
+        found += zip(scores.tolist(), matches.tolist(), strict=True)
+        # The locator errs about the roll of heads that are turned to a side; most are level.
+        chosen = (scores < FACE_SCORE) & (places[:, 3].abs() < TILTED)
+        places = places * places.new_tensor([1, 1, 1, 0])
+    return [(score, square(*place)) for score, place in distinct(found) if score >= FACE_SCORE]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +198,7 @@ class Face:
     """A face of a photo: its label map (h, w) uint8 inside `box` (left, top, w, h), 0 where the photo is not its own.
 
     `window` (left, top, width, height) turned clockwise around its centre by `angle` degrees is the portrait that was
-    parsed, with its surroundings. `score` 0..1 is the agreement with a face's usual layout, None if not computed.
+    parsed, with its surroundings. `score` 0..1 is that of `find_faces`, None if not computed.
     """
 
     mask: np.ndarray
@@ -367,7 +379,7 @@ def paste(height, width, portraits, cutout=None, searched=True):
         grid = -(-around.height // factor), -(-around.width // factor)
         cells = rows.clip(0, around.height - 1) // factor, columns.clip(0, around.width - 1) // factor
         labels = label_map(log_p, *grid)[0].cpu().numpy()[cells]
-        distance = distance * np.float32(around.width / window.width) + FAR * (labels == 0)
+        distance = distance * np.float32(around.width / window.width) + BEYOND * (labels == 0)
         nearer = inside & (distance < nearest[place])
         nearest[place][nearer] = distance[nearer]
         owner[place][nearer] = index
