@@ -63,9 +63,9 @@ def candidates(monkeypatch):
     monkeypatch.setattr(photo, "find_candidates", known)
 
 
-def near(windows, roll=0):
+def near(windows, roll=0, heat=0.9, factor=1.1):
     """Candidates beside the true portraits: a tenth too large, shifted by a tenth, and turned by 7 degrees."""
-    return [(0.9, x + 0.6 * side, y + 0.4 * side, 1.1 * side, roll + 7) for x, y, side, _ in windows]
+    return [(heat, x + 0.6 * side, y + 0.4 * side, factor * side, roll + 7) for x, y, side, _ in windows]
 
 
 def parse(mask, locator=(), **settings):
@@ -140,6 +140,16 @@ def test_tilted_face_is_found_and_parsed(faces, roll):
     (face,) = parsed.faces
     assert abs((face.angle - roll + 180) % 360 - 180) < 4 and overlap(face.window, (200, 150, 300, 300)) > 0.8
     assert (parsed.mask == canvas).mean() > 0.95
+
+
+def test_a_face_whose_roll_was_misjudged_is_found_level(group):
+    parsed = parse(group, near(WINDOWS, roll=50, heat=0.35))
+    assert len(parsed.faces) == 3 and all(abs(face.angle) < 9 for face in parsed.faces)
+
+
+def test_a_face_far_from_the_candidate_is_not_its(group):
+    assert not parse(group, near(WINDOWS, heat=0.5)).missed
+    assert parse(group, near(WINDOWS, heat=0.5, factor=3)).missed
 
 
 def test_a_face_has_the_labels_of_its_own_box(group):
