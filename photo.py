@@ -10,7 +10,7 @@ score of a face. It is parsed once more there, and around it until its hair and 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from common import UserError
@@ -75,12 +75,6 @@ class Window(NamedTuple):
         u, v = (u - 0.5) * self.width, (v - 0.5) * self.height
         return self.left + self.width / 2 + cos * u - sin * v, self.top + self.height / 2 + sin * u + cos * v
 
-    def scaled(self, factor):
-        """The window around the same centre with sides `factor` times as long."""
-        width, height = round(self.width * factor), round(self.height * factor)
-        left, top = self.left - (width - self.width) // 2, self.top - (height - self.height) // 2
-        return Window(left, top, width, height, self.angle)
-
 
 def square(x, y, side, angle):
     """The Window around x, y, level if it nearly is; a side that is not small is a multiple of 8: few sizes occur."""
@@ -97,15 +91,11 @@ def measure(log_p):
     likely label, and their mean probability; all 0 if there are none.
     """
     top, labels = log_p.max(1)
-    wanted = torch.tensor(PARTS, device=log_p.device)
-    found = (labels[:, None] == wanted[:, None, None]).float()  # (B, 8, h, w)
-    height, width = labels.shape[1:]
-    count = found.sum((2, 3))
-    divisor = count.clamp_min(1)
-    x = (found.sum(2) * (torch.arange(width, device=log_p.device) + 0.5)).sum(2) / divisor / width
-    y = (found.sum(3) * (torch.arange(height, device=log_p.device) + 0.5)).sum(2) / divisor / height
-    certainty = (found * top.exp()[:, None]).sum((2, 3)) / divisor
-    return torch.stack([x, y, (count / (height * width)).sqrt(), certainty], 2)
+    found = (labels[:, None] == torch.tensor(PARTS, device=log_p.device)[:, None, None]).float()  # (B, 8, h, w)
+    y, x = ((torch.arange(n, device=log_p.device) + 0.5) / n for n in labels.shape[1:])
+    count, divisor = found.sum((2, 3)), found.sum((2, 3)).clamp_min(1)
+    means = [(found * values).sum((2, 3)) / divisor for values in (x, y[:, None], top.exp()[:, None])]
+    return torch.stack([*means[:2], (count / labels.shape[1:].numel()).sqrt(), means[2]], 2)
 
 
 def match_layout(parts):
@@ -215,9 +205,8 @@ class Parsed:
     mask: np.ndarray  # uint8 (H, W)
     owner: np.ndarray  # int16 (H, W), index into faces, -1 far from any face
     faces: list  # of Face, left to right
-    missed: bool  # no face was found
-    alpha: np.ndarray | None  # uint8 (H, W): 255 times the probability of the labels asked for
-    searched: bool  # False with `box` or `whole`
+    missed: bool = False  # no face was found
+    alpha: np.ndarray | None = None  # uint8 (H, W): 255 times the probability of the labels asked for
 
 
 def parse_photos(parser, photos, whole=False, box=None, cutout=None):
@@ -237,8 +226,9 @@ def parse_photos(parser, photos, whole=False, box=None, cutout=None):
         raise UserError(f"box {tuple(box)}: give one inside the image of {size}, or at most twice as large around it")
     if box or whole:
         batch = parse_window(parser, photos, window, parser.size).split(1)
-        return [paste(height, width, [(None, window, window, log_p)], cutout, searched=False) for log_p in batch]
-    return [paste(height, width, search(parser, pixels, window), cutout) for pixels in photos]
+        return [paste(height, width, [(None, window, window, log_p)], cutout) for log_p in batch]
+    parsed = [paste(height, width, search(parser, pixels, window), cutout) for pixels in photos]
+    return [replace(one, missed=one.faces[0].score is None) for one in parsed]
 
 
 def search(parser, pixels, everything):
@@ -265,13 +255,14 @@ def parse_face(parser, pixels, window):
 
     log_p, side = parse(window), window.width
     for growth in GROWTH:
-        window = window.scaled(growth)
+        more = round(window.width * growth) - window.width
+        window = Window(window.left - more // 2, window.top - more // 2, *[window.width + more] * 2, window.angle)
         around = parse(window)
         log_p = surround(log_p, around, growth)
-        more = continues(around, window, *pixels.shape[:2])
-        if not more:
+        rounded = continues(around, window, *pixels.shape[:2])
+        if not rounded:
             break
-    return window, confine(log_p, more, side / window.width)
+    return window, confine(log_p, rounded, side / window.width)
 
 
 def confine(log_p, rounded, portrait):
@@ -355,7 +346,7 @@ def surround(inner, outer, growth):
     return joined
 
 
-def paste(height, width, portraits, cutout=None, searched=True):
+def paste(height, width, portraits, cutout=None):
     """Parsed of portraits [(score, Window, Window parsed around it, its log-probabilities, or None), ...].
 
     In an overlap a pixel belongs to the portrait whose centre is nearer, relative to its side, of those in which it is
@@ -401,8 +392,7 @@ def paste(height, width, portraits, cutout=None, searched=True):
         reach = max(2, max(window.width for _, window, _ in found) // 100)
         near = Image.fromarray(np.isin(mask, cutout)).convert("L").filter(ImageFilter.BoxBlur(reach))
         alpha[np.asarray(near) == 0] = 0
-    missed = searched and all(face.score is None for face in faces)
-    return Parsed(mask=mask, owner=owner, faces=faces, missed=missed, alpha=alpha, searched=searched)
+    return Parsed(mask=mask, owner=owner, faces=faces, alpha=alpha)
 
 
 def _inside(window, place):
@@ -475,6 +465,6 @@ def describe(parsed):
         labels = label_regions(np.where(face.mask > 0, face.mask, 255), *face.box[:2])
         record = {"window": list(face.window), "angle": face.angle, "score": face.score, "box": list(face.box)}
         faces.append(record | {"labels": labels})
-    face_found = bool(faces) if parsed.searched else None
+    face_found = None if faces and faces[0]["score"] is None else bool(faces)
     whole = {"width": width, "height": height, "face_found": face_found, "labels": label_regions(parsed.mask)}
     return {**whole, "faces": faces}

@@ -111,13 +111,9 @@ def add_arguments(parser):
     place.add_argument("--whole", **switch, help="treat each image as one portrait, without searching for faces")
     place.add_argument("--box", type=box, metavar="X,Y,W,H", help="portrait to parse; --box=-9,... if negative")
     parser.switch("--overlay", help="also write NAME-overlay.png, the mask over the image")
-    parser.add_argument(
-        "--cutout", type=parse_labels, help="also write NAME-cutout.png with these labels: hair,hat or head"
-    )
+    parser.add_argument("--cutout", type=parse_labels, help="also write NAME-cutout.png of labels: hair,hat or head")
     parser.switch("--crop", help="with --cutout: crop it to what it shows")
-    parser.switch(
-        "--json", help="also write NAME.json: area, box and centroid of each label, in the photo and each face"
-    )
+    parser.switch("--json", help="also write NAME.json: area, box, centroid of each label in the photo and each face")
     parser.switch("--skip", help="skip images whose files are in the output folder already")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--threads", type=natural, default=0, help="CPU threads; 0: torch's default")
