@@ -147,12 +147,14 @@ def read_places(values, rows, columns):
     return torch.stack([x, y, side, roll.rad2deg()], 1)
 
 
-def distinct(found):
-    """Of [(score, (x, y, side, ...)), ...] the best first, without those whose centre lies in the face of a better."""
+def distinct(found, size=max):
+    """Of [(score, (x, y, side, ...)), ...] the best first, without those close to a better one.
+
+    Close: a centre lies in the other's face, the inner half of the portrait; with `size=min`, both do.
+    """
     kept = []
     for score, place in sorted(found, key=lambda item: -item[0]):
-        # A face is the inner half of a portrait.
-        if all(math.dist(place[:2], other[:2]) > max(place[2], other[2]) / 4 for _, other in kept):
+        if all(math.dist(place[:2], other[:2]) > size(place[2], other[2]) / 4 for _, other in kept):
             kept.append((score, place))
     return kept
 
@@ -168,7 +170,7 @@ def find_candidates(locator, levels):
         places = read_places(output[:, rows, columns].T, rows, columns)
         places[:, :3] *= 2**k
         found += zip(heat[rows, columns].tolist(), places.tolist(), strict=True)
-    found = distinct(found)
+    found = distinct(found, min)  # a large place without a face must not hide small ones with one
     heats, places = ([item[i] for item in found] for i in (0, 1))
     return look_again(locator, levels, levels[0].new_tensor(heats), levels[0].new_tensor(places).view(-1, 4))
 

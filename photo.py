@@ -77,9 +77,8 @@ class Window(NamedTuple):
 
 
 def square(x, y, side, angle):
-    """The Window around x, y, level if it nearly is; a side that is not small is a multiple of 8: few sizes occur."""
-    step = 8 if side > SMALL_INPUT / 3 else 1
-    side = max(8, round(side / step) * step)
+    """The Window around x, y, level if it nearly is, its side a multiple of 8: those around it are concentric."""
+    side = max(8, round(side / 8) * 8)
     angle = (angle + 180) % 360 - 180
     return Window(round(x - side / 2), round(y - side / 2), side, side, 0.0 if abs(angle) < LEVEL / 2 else angle)
 
