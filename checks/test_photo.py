@@ -147,6 +147,14 @@ def test_a_face_whose_roll_was_misjudged_is_found_level(group):
     assert len(parsed.faces) == 3 and all(abs(face.angle) < 9 for face in parsed.faces)
 
 
+def test_windows_around_a_portrait_are_concentric(faces):
+    window = photo.square(150.4, 149.7, 83, 0)
+    parser = SimpleNamespace(models=[Oracle()], size=256, views=ONE_VIEW, device="cpu")
+    around, _ = photo.parse_face(parser, painted(np.pad(faces[0], 90)), window)
+    centres = [(w.left + w.width / 2, w.top + w.height / 2) for w in (window, around)]
+    assert around.width > window.width and centres[0] == centres[1]
+
+
 def test_a_face_far_from_the_candidate_is_not_its(group):
     assert not parse(group, near(WINDOWS, heat=0.5)).missed
     assert parse(group, near(WINDOWS, heat=0.5, factor=3)).missed
