@@ -147,14 +147,18 @@ def read_places(values, rows, columns):
     return torch.stack([x, y, side, roll.rad2deg()], 1)
 
 
-def distinct(found, size=max):
+def distinct(found, ratio=math.inf):
     """Of [(score, (x, y, side, ...)), ...] the best first, without those close to a better one.
 
-    Close: a centre lies in the other's face, the inner half of the portrait; with `size=min`, both do.
+    Close: a centre lies in the other's face, the inner half of the portrait, and the sides differ by at most `ratio`.
     """
     kept = []
     for score, place in sorted(found, key=lambda item: -item[0]):
-        if all(math.dist(place[:2], other[:2]) > size(place[2], other[2]) / 4 for _, other in kept):
+        for _, other in kept:
+            small, large = sorted([place[2], other[2]])
+            if math.dist(place[:2], other[:2]) <= large / 4 and large <= ratio * small:
+                break
+        else:
             kept.append((score, place))
     return kept
 
@@ -170,7 +174,7 @@ def find_candidates(locator, levels):
         places = read_places(output[:, rows, columns].T, rows, columns)
         places[:, :3] *= 2**k
         found += zip(heat[rows, columns].tolist(), places.tolist(), strict=True)
-    found = distinct(found, min)  # a large place without a face must not hide small ones with one
+    found = distinct(found, 3)  # a large place without a face must not hide small ones with one
     heats, places = ([item[i] for item in found] for i in (0, 1))
     return look_again(locator, levels, levels[0].new_tensor(heats), levels[0].new_tensor(places).view(-1, 4))
 

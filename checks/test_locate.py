@@ -62,7 +62,7 @@ def test_a_candidate_is_seen_again_upright_and_the_looks_are_averaged(monkeypatc
 def test_a_large_candidate_hides_no_small_one():
     large, small, twin = (0.9, (50, 50, 400, 0)), (0.8, (20, 60, 40, 0)), (0.7, (24, 62, 44, 0))
     assert locate.distinct([small, twin, large]) == [large]
-    assert locate.distinct([small, twin, large], min) == [large, small]
+    assert locate.distinct([small, twin, large], 3) == [large, small]
 
 
 def test_pasted_portraits_lie_where_the_scene_says(scenes, monkeypatch):
