@@ -1,17 +1,18 @@
 """Where faces may be in a photo: a small fully convolutional network, its training from the pairs, and the search.
 
-python locate.py --data data                 # trains runs/release/locator.pt on the training pairs, 20 minutes
-python locate.py --steps 200 --output a.pt   # a quick look
+python locate.py --data data                             # trains runs/release/locator.pt on the training pairs
+python locate.py --start a.pt --steps 200 --output b.pt  # from other weights
 
 Like CenterNet (arXiv 1904.07850) the network gives a heat map of face centres, and for each centre the side and the
-roll of the portrait around it. It sees portraits of 24 to 176 pixels; two further looks at the photo, each reduced four
-times, find the larger ones. It is trained on portraits cut out by their masks and pasted at any size, roll and place.
-The parser then confirms what it found (photo.py), so that a false alarm costs only time.
+roll of the portrait around it. It sees portraits of 24 to 176 pixels; further looks at the photo, each reduced four
+times, find the larger ones, and each candidate is seen again upright, in two sizes. It is trained on portraits cut out
+by their masks and pasted at any size, roll and place, among some whose faces are spoilt. The parser then confirms what
+it found (photo.py).
 """
 
-import io
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from common import ArgumentParser, UserError, positive, run_main, show_progress
@@ -19,25 +20,32 @@ from common import ArgumentParser, UserError, positive, run_main, show_progress
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageStat
+from PIL import Image, ImageDraw, ImageFilter
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import checkpoint
 import register
+from augment import PRESETS, Strength, colour, degrade, draw
 from data import find_data, load_pairs, split
+from device import select_device
+from labels import NAMES
 from views import to_input
 
 STRIDE = 8
 UNIT = 64  # pixels: the portrait side whose logarithm is 0
 SIDES = 24, 176  # pixels of the portraits in training
-LEVEL = 4  # reduction from one look to the next
+LEVEL = 2  # halvings from one look to the next
+AGAIN = 96, 128  # portrait sides in the second looks
 CENTRE = 0.56  # height of a face's centre (the bridge of the nose to the lips) in its portrait, from the top
 MAX_PIXELS = 1_600_000  # of the first look: larger photos are reduced
 HEAT = 0.25  # minimum of a candidate
 CANVAS = 192  # side of the training images
 BATCH = 16
 LEARNING_RATE = 2e-3
+QUALITY = replace(
+    Strength(**PRESETS["robust"]), contrast=0.4, saturation=0.6, gamma=0.3, defocus=0.3, grain=0.2, jpeg=0.3
+)
 
 
 class Block(nn.Module):
@@ -50,9 +58,7 @@ class Block(nn.Module):
         self.expand, self.project = nn.Conv2d(width, 2 * width, 1), nn.Conv2d(2 * width, width, 1)
 
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):  # a CPU trains depthwise convolutions faster in float32
-            y = self.depthwise(x.float())
-        return x + self.project(F.relu(self.expand(self.norm(y))))
+        return x + self.project(F.relu(self.expand(self.norm(self.depthwise(x)))))
 
 
 class Locator(nn.Module):
@@ -62,7 +68,7 @@ class Locator(nn.Module):
     side over UNIT; cosine and sine of the roll, of any length.
     """
 
-    def __init__(self, width=64, blocks=4):
+    def __init__(self, width=64, blocks=6):
         super().__init__()
         layers = []
         for inputs, outputs in ((3, width // 4), (width // 4, width // 2), (width // 2, width)):
@@ -79,198 +85,270 @@ class Locator(nn.Module):
 def load_locator(device="cpu", path=None):
     """The trained Locator, ready for inference. UserError if the file is missing or damaged."""
     path = path or register.RELEASE / "locator.pt"
-    if not Path(path).is_file():
-        raise UserError(f"no {path}, which finds faces: `make locator` trains it; --whole needs no search")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        why = f"is missing or damaged ({type(error).__name__})"
         raise UserError(
-            f"{path} is damaged ({type(error).__name__}): restore it or train it with `make locator`"
+            f"{path}, which finds faces, {why}: `make locator` trains it; --whole needs no search"
         ) from None
     locator = Locator()
     checkpoint.load_state(locator, {name: value.float() for name, value in state.items()}, path)
     return locator.to(device, memory_format=torch.channels_last).eval()
 
 
-@torch.inference_mode()
-def find_candidates(locator, pixels, device):
-    """Candidates for faces in uint8 pixels (H, W, 3), unsorted: float64 (N, 5).
+def pyramid(pixels, device):
+    """A photo's uint8 pixels (H, W, 3) as float images (1, 3, h, w), values 0..1, and its width over the first's.
 
-    Columns: heat 0..1, x and y of the portrait's centre and its side in pixels, roll in degrees (clockwise, -180..180).
+    The first has at most about MAX_PIXELS, each other half the sides of the one before.
     """
     height, width = pixels.shape[:2]
-    scale = min(1, math.sqrt(MAX_PIXELS / (height * width)))
+    scale = max(1, math.sqrt(height * width / MAX_PIXELS))
+    size = max(1, round(width / scale)), max(1, round(height / scale))
+    image = Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, reducing_gap=2)
+    levels = [to_input(np.array(image)[None], device).float() / 255]
+    while max(levels[-1].shape[2:]) > SIDES[0] and min(levels[-1].shape[2:]) > 1:
+        levels.append(F.avg_pool2d(levels[-1], 2))
+    return levels, width / size[0]
+
+
+def sample(levels, places, size, factor=1):
+    """Upright squares around places (N, 4), `factor` times their sides: float (N, 3, size, size), values 0..1.
+
+    A place is x, y and side in pixels of levels[0] and the clockwise roll in degrees. The photo's edge is repeated.
+    """
+    along = ((torch.arange(size, device=places.device) + 0.5) / size - 0.5).expand(size, size) * factor
+    views = places.new_empty(len(places), 3, size, size)
+    reduction = (places[:, 2] * factor / size).log2().floor().clamp(0, len(levels) - 1)  # never coarser than the view
+    for k, image in enumerate(levels):
+        chosen = reduction == k
+        points = to_photo(places[chosen, None, None], along, along.T) / 2**k
+        grid = points / points.new_tensor(image.shape[:1:-1]) * 2 - 1
+        # One tall grid, since a batch would need as many copies of the image.
+        tall = F.grid_sample(image, grid.view(1, -1, size, 2), padding_mode="border", align_corners=False)
+        views[chosen] = tall[0].unflatten(1, (-1, size)).transpose(0, 1)
+    return views
+
+
+def to_photo(places, u, v):
+    """x, y (..., 2) of the points u, v from the middle of places (..., 4), in their sides and upright axes."""
+    x, y, side, roll = places.unbind(-1)
+    cos, sin = side * roll.deg2rad().cos(), side * roll.deg2rad().sin()
+    return torch.stack([x + cos * u - sin * v, y + sin * u + cos * v], -1)
+
+
+def read_places(values, rows, columns):
+    """Places (N, 4) in pixels of an image, where the Locator's outputs at these cells (N,) are `values` (N, 6)."""
+    _, dx, dy, size, cos, sin = values.unbind(1)
+    side, roll = UNIT * size.exp(), torch.atan2(sin, cos)
+    # From the face's centre to the portrait's, which lies above it.
+    x = (columns + 0.5 + dx) * STRIDE + (CENTRE - 0.5) * side * roll.sin()
+    y = (rows + 0.5 + dy) * STRIDE - (CENTRE - 0.5) * side * roll.cos()
+    return torch.stack([x, y, side, roll.rad2deg()], 1)
+
+
+def distinct(found, ratio=math.inf):
+    """Of [(score, (x, y, side, ...)), ...] the best first, without those close to a better one.
+
+    Close: a centre lies in the other's face, the inner half of the portrait, and the sides differ by at most `ratio`.
+    """
+    kept = []
+    for score, place in sorted(found, key=lambda item: -item[0]):
+        for _, other in kept:
+            small, large = sorted([place[2], other[2]])
+            if math.dist(place[:2], other[:2]) <= large / 4 and large <= ratio * small:
+                break
+        else:
+            kept.append((score, place))
+    return kept
+
+
+@torch.inference_mode()
+def find_candidates(locator, levels):
+    """Candidates for faces in the `levels` of a photo: heats (N,), 0..1, and places (N, 4) as `sample` takes them."""
     found = []
-    while True:
-        size = [max(STRIDE, round(length * scale / STRIDE) * STRIDE) for length in (width, height)]
-        image = Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, reducing_gap=2)
-        images = to_input(np.array(image)[None], device).float() / 255
-        output = locator(images.contiguous(memory_format=torch.channels_last))[0].float()
+    for k in range(0, len(levels), LEVEL):
+        output = locator(levels[k].contiguous(memory_format=torch.channels_last))[0]
         heat = output[0].sigmoid()
-        peaks = (heat == F.max_pool2d(heat[None], 3, 1, 1)[0]) & (heat > HEAT)
-        rows, columns = peaks.nonzero(as_tuple=True)
-        values = output[:, rows, columns]
-        x, y = ((place + 0.5 + shift) * STRIDE for place, shift in ((columns, values[1]), (rows, values[2])))
-        side, roll = UNIT * values[3].exp(), torch.atan2(values[5], values[4])
-        # From the face's centre to the portrait's, which lies above it.
-        x, y = (
-            x + (CENTRE - 0.5) * side * roll.sin(),
-            y - (CENTRE - 0.5) * side * roll.cos(),
-        )
-        x, y, side = x * (width / size[0]), y * (height / size[1]), side * (width / size[0])
-        found.append(torch.stack([heat[rows, columns], x, y, side, roll.rad2deg()], 1).double().cpu())
-        if max(size) <= SIDES[0] * 2:
-            break
-        scale /= LEVEL
-    return torch.cat(found).numpy()
+        rows, columns = ((heat == F.max_pool2d(heat[None], 3, 1, 1)[0]) & (heat > HEAT)).nonzero(as_tuple=True)
+        places = read_places(output[:, rows, columns].T, rows, columns)
+        places[:, :3] *= 2**k
+        found += zip(heat[rows, columns].tolist(), places.tolist(), strict=True)
+    found = distinct(found, 3)  # a large place without a face must not hide small ones with one
+    heats, places = ([item[i] for item in found] for i in (0, 1))
+    return look_again(locator, levels, levels[0].new_tensor(heats), levels[0].new_tensor(places).view(-1, 4))
+
+
+@torch.inference_mode()
+def look_again(locator, levels, heats, places):
+    """Heats (N,) and places (N, 4) averaged with those seen in upright squares around the places, in AGAIN sizes."""
+    total, moved = heats[:, None], heats[:, None] * places
+    middle = (torch.arange(CANVAS // STRIDE, device=heats.device) + 0.5) * STRIDE - CANVAS / 2
+    for side in AGAIN if len(places) else ():
+        views = sample(levels, places, CANVAS, CANVAS / side).contiguous(memory_format=torch.channels_last)
+        output = torch.cat([locator(part) for part in views.split(BATCH)])
+        near = torch.hypot(middle, middle[:, None] - (CENTRE - 0.5) * side) < side / 5
+        heat, cell = (output[:, 0].sigmoid() * near).flatten(1).max(1)
+        values = output.flatten(2)[torch.arange(len(cell)), :, cell]
+        x, y, seen, roll = read_places(values, cell // len(middle), cell % len(middle)).T
+        centre = to_photo(places, (x - CANVAS / 2) / side, (y - CANVAS / 2) / side)
+        again = torch.stack([*centre.T, places[:, 2] * seen / side, places[:, 3] + roll], 1)
+        total, moved = total + heat[:, None], moved + heat[:, None] * again
+    return total[:, 0] / (1 + len(AGAIN)), moved / total
 
 
 class Scenes(IterableDataset):
-    """Training images: portraits pasted onto clutter made of parts of portraits without a face, and their faces."""
+    """Training images: portraits pasted onto clutter of their own parts, among portraits whose faces are spoilt."""
 
     def __init__(self, pairs, indices, seed):
-        self.rng, self.pairs, self.indices = np.random.default_rng(seed), pairs, indices
-        self.portraits = []  # PIL RGBA 256 x 256, opaque where the mask is not background
-        for index in indices:
-            opaque = Image.fromarray((pairs.masks[index] > 0).astype(np.uint8) * 255)
-            image = Image.fromarray(pairs.images[index])
-            image.putalpha(opaque)
-            self.portraits.append(image.reduce(2))
+        self.rng, self.portraits = np.random.default_rng(seed), []
+        for index in indices:  # PIL RGBA 256 x 256, opaque where the mask is not background; the mask
+            mask = pairs.masks[index]
+            rgba = np.dstack([pairs.images[index], (mask > 0).astype(np.uint8) * 255])
+            self.portraits.append((Image.fromarray(rgba).reduce(2), mask[::2, ::2]))
 
     def chance(self, probability):
         return self.rng.random() < probability
 
     def patch(self, width, height):
-        """A piece of some portrait around its face (hair, cloth, background), stretched to width x height."""
+        """A piece of some portrait around its face (hair, cloth, background), stretched to width x height: RGBA."""
         rng = self.rng
-        portrait = self.portraits[rng.integers(len(self.portraits))].convert("RGB")
-        if self.chance(0.35):  # or one eye, ear, nostril, pattern: too close to be a face
-            side = rng.uniform(10, 50)
-            x, y = rng.uniform(0, 256 - side, 2)
-        else:
-            side = rng.uniform(24, 80)
-            x, y = rng.uniform(0, 256 - side, 2)
-            if 60 - side < x < 190 and 80 - side < y < 210:
-                x = rng.choice([0, 256 - side])
-        across, down = width, height
-        if self.chance(0.3):  # repeated, for fine texture
-            across, down = rng.integers(4, 40, 2).tolist()
-        piece = portrait.resize((across, down), Image.Resampling.BILINEAR, (x, y, x + side, y + side), reducing_gap=2)
+        portrait, _ = self.portraits[rng.integers(len(self.portraits))]
+        detail = self.chance(0.35)  # one eye, ear, nostril, pattern: too close to be a face
+        side = rng.uniform(10, 50) if detail else rng.uniform(24, 80)
+        x, y = rng.uniform(0, 256 - side, 2)
+        if not detail and 60 - side < x < 190 and 80 - side < y < 210:
+            x = rng.choice([0, 256 - side])
+        # Some are repeated, for fine texture.
+        across, down = rng.integers(4, 40, 2).tolist() if self.chance(0.3) else (width, height)
+        box = x, y, x + side, y + side
+        piece = portrait.convert("RGB").resize((across, down), Image.Resampling.BILINEAR, box, reducing_gap=2)
         piece = np.asarray(piece.transpose(Image.Transpose(rng.integers(7))).resize((across, down)))
         repeats = -(-height // down), -(-width // across), 1
-        return Image.fromarray(np.tile(piece, repeats)[:height, :width])
+        return Image.fromarray(np.tile(piece, repeats)[:height, :width]).convert("RGBA")
+
+    def blob(self, width, height):
+        """A patch in the shape of an ellipse or a rectangle, perhaps turned: RGBA."""
+        piece, shape = self.patch(width, height), Image.new("L", (width, height), 0)
+        draw = ImageDraw.Draw(shape)
+        (draw.ellipse if self.chance(0.5) else draw.rectangle)((0, 0, width - 1, height - 1), fill=255)
+        piece.putalpha(shape)
+        return piece.rotate(self.rng.uniform(0, 90), Image.Resampling.BILINEAR) if self.chance(0.5) else piece
+
+    def doodle(self):
+        """A letter, arc, line, ring or dot, turned, as signs, jewellery and buttons are: RGBA."""
+        rng, size = self.rng, int(self.rng.integers(8, 70))
+        image = Image.new("RGBA", (size, size), (*rng.integers(0, 256, 3).tolist(), 0))
+        draw, box = ImageDraw.Draw(image), (1, 1, size - 2, int(rng.integers(4, size - 1)))
+        kind, wide, ink = rng.integers(5), int(rng.integers(1, 7)), (*rng.integers(0, 256, 3).tolist(), 255)
+        if kind == 0:
+            draw.text((1, 0), chr(rng.integers(33, 127)) * int(rng.integers(1, 4)), fill=ink, font_size=size * 0.8)
+        elif kind == 1:
+            draw.arc(box, *rng.uniform(0, 360, 2).tolist(), fill=ink, width=wide)
+        elif kind == 2:
+            draw.line(box, fill=ink, width=wide)
+        else:
+            draw.ellipse(box, fill=ink if kind == 3 else None, outline=ink, width=wide)
+        return image.rotate(rng.uniform(0, 360), Image.Resampling.BILINEAR)
 
     def background(self):
-        """A canvas of one patch, or of several at random places."""
-        rng = self.rng
-        canvas = self.patch(CANVAS, CANVAS)
+        """A canvas of one patch or colour, with blobs and doodles at random places."""
+        rng, canvas = self.rng, self.patch(CANVAS, CANVAS)
         if self.chance(0.3):
             canvas.paste(tuple(rng.integers(0, 256, 3).tolist()), (0, 0, CANVAS, CANVAS))
-        for _ in range(rng.integers(0, 14)):
-            width, height = np.exp(rng.uniform(np.log(8), np.log(CANVAS), 2)).astype(int).tolist()
-            piece = self.patch(width, height)
-            shape = Image.new("L", piece.size, 0)
-            draw = ImageDraw.Draw(shape)
-            (draw.ellipse if self.chance(0.5) else draw.rectangle)((0, 0, width - 1, height - 1), fill=255)
-            if self.chance(0.5):
-                piece, shape = (part.rotate(rng.uniform(0, 90), Image.Resampling.BILINEAR) for part in (piece, shape))
-            canvas.paste(piece, tuple(rng.integers(-20, CANVAS - 5, 2).tolist()), shape)
-        for _ in range(rng.integers(0, 6)):
-            canvas = self.doodle(canvas)
+        sizes = np.exp(rng.uniform(math.log(8), math.log(CANVAS), (rng.integers(0, 14), 2))).astype(int).tolist()
+        pieces = [self.blob(*size) for size in sizes] + [self.doodle() for _ in range(rng.integers(0, 6))]
+        for piece in pieces:
+            canvas.paste(piece, tuple(rng.integers(-20, CANVAS - 5, 2).tolist()), piece)
         return canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0, 3))) if self.chance(0.4) else canvas
 
-    def doodle(self, canvas):
-        """Draw a letter, arc, ring, line or dot, turned, as signs, jewellery and buttons are."""
-        rng = self.rng
-        size = int(rng.integers(8, 70))
-        shape = Image.new("L", (size, size))
-        draw, box, wide = (
-            ImageDraw.Draw(shape),
-            (1, 1, size - 2, int(rng.integers(4, size - 1))),
-            int(rng.integers(1, 7)),
-        )
-        kind = rng.integers(5)
-        if kind == 0:
-            draw.text((1, 0), chr(rng.integers(33, 127)) * int(rng.integers(1, 4)), fill=255, font_size=size * 0.8)
-        elif kind == 1:
-            draw.arc(box, *rng.uniform(0, 360, 2).tolist(), fill=255, width=wide)
-        elif kind == 2:
-            draw.line(box, fill=255, width=wide)
+    def spoil(self, portrait, mask):
+        """A portrait RGBA without a face: its parts in disorder, hidden, or in a foreign skin like an animal's."""
+        rng, kind = self.rng, self.rng.random()
+        if kind < 0.3:
+            side = int(rng.integers(30, 44))
+            places = [(64 + side * i, 80 + side * j) for i in range(128 // side) for j in range(128 // side)]
+            tiles = [portrait.crop((x, y, x + side, y + side)) for x, y in places]
+            spoilt = portrait.copy()
+            for place, tile in zip(rng.permutation(places).tolist(), tiles, strict=True):
+                spoilt.paste(tile, place)
+            return spoilt
+        names = [("l_eye", "r_eye", "eye_g"), ("nose",), ("mouth", "u_lip", "l_lip"), ("l_brow", "r_brow")]
+        chosen = [NAMES.index(name) for group in names for name in group if self.chance(0.6)]
+        if kind < 0.6:
+            chosen += [NAMES.index(name) for name in names[0]]
+            inside, outside = portrait.filter(ImageFilter.GaussianBlur(rng.uniform(8, 20))), portrait
         else:
-            draw.ellipse(box, fill=255 if kind == 3 else None, outline=255, width=wide)
-        shape = shape.rotate(rng.uniform(0, 360), Image.Resampling.BILINEAR)
-        canvas.paste(tuple(rng.integers(0, 256, 3).tolist()), tuple(rng.integers(0, CANVAS - 8, 2).tolist()), shape)
-        return canvas
+            inside, outside = portrait, self.patch(256, 256)
+        shape = Image.fromarray(np.isin(mask, chosen).astype(np.uint8) * 255)
+        shape = shape.filter(ImageFilter.MaxFilter(9)).filter(ImageFilter.GaussianBlur(3))
+        spoilt = Image.composite(inside, outside, shape)
+        spoilt.putalpha(portrait.getchannel("A"))
+        return spoilt
 
-    def paste(self, canvas, faces):
-        """Paste a portrait and append its (x, y, side, roll in radians) to `faces`, if there is a place for it."""
+    def turn(self, portrait):
+        """The portrait as if the head were turned to a side: one half of the face narrower, the other wider."""
+        by, eye = self.rng.uniform(-0.7, 0.7), 0.26  # of half the side
+        knots = [-1, -eye * (1 + by), 0, eye * (1 - by), 1]
+        places = np.interp(np.linspace(-1, 1, 256), knots, [-1, -eye, 0, eye, 1])
+        return Image.fromarray(np.asarray(portrait)[:, ((places + 1) * 127.5).round().astype(int)])
+
+    def paste(self, canvas, taken, spoilt=False):
+        """Paste a portrait and append its (x, y, side, roll in radians, spoilt) to `taken`, if there is a place."""
         rng = self.rng
-        portrait = self.portraits[rng.integers(len(self.portraits))]
-        side = round(np.exp(rng.uniform(*np.log(SIDES))))
-        roll = rng.normal(0, 0.25) if self.chance(0.5) else rng.uniform(-np.pi, np.pi)
-        x, y = rng.uniform(0, CANVAS, 2)
-        if any(math.hypot(x - a, y - b) < 0.35 * (side + other) for a, b, other, _ in faces):
+        side, (x, y) = round(np.exp(rng.uniform(*np.log(SIDES)))), rng.uniform(0, CANVAS, 2)
+        if any(math.hypot(x - a, y - b) < 0.33 * (side + other) for a, b, other, *_ in taken):
             return
-        stretch = np.exp(rng.normal(0, 0.08)) * rng.choice([1, 1, rng.uniform(0.6, 1)])  # as if turned
-        image = portrait.resize((max(8, round(side * stretch)), side), Image.Resampling.BILINEAR, reducing_gap=3)
+        roll = rng.normal(0, 0.25) if self.chance(0.5) else rng.uniform(-np.pi, np.pi)
+        image, mask = self.portraits[rng.integers(len(self.portraits))]
+        if spoilt:
+            image = self.spoil(image, mask)
+        elif self.chance(0.3):
+            image = self.turn(image)
+        if self.chance(0.25):  # a hand, cap, microphone or mask before the face
+            piece = self.blob(*rng.integers(25, 120, 2).tolist())
+            image = image.copy()
+            image.paste(piece, tuple(rng.integers(20, 200, 2).tolist()), piece)
+        stretch = np.exp(rng.normal(0, 0.08)) * rng.choice([1, 1, rng.uniform(0.6, 1)])
+        image = image.resize((max(8, round(side * stretch)), side), Image.Resampling.BILINEAR, reducing_gap=3)
         if self.chance(0.5):
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         kind = rng.random()
         if kind < 0.3:  # with its own background; the border fades, so that squares are no sign of a face
-            fade = Image.new("L", image.size, 0)
-            margin = round(side * rng.uniform(0, 0.1))
+            fade, margin = Image.new("L", image.size, 0), round(side * rng.uniform(0, 0.1))
             fade.paste(255, (margin, margin, image.width - margin, image.height - margin))
             image.putalpha(fade.filter(ImageFilter.GaussianBlur(margin / 2)))
-        elif kind < 0.5:  # the body goes on
-            body = self.patch(image.width, side)
-            image = _extend(image, body)
-        size = image.size
+        elif kind < 0.5:
+            image = self.extend(image)
+        below = CENTRE * side - image.height / 2  # from the middle of the image to the face's centre
         image = image.rotate(-math.degrees(roll), Image.Resampling.BILINEAR, expand=True)
-        # From the face's centre to that of the pasted image.
-        below = (CENTRE * side) - size[1] / 2
         left, top = x + below * math.sin(roll) - image.width / 2, y - below * math.cos(roll) - image.height / 2
         canvas.paste(image, (round(left), round(top)), image)
-        faces.append((x, y, side, roll))
+        taken.append((x, y, side, roll, spoilt))
+
+    def extend(self, image):
+        """The portrait with a body, half its height, below its neck."""
+        width, height = image.size
+        whole, shape = Image.new("RGBA", (width, height * 3 // 2)), Image.new("L", image.size, 0)
+        ImageDraw.Draw(shape).ellipse((0, 0, width, height * 2), fill=255)
+        whole.paste(self.patch(width, height), (0, round(height * 0.92)), shape)
+        whole.alpha_composite(image)
+        return whole
 
     def scene(self):
         """(uint8 (CANVAS, CANVAS, 3), [(x, y, side, roll), ...])."""
-        rng, faces = self.rng, []
-        canvas = self.background()
-        for _ in range(rng.integers(0, 7)):
-            self.paste(canvas, faces)
-        for _ in range(rng.integers(0, 3)):  # hands, glasses, microphones before the faces
-            width, height = rng.integers(4, 30, 2).tolist()
-            canvas.paste(self.patch(width, height), tuple(rng.integers(0, CANVAS, 2).tolist()))
-        if self.chance(0.3):  # low resolution
-            small = round(CANVAS / rng.uniform(1, 2.5))
-            canvas = canvas.resize((small, small), Image.Resampling.BOX).resize(canvas.size, Image.Resampling.BICUBIC)
-        if self.chance(0.2):
-            canvas = canvas.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.5)))
-        if self.chance(0.3):
-            file = io.BytesIO()
-            canvas.save(file, format="JPEG", quality=int(rng.integers(15, 70)))
-            canvas = Image.open(file)
-        return self.colour(canvas), faces
-
-    def colour(self, image):
-        """Change saturation, contrast, gamma and tint of a PIL image, and add noise: uint8 (CANVAS, CANVAS, 3)."""
-        rng = self.rng
-        saturation = 0 if self.chance(0.12) else rng.uniform(0.3, 1.5)
-        image = ImageEnhance.Color(image).enhance(saturation)
-        gamma, contrast = np.exp(rng.uniform(-0.6, 0.6)), rng.uniform(0.5, 1.3)
-        mean = ImageStat.Stat(image.convert("L")).mean[0] / 255
-        light = rng.uniform(0.5, 1.3) * rng.uniform(0.88, 1.12, (3, 1))
-        curve = ((np.arange(256) / 255) ** gamma - mean**gamma) * contrast + mean**gamma
-        image = image.point((curve * light * 255).clip(0, 255).round().astype(int).ravel().tolist())
-        if not self.chance(0.3):
-            return np.asarray(image)
-        noise = rng.standard_normal((CANVAS, CANVAS, 3), np.float32) * rng.uniform(2, 20)
-        return (np.asarray(image) + noise).clip(0, 255).astype(np.uint8)
+        canvas, taken = self.background(), []
+        for _ in range(self.rng.integers(0, 8)):
+            self.paste(canvas, taken, self.chance(0.3))
+        return np.array(canvas.convert("RGB")), [place for *place, spoilt in taken if not spoilt]
 
     def batch(self, count):
         """Images (B, 3, CANVAS, CANVAS) 0..1; targets (B, 6, cells, cells) as Locator gives them, heat 0..1."""
         scenes = [self.scene() for _ in range(count)]
         images = torch.from_numpy(np.stack([pixels for pixels, _ in scenes])).permute(0, 3, 1, 2).float() / 255
+        params = draw(count, QUALITY, [int(self.rng.integers(2**31))])
+        params["reduce"] = params["reduce"].clamp(min=0.4)  # what is smaller shows no face
+        images = degrade(colour(images, params), params)
         cells = CANVAS // STRIDE
         targets = np.zeros((count, 6, cells, cells), np.float32)
         middle = np.arange(cells) + 0.5
@@ -283,24 +361,12 @@ class Scenes(IterableDataset):
                 heat[min(int(y), cells - 1), min(int(x), cells - 1)] = 1
                 nearer = heat > target[0]
                 fixed = (np.full_like(dx, value) for value in (math.log(side / UNIT), math.cos(roll), math.sin(roll)))
-                values = heat, dx, dy, *fixed
-                target[:, nearer] = np.stack(values)[:, nearer]
+                target[:, nearer] = np.stack([heat, dx, dy, *fixed])[:, nearer]
         return images, torch.from_numpy(targets)
 
     def __iter__(self):
         while True:
             yield self.batch(BATCH)
-
-
-def _extend(image, body):
-    """The portrait RGBA with half its height of `body` below its neck."""
-    width, height = image.size
-    whole = Image.new("RGBA", (width, height * 3 // 2))
-    shape = Image.new("L", body.size, 0)
-    ImageDraw.Draw(shape).ellipse((0, 0, width, height * 2), fill=255)
-    whole.paste(body, (0, round(height * 0.92)), shape.crop((0, 0, *body.size)))
-    whole.alpha_composite(image)
-    return whole
 
 
 def locator_loss(output, target):
@@ -316,7 +382,7 @@ def locator_loss(output, target):
 
 
 def train(locator, scenes, steps):
-    """Train a Locator for `steps` batches: AdamW, one-cycle cosine, bfloat16."""
+    """Train a Locator for `steps` batches: AdamW, one-cycle cosine."""
     locator.to(memory_format=torch.channels_last).train()
     optimiser = torch.optim.AdamW(locator.parameters(), LEARNING_RATE, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=steps, pct_start=0.1)
@@ -324,9 +390,7 @@ def train(locator, scenes, steps):
     batches = iter(DataLoader(scenes, batch_size=None, num_workers=1))
     for step in range(steps):
         images, targets = next(batches)
-        with torch.autocast("cpu", torch.bfloat16):
-            output = locator(images.contiguous(memory_format=torch.channels_last))
-        loss = locator_loss(output.float(), targets)
+        loss = locator_loss(locator(images.contiguous(memory_format=torch.channels_last)), targets)
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(locator.parameters(), 10)
@@ -349,7 +413,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
     args = parser.parse_args()
-    checkpoint.select_device("cpu", args.threads)
+    select_device("cpu", args.threads)
     torch.manual_seed(args.seed)
     pairs = load_pairs(find_data(args.data), args.cache)
     locator = load_locator(path=args.start) if args.start else Locator()

@@ -5,12 +5,12 @@ python predict.py --input group.jpg --output masks --json --cutout hair,hat
 The network was trained on portraits cropped as in CelebA-HQ (arXiv 1710.10196): square, the eyes level and at fixed
 places. A small second network (locate.py) proposes where in the photo such portraits are, at any size and roll. Each
 proposal is parsed, and the eyes, brows, nose and lips found there are matched with their usual layout by scale, shift
-and rotation: the agreement is the score, and the match gives the exact portrait. A face is parsed once more there, and
-around it until its hair and clothes end.
+and rotation, which gives the exact portrait. The mean of this agreement and of the second network's certainty is the
+score of a face. It is parsed once more there, and around it until its hair and clothes end.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from common import UserError
@@ -18,10 +18,10 @@ from common import UserError
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from labels import COLOURS, NAMES
-from locate import find_candidates
+from locate import distinct, find_candidates, pyramid, sample, to_photo
 from model import upsample
 from views import ONE_VIEW, label_map, log_probabilities, to_input
 
@@ -40,11 +40,12 @@ PARTS = tuple(NAMES.index(name) for name in LAYOUT)
 FACE_LABELS = list(range(1, 13))  # skin to lower lip
 PLACE_TOLERANCE = 0.06  # of a part's centre, as a fraction of the side
 SIZE_TOLERANCE = 0.7  # of the logarithm of a part's size
-FACE_SCORE = 0.5  # minimum score of a face
-WIDER = 1.4  # factor of the second look: in chance patterns the network sees a face only if they fill its input
+FACE_SCORE = 0.4  # minimum score of a face
+FAR = 0.2, 0.5, 30  # shift in sides, logarithm of the scale and degrees of a match that is far from what was proposed
+TILTED = 60  # degrees of roll up to which a place without a face is parsed level too
+CANDIDATE = 0.33  # minimum heat of a place that is parsed
 LEVEL = 10  # degrees of roll up to which a portrait is parsed as it is: the network was trained on turned ones
 LIKENESS = 0.3  # minimum IoU of face and usual face to parse a photo as a portrait; at least 0.37 in the data set
-MIN_SIDE = 44  # pixels of the smallest portrait: a face of about 32
 SEARCH_SIDE = 384  # network input for candidates: fewer faces are confirmed at 256 than at 384 or 512
 BATCH = 4
 PORTRAIT_OVERLAP = 0.55  # minimum IoU of a photo and the portrait found in it to parse the photo as that portrait
@@ -52,8 +53,8 @@ MAX_PIXELS = 1 << 22  # parsed at once: larger windows are reduced, which bounds
 SMALL_INPUT = 384  # network input for windows of at most so many pixels; larger ones get up to the models' own
 FEATHER = 0.1  # width of the transition from a parse to its surroundings, as a fraction of its side
 GROWTH = 1.5, 1.5  # from a portrait to the window around it, and to the next; in larger ones the network errs
-BUST = 0.42, 0.08  # half width and centre, in the largest window, of the ellipse that ends what reaches beyond it
-FAR = np.float32(99)  # beyond all distances
+BUST = 0.46, 0.08  # half width and centre, in the largest window, of the shape that ends what reaches beyond it
+BEYOND = np.float32(99)  # all distances
 REACH = 0.02  # minimum fraction of a window's border that must be labelled to parse a larger one
 
 GROUPS = {"head": tuple(name for name in NAMES if name not in ("background", "neck_l", "neck", "cloth"))}
@@ -74,15 +75,9 @@ class Window(NamedTuple):
         u, v = (u - 0.5) * self.width, (v - 0.5) * self.height
         return self.left + self.width / 2 + cos * u - sin * v, self.top + self.height / 2 + sin * u + cos * v
 
-    def scaled(self, factor):
-        """The window around the same centre with sides `factor` times as long."""
-        width, height = round(self.width * factor), round(self.height * factor)
-        left, top = self.left - (width - self.width) // 2, self.top - (height - self.height) // 2
-        return Window(left, top, width, height, self.angle)
-
 
 def square(x, y, side, angle):
-    """The Window around x, y with a side of `side` rounded to a multiple of 8, level if it nearly is."""
+    """The Window around x, y, level if it nearly is, its side a multiple of 8: those around it are concentric."""
     side = max(8, round(side / 8) * 8)
     angle = (angle + 180) % 360 - 180
     return Window(round(x - side / 2), round(y - side / 2), side, side, 0.0 if abs(angle) < LEVEL / 2 else angle)
@@ -95,15 +90,11 @@ def measure(log_p):
     likely label, and their mean probability; all 0 if there are none.
     """
     top, labels = log_p.max(1)
-    wanted = torch.tensor(PARTS, device=log_p.device)
-    found = (labels[:, None] == wanted[:, None, None]).float()  # (B, 8, h, w)
-    height, width = labels.shape[1:]
-    count = found.sum((2, 3))
-    divisor = count.clamp_min(1)
-    x = (found.sum(2) * (torch.arange(width, device=log_p.device) + 0.5)).sum(2) / divisor / width
-    y = (found.sum(3) * (torch.arange(height, device=log_p.device) + 0.5)).sum(2) / divisor / height
-    certainty = (found * top.exp()[:, None]).sum((2, 3)) / divisor
-    return torch.stack([x, y, (count / (height * width)).sqrt(), certainty], 2)
+    found = (labels[:, None] == torch.tensor(PARTS, device=log_p.device)[:, None, None]).float()  # (B, 8, h, w)
+    y, x = ((torch.arange(n, device=log_p.device) + 0.5) / n for n in labels.shape[1:])
+    count, divisor = found.sum((2, 3)), found.sum((2, 3)).clamp_min(1)
+    means = [(found * values).sum((2, 3)) / divisor for values in (x, y[:, None], top.exp()[:, None])]
+    return torch.stack([*means[:2], (count / labels.shape[1:].numel()).sqrt(), means[2]], 2)
 
 
 def match_layout(parts):
@@ -153,54 +144,42 @@ def crop(pixels, window):
     return pixels[np.ix_(rows, columns)]
 
 
-def look(models, pixels, places, size, device):
-    """Parse the squares at places [(x, y, side, angle), ...]: [(score, (x, y, side, angle) of the match), ...]."""
-    found, reduced = [], {1: pixels}
-    for start in range(0, len(places), BATCH):
-        crops = []
-        for x, y, side, angle in places[start : start + BATCH]:
-            factor = 1 << max(0, int(math.log2(side / size)))
-            if factor not in reduced:
-                reduced[factor] = np.asarray(Image.fromarray(pixels).reduce(factor))
-            window = square(x / factor, y / factor, side / factor, angle)
-            view = Image.fromarray(np.ascontiguousarray(crop(reduced[factor], window)))
-            # Area average down, bilinear up, like all other input of the network.
-            kind = Image.Resampling.BOX if window.width > size else Image.Resampling.BILINEAR
-            crops.append((np.asarray(view.resize((size, size), kind)), window, factor))
-        images = to_input(np.stack([view for view, *_ in crops]), device)
-        scores, portraits = match_layout(measure(log_probabilities(models, images, size, ONE_VIEW)))
-        rows = zip(crops, scores.tolist(), portraits.tolist(), strict=True)
-        for (_, window, factor), score, (x, y, scale, roll) in rows:
-            x, y = window.photo_points(x, y)
-            side = scale * window.width
-            found.append((score, (factor * x, factor * y, factor * side, window.angle + roll)))
-    return found
+def look(models, levels, places, size):
+    """Parse the squares at places (N, 4) of a `pyramid`: the scores (N,) and the places (N, 4) of their matches.
+
+    The score is lower for a match far from the square, which is one of chance or of a neighbour.
+    """
+    found = [places.new_empty(0, 5)]
+    for part in places.split(BATCH):
+        images = (sample(levels, part, size) * 255).round().byte()
+        scores, matches = match_layout(measure(log_probabilities(models, images, size, ONE_VIEW)))
+        x, y, scale, roll = matches.to(part.device).T
+        far = torch.stack([torch.hypot(x - 0.5, y - 0.5) / FAR[0], scale.log() / FAR[1], roll / FAR[2]])
+        scores = scores.to(part.device) * torch.exp(-far.square().sum(0) / 2)
+        place = [to_photo(part, x - 0.5, y - 0.5), (part[:, 2] * scale)[:, None], (part[:, 3] + roll)[:, None]]
+        found.append(torch.cat([scores[:, None], *place], 1))
+    found = torch.cat(found)
+    return found[:, 0], found[:, 1:]
 
 
-def distinct(found):
-    """Of [(score, (x, y, side, ...)), ...] the best first, without those whose centre lies in the face of a better."""
-    kept = []
-    for score, place in sorted(found, key=lambda item: -item[0]):
-        # A face is the inner half of a portrait.
-        if all(math.dist(place[:2], other[:2]) > max(place[2], other[2]) / 4 for _, other in kept):
-            kept.append((score, place))
-    return kept
-
-
-def find_faces(models, locator, pixels, size, device):
+def find_faces(parser, pixels):
     """The faces in uint8 pixels (H, W, 3): [(score, Window), ...], the best first.
 
     A window is where a portrait like those of the training would be cropped. The score is the mean of the locator's
-    and of the matches of two parses, the second of a larger square. `size` is the side of the network's input.
+    heat and of the parse's match.
     """
-    candidates = distinct([(heat, tuple(place)) for heat, *place in find_candidates(locator, pixels, device).tolist()])
-    looks = look(models, pixels, [place for _, place in candidates], size, device)
-    likely = [(heat, *first) for (heat, _), first in zip(candidates, looks, strict=True)]
-    likely = [item for item in likely if item[0] + item[1] >= FACE_SCORE and item[2][2] >= MIN_SIDE]
-    wide = [(x, y, WIDER * side, angle) for _, _, (x, y, side, angle) in likely]
-    looks = look(models, pixels, wide, round(size * WIDER / 32) * 32, device)  # the face as large as before
-    found = [((heat + one + two) / 3, place) for (heat, one, _), (two, place) in zip(likely, looks, strict=True)]
-    return [(score, square(*place)) for score, place in distinct(found) if score >= FACE_SCORE and place[2] >= MIN_SIDE]
+    levels, scale = pyramid(pixels, parser.device)
+    heats, places = find_candidates(parser.locator, levels)
+    chosen, found = heats > CANDIDATE, []
+    for _ in range(2):
+        heats, places = heats[chosen], places[chosen]
+        scores, matches = look(parser.models, levels, places, min(parser.size, SEARCH_SIDE))
+        scores, matches = (scores + heats) / 2, matches * matches.new_tensor([scale, scale, scale, 1])
+        found += zip(scores.tolist(), matches.tolist(), strict=True)
+        # The locator errs about the roll of heads that are turned to a side; most are level.
+        chosen = (scores < FACE_SCORE) & (places[:, 3].abs() < TILTED)
+        places = places * places.new_tensor([1, 1, 1, 0])
+    return [(score, square(*place)) for score, place in distinct(found) if score >= FACE_SCORE]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +187,7 @@ class Face:
     """A face of a photo: its label map (h, w) uint8 inside `box` (left, top, w, h), 0 where the photo is not its own.
 
     `window` (left, top, width, height) turned clockwise around its centre by `angle` degrees is the portrait that was
-    parsed, with its surroundings. `score` 0..1 is the agreement with a face's usual layout, None if not computed.
+    parsed, with its surroundings. `score` 0..1 is that of `find_faces`, None if not computed.
     """
 
     mask: np.ndarray
@@ -227,91 +206,77 @@ class Parsed:
     faces: list  # of Face, left to right
     missed: bool = False  # no face was found
     alpha: np.ndarray | None = None  # uint8 (H, W): 255 times the probability of the labels asked for
-    searched: bool = True  # False with `box` or `whole`
 
 
-def parse_photos(models, photos, size, views, device, whole=False, box=None, locator=None, cutout=None):
-    """Parse photos of one size, a list of uint8 pixels (H, W, 3), in one batch: [Parsed, ...].
+def parse_photos(parser, photos, whole=False, box=None, cutout=None):
+    """Parse photos of one size, a list of uint8 pixels (H, W, 3), with a predict.FaceParser: [Parsed, ...].
 
     A photo that is one portrait, like those of the training, or any photo with `whole`, is parsed as one portrait;
-    otherwise each face found with `locator` is parsed. Without a face, a photo that has skin and hair as a portrait
-    does is parsed as one, any other becomes background. `box` (left, top, width, height) is parsed as the only portrait
-    instead; UserError if it lies outside the photos. `size` is the side the models were trained on. `cutout`: labels
-    (ids) whose probability becomes `alpha`.
+    otherwise each face found is parsed. Without a face, a photo that has skin where a portrait does is parsed as one,
+    any other becomes background. `box` (left, top, width, height) is parsed as the only portrait instead; UserError if
+    it does not touch the photos. `cutout`: labels (ids) whose probability becomes `alpha`.
     """
     if not photos:
         return []
     height, width = photos[0].shape[:2]
-    everything = Window(0, 0, width, height)
-    if box and (not overlap(box, everything) or max(box[2:]) > 2 * max(height, width)):
-        raise UserError(f"the box {box} lies outside the image of {width} x {height} pixels, or is far larger")
-    window, parsed = Window(*box) if box else everything, []
-    batch = parse_window(models, photos, window, size, views, device).split(1)
-    for pixels, log_p in zip(photos, batch, strict=True):
-        portraits, missed = [(None, window, window, log_p)], False
-        if not (box or whole):
-            portraits, missed = _search(pixels, log_p, models, size, views, device, locator)
-        parsed.append(paste(height, width, portraits, cutout))
-        parsed[-1].missed, parsed[-1].searched = missed, not (box or whole)
-    return parsed
+    window = Window(*(box or (0, 0, width, height)))
+    if not overlap(window, (0, 0, width, height)) or max(window[2:4]) > 2 * max(height, width):
+        size = f"{width} x {height} pixels"
+        raise UserError(f"box {tuple(box)}: give one inside the image of {size}, or at most twice as large around it")
+    if box or whole:
+        batch = parse_window(parser, photos, window, parser.size).split(1)
+        return [paste(height, width, [(None, window, window, log_p)], cutout) for log_p in batch]
+    parsed = [paste(height, width, search(parser, pixels, window), cutout) for pixels in photos]
+    return [replace(one, missed=one.faces[0].score is None) for one in parsed]
 
 
-def _search(pixels, log_p, models, size, views, device, locator):
-    """(portraits as `paste` takes them, True if no face was found); `log_p` is the photo's parse as one portrait."""
-    height, width = pixels.shape[:2]
-    everything = Window(0, 0, width, height)
-    # Convert fractions of the sides to pixels; a portrait is square in pixels.
-    units = torch.tensor([width, height, math.sqrt(width * height), 1], device=log_p.device)
-    scores, places = match_layout(measure(log_p) * units)
-
-    def fills(window):
-        return overlap(window, everything) >= PORTRAIT_OVERLAP and abs(window.angle) <= LEVEL
-
-    score, clear = scores.item(), fills(square(*places[0].tolist())) and scores.item() >= FACE_SCORE
-    faces = [] if clear else find_faces(models, locator, pixels, min(size, SEARCH_SIDE), device)
-    # The search may confirm a portrait in which the face is hard to see.
-    if clear or (faces and fills(faces[0][1])):
-        return [(score, everything, everything, log_p)], False
-    if not faces:
-        likely = resembles_portrait(log_p)
-        return [(None, everything, everything, log_p if likely else None)], True
-
-    def portraits():
-        for score, window in sorted(faces, key=lambda face: face[1].left):
-            yield score, window, *parse_face(models, pixels, window, size, views, device)
-
-    return portraits(), False
+def search(parser, pixels, everything):
+    """The portraits in a photo and what they show, as `paste` takes them; `everything` is the photo as a Window."""
+    faces = find_faces(parser, pixels)
+    filling = [f for f in faces if overlap(f[1], everything) >= PORTRAIT_OVERLAP and abs(f[1].angle) <= LEVEL]
+    if faces and not filling:
+        faces.sort(key=lambda face: face[1].left)
+        return ((score, window, *parse_face(parser, pixels, window)) for score, window in faces)
+    log_p = parse_window(parser, [pixels], everything, parser.size)
+    known = filling or resembles_portrait(log_p)
+    return [(filling[0][0] if filling else None, everything, everything, log_p if known else None)]
 
 
-def parse_face(models, pixels, window, size, views, device):
+def parse_face(parser, pixels, window):
     """Parse a portrait and its surroundings until nothing of the person reaches beyond them, or the photo ends.
 
     Returns the Window parsed and its log-probabilities (1, 19, h, w).
     """
-    log_p, more = parse_window(models, [pixels], window, _input_side(window, size), views, device), True
-    side = window.width
+
+    def parse(window):
+        side = min(parser.size, max(SMALL_INPUT, math.ceil(window.width / 32) * 32))
+        return parse_window(parser, [pixels], window, side)
+
+    log_p, side = parse(window), window.width
     for growth in GROWTH:
-        window = window.scaled(growth)
-        around = parse_window(models, [pixels], window, _input_side(window, size), views, device)
+        more = round(window.width * growth) - window.width
+        window = Window(window.left - more // 2, window.top - more // 2, *[window.width + more] * 2, window.angle)
+        around = parse(window)
         log_p = surround(log_p, around, growth)
-        more = continues(around, window, *pixels.shape[:2])
-        if not more:
+        rounded = continues(around, window, *pixels.shape[:2])
+        if not rounded:
             break
-    return window, confine(log_p, more, side / window.width)
+    return window, confine(log_p, rounded, side / window.width)
 
 
 def confine(log_p, rounded, portrait):
     """Make background certain in log-probabilities (1, 19, n, n) where labels are not connected to those at the centre.
 
-    If `rounded`, also outside the ellipse BUST, which touches the lower edge: what continues ends in a curve. Parts of
-    a face lie inside the portrait, whose side is this fraction of n.
+    If `rounded`, also outside the superellipse BUST, which touches the lower edge: what continues ends in a curve, a
+    little pointed, since an ellipse of few pixels has a straight end. Parts of a face lie inside the portrait, whose
+    side is this fraction of n.
     """
     along = (torch.arange(log_p.shape[-1], device=log_p.device) + 0.5) / log_p.shape[-1] - 0.5
     log_p[:, FACE_LABELS[1:]] -= 50 * (torch.hypot(along, along[:, None]) > portrait / 2).to(log_p.dtype)
     labels = log_p.argmax(1, keepdim=True)
     allowed = labels > 0
     if rounded:
-        allowed &= torch.hypot(along / BUST[0], (along[:, None] - BUST[1]) / (0.5 - BUST[1])) < 1
+        allowed &= (along / BUST[0]).abs() ** 1.5 + ((along[:, None] - BUST[1]) / (0.5 - BUST[1])).abs() ** 1.5 < 1
     # Grow from the centre in steps of 4 cells.
     coarse = F.max_pool2d(allowed.float(), 4, ceil_mode=True)
     middle = F.max_pool2d((torch.hypot(along, along[:, None]) < 0.1).float()[None, None], 4, ceil_mode=True)
@@ -323,10 +288,6 @@ def confine(log_p, rounded, portrait):
     kept = F.interpolate(reached, scale_factor=4)[..., : len(along), : len(along)] * allowed
     log_p[:, 0] += 50 * (1 - kept[:, 0])
     return log_p
-
-
-def _input_side(window, size):
-    return min(size, max(SMALL_INPUT, math.ceil(window.width / 32) * 32))
 
 
 def continues(log_p, window, height, width):
@@ -360,31 +321,14 @@ def reduction(height, width):
     return max(1, math.ceil(math.sqrt(height * width / MAX_PIXELS)))
 
 
-def parse_window(models, photos, window, size, views, device):
-    """Log-probabilities (B, 19, h, w), on the logit grid, of a Window of B photos."""
+def parse_window(parser, photos, window, size):
+    """Log-probabilities (B, 19, h, w), on the logit grid, of a Window of B photos; `size` is the input's side."""
     factor = reduction(window.height, window.width)
     if factor > 1:
         photos = [np.asarray(Image.fromarray(pixels).reduce(factor)) for pixels in photos]
         window = Window(*(-(-value // factor) for value in window[:4]), window.angle)
     images = np.stack([crop(pixels, window) for pixels in photos])
-    return log_probabilities(models, to_input(images, device), size, views)
-
-
-def labels_at(log_p, height, width):
-    """Labels (height, width) uint8 of log-probabilities (1, 19, h, w)."""
-    return _enlarged(lambda h, w: label_map(log_p, h, w)[0], height, width)
-
-
-def opacity_at(log_p, labels, height, width):
-    """Probability of `labels` as uint8 (height, width), made steeper: 255 from 0.75 on, 0 up to 0.25."""
-    p = (2 * log_p[:, labels].exp().sum(1, keepdim=True) - 0.5) * 255
-    return _enlarged(lambda h, w: upsample(p, (h, w))[0, 0].clamp(0, 255).round().byte(), height, width)
-
-
-def _enlarged(compute, height, width):
-    factor = reduction(height, width)
-    values = compute(-(-height // factor), -(-width // factor)).cpu().numpy()
-    return values.repeat(factor, 0).repeat(factor, 1)[:height, :width] if factor > 1 else values
+    return log_probabilities(parser.models, to_input(images, parser.device), size, parser.views)
 
 
 def surround(inner, outer, growth):
@@ -421,37 +365,33 @@ def paste(height, width, portraits, cutout=None):
             continue
         rows, columns, distance = _inside(around, place)
         inside = (rows >= 0) & (rows < around.height) & (columns >= 0) & (columns < around.width)
-        rows, columns = rows.clip(0, around.height - 1), columns.clip(0, around.width - 1)
-        labels = labels_at(log_p, around.height, around.width)[rows, columns]
-        distance = distance * np.float32(around.width / window.width) + FAR * (labels == 0)
+        factor = reduction(around.height, around.width)
+        grid = -(-around.height // factor), -(-around.width // factor)
+        cells = rows.clip(0, around.height - 1) // factor, columns.clip(0, around.width - 1) // factor
+        labels = label_map(log_p, *grid)[0].cpu().numpy()[cells]
+        distance = distance * np.float32(around.width / window.width) + BEYOND * (labels == 0)
         nearer = inside & (distance < nearest[place])
         nearest[place][nearer] = distance[nearer]
         owner[place][nearer] = index
         mask[place][nearer] = labels[nearer]
         if cutout:
-            alpha[place][nearer] = opacity_at(log_p, cutout, around.height, around.width)[rows, columns][nearer]
+            # Steeper than the probability: 255 from 0.75 on, 0 up to 0.25.
+            p = (2 * log_p[:, cutout].exp().sum(1, keepdim=True) - 0.5) * 255
+            opacity = upsample(p, grid)[0, 0].clamp(0, 255).round().byte().cpu().numpy()
+            alpha[place][nearer] = opacity[cells][nearer]
     faces = []
     for index, (score, window, place) in enumerate(found):
         own = np.where(owner[place] == index, mask[place], 0)
-        y, x = (np.flatnonzero(own.any(axis)) for axis in (1, 0))
-        y, x = (slice(v[0], v[-1] + 1) if len(v) else slice(0, 0) for v in (y, x))
-        own = own[y, x]
-        box = place[1].start + x.start, place[0].start + y.start, own.shape[1], own.shape[0]
-        score = None if score is None else round(score, 3)
-        box = tuple(map(int, box))
-        faces.append(Face(mask=own, box=box, window=window[:4], angle=round(window.angle, 1), score=score))
+        x0, y0, x1, y1 = own.any() and Image.fromarray(own).getbbox() or (0, 0, 0, 0)
+        box = int(place[1].start) + x0, int(place[0].start) + y0, x1 - x0, y1 - y0
+        score = score and round(score, 3)
+        face = {"mask": own[y0:y1, x0:x1], "box": box, "window": window[:4], "angle": round(window.angle, 1)}
+        faces.append(Face(**face, score=score))
     if cutout and found:  # a soft edge, but nothing far from the labels
         reach = max(2, max(window.width for _, window, _ in found) // 100)
-        alpha[~_dilate(np.isin(mask, cutout), reach)] = 0
+        near = Image.fromarray(np.isin(mask, cutout)).convert("L").filter(ImageFilter.BoxBlur(reach))
+        alpha[np.asarray(near) == 0] = 0
     return Parsed(mask=mask, owner=owner, faces=faces, alpha=alpha)
-
-
-def _dilate(selected, reach):
-    """bool (H, W): pixels at most `reach` rows and columns from one that is selected."""
-    x = torch.from_numpy(selected)[None].float()
-    for kernel in ((2 * reach + 1, 1), (1, 2 * reach + 1)):
-        x = F.max_pool2d(x, kernel, 1, (kernel[0] // 2, kernel[1] // 2))
-    return x[0].numpy() > 0
 
 
 def _inside(window, place):
@@ -524,6 +464,6 @@ def describe(parsed):
         labels = label_regions(np.where(face.mask > 0, face.mask, 255), *face.box[:2])
         record = {"window": list(face.window), "angle": face.angle, "score": face.score, "box": list(face.box)}
         faces.append(record | {"labels": labels})
-    face_found = bool(faces) if parsed.searched else None
+    face_found = None if faces and faces[0]["score"] is None else bool(faces)
     whole = {"width": width, "height": height, "face_found": face_found, "labels": label_regions(parsed.mask)}
     return {**whole, "faces": faces}

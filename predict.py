@@ -19,6 +19,7 @@ import os
 import re
 import sys
 import time
+from numbers import Integral
 from pathlib import Path
 
 from common import (
@@ -74,16 +75,17 @@ class FaceParser:
         `whole` treats the image as one portrait; `box` (left, top, width, height) is the only portrait in it. UserError
         if an image cannot be read, or for both or a wrong box.
         """
-        if box and (whole or len(box) != 4 or min(box[2:]) < 1):
-            raise UserError(f"box {box}: give (left, top, width, height) in pixels, without whole=True")
+        if box is not None:
+            if whole or len(box) != 4 or not all(isinstance(value, Integral) for value in box) or min(box[2:]) < 1:
+                raise UserError(f"box {box}: give (left, top, width, height) in whole pixels, without whole=True")
+            box = tuple(map(int, box))
         several = isinstance(image, (list, tuple))
         photos = list(map(_pixels, image if several else [image]))
         if len({pixels.shape for pixels in photos}) > 1:
             raise UserError("a list of images is parsed as one batch: they must have one size")
         if self.locator is None and not (whole or box):
             self.locator = load_locator(self.device)
-        settings = self.models, photos, self.size, self.views, self.device, whole, box, self.locator, cutout
-        parsed = parse_photos(*settings)
+        parsed = parse_photos(self, photos, whole, box, cutout)
         return parsed if several else parsed[0]
 
 
@@ -109,13 +111,9 @@ def add_arguments(parser):
     place.add_argument("--whole", **switch, help="treat each image as one portrait, without searching for faces")
     place.add_argument("--box", type=box, metavar="X,Y,W,H", help="portrait to parse; --box=-9,... if negative")
     parser.switch("--overlay", help="also write NAME-overlay.png, the mask over the image")
-    parser.add_argument(
-        "--cutout", type=parse_labels, help="also write NAME-cutout.png with these labels: hair,hat or head"
-    )
+    parser.add_argument("--cutout", type=parse_labels, help="also write NAME-cutout.png of labels: hair,hat or head")
     parser.switch("--crop", help="with --cutout: crop it to what it shows")
-    parser.switch(
-        "--json", help="also write NAME.json: area, box and centroid of each label, in the photo and each face"
-    )
+    parser.switch("--json", help="also write NAME.json: area, box, centroid of each label in the photo and each face")
     parser.switch("--skip", help="skip images whose files are in the output folder already")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--threads", type=natural, default=0, help="CPU threads; 0: torch's default")
@@ -133,47 +131,48 @@ def box(text):
     return tuple(map(int, text.split(",")))
 
 
-def endings(args):
-    """The endings of the files to write for an image."""
-    extra = ["-overlay.png"] * args.overlay + ["-cutout.png"] * bool(args.cutout) + [".json"] * args.json
-    return [".png", *extra]
+def targets(args, path):
+    """The files to write for the image file `path`, the mask last."""
+    extra = {"-overlay.png": args.overlay, "-cutout.png": args.cutout, ".json": args.json, ".png": True}
+    return [args.output / f"{path.stem}{ending}" for ending, wanted in extra.items() if wanted]
 
 
 def is_finished(args, path):
-    """True if all files of an image are in args.output."""
-    return all((args.output / f"{path.stem}{ending}").is_file() for ending in endings(args))
+    """True if all files of an image exist."""
+    return all(map(os.path.isfile, targets(args, path)))
 
 
 def write_results(args, path, pixels, opacity, parsed):
-    """Write the mask of the image file `path` into args.output last, after the other files asked for."""
-    if args.json:
-        name = os.fsencode(path.name).decode("utf-8", "replace")
-        text = json.dumps({"image": name, **describe(parsed)}, ensure_ascii=False) + "\n"
-        write_text(args.output / f"{path.stem}.json", text)
-    images = {}
-    if args.overlay:
-        images["-overlay.png"] = Image.fromarray(overlay(pixels, parsed.mask))
-    if args.cutout:
-        cutout = Image.fromarray(cut_out(pixels, parsed.alpha, opacity))
-        images["-cutout.png"] = cutout.crop(cutout.getchannel("A").getbbox()) if args.crop else cutout
-    for ending, image in {**images, ".png": mask_image(parsed.mask)}.items():
-        with atomic(args.output / f"{path.stem}{ending}") as temporary:
+    """Write the files of the image file `path`."""
+    for target in targets(args, path):
+        if target.suffix == ".json":
+            name = os.fsencode(path.name).decode("utf-8", "replace")
+            write_text(target, json.dumps({"image": name, **describe(parsed)}, ensure_ascii=False) + "\n")
+            continue
+        if target.name == f"{path.stem}.png":
+            image = mask_image(parsed.mask)
+        elif target.name.endswith("-overlay.png"):
+            image = Image.fromarray(overlay(pixels, parsed.mask))
+        else:
+            image = Image.fromarray(cut_out(pixels, parsed.alpha, opacity))
+            image = image.crop(image.getchannel("A").getbbox()) if args.crop else image
+        with atomic(target) as temporary:
             image.save(temporary, format="PNG")
 
 
 def output_files(args):
     """The image files of args.input. UserError if outputs have one path, or would replace a file not of ours."""
     files, made = image_files(args.input), {}
-    for name, path in ((path.stem + ending, path) for path in files for ending in endings(args)):
-        if name in made:
-            raise UserError(f"{path} and {made[name]} would both become {name}; rename one")
-        if os.path.realpath(path) == os.path.realpath(args.output / name):
-            raise UserError(f"the mask of {path} would replace it; choose another OUT (--out)")
-        made[name] = path
-    for name, path in made.items():
-        target, mask = args.output / name, args.output / f"{path.stem}.png"
-        if target.exists() and not (args.skip and is_finished(args, path)):  # a mask of ours beside it makes it ours
-            check_mask_target(mask if mask.exists() else target)
+    for path in files:
+        for target in targets(args, path):
+            if (first := made.setdefault(target, path)) != path:
+                raise UserError(f"{path} and {first} would both become {target.name}; rename one")
+            if os.path.realpath(path) == os.path.realpath(target):
+                raise UserError(f"the mask of {path} would replace it; choose another OUT (--out)")
+            # A mask of ours beside it makes it ours.
+            mask = args.output / f"{path.stem}.png"
+            if os.path.exists(target) and not (args.skip and is_finished(args, path)):
+                check_mask_target(mask if mask.exists() else target)
     return files
 
 
@@ -195,11 +194,11 @@ def predict_all(parser, args):
             try:
                 pixels, opacity = read_picture(path)
                 parsed = parser(pixels, whole=args.whole, box=args.box, cutout=args.cutout)
+                write_results(args, path, pixels, opacity, parsed)
             except UserError as error:
                 failed += 1
                 print_message(error if str(path) in str(error) else f"{path}: {error}", "error")
                 continue
-            write_results(args, path, pixels, opacity, parsed)
             written += 1
             if parsed.missed:
                 how = "parsed as one portrait, perhaps wrongly" if parsed.mask.any() else "all background"

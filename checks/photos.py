@@ -2,6 +2,7 @@
 
 python -m checks.photos --photos FOLDER            # FOLDER/images and FOLDER/faces.json: recall, precision, cuts, time
 python -m checks.photos --data data --count 30     # official score of portraits: grey, blurred, tilted, small, ...
+python -m checks.photos --same data/dev/images     # in how many images predict and submit differ
 
 faces.json: {image: {"faces": [{"box": [left, top, right, bottom], "roll": degrees, ...}, ...]}, ...}, the box from
 forehead to chin. A face is found if the centroid of a predicted nose (without one, the centre of the window) lies in
@@ -23,10 +24,11 @@ import checkpoint
 import register
 from data import find_data, load_pairs
 from evaluate import confusion, held_out, official_score
-from images import read_image
+from images import image_files, read_image
 from labels import NAMES
 from photo import Window, overlay, parse_face, paste
 from predict import FaceParser
+from views import parse_whole
 
 BACKGROUND, WIDTH, HEIGHT = "docs/astronaut.jpg", 1024, 768
 STRAIGHT = 0.2  # of the portrait's side
@@ -146,7 +148,7 @@ def measure_portraits(parser, pairs, indices):
             mask = Image.fromarray(parser(photo).mask[place]).resize(true.shape, Image.Resampling.NEAREST)
             predicted[f"{side} pixels in {WIDTH} x {HEIGHT}"] = np.asarray(mask), true
         found = Window(85, 85, 344, 344)
-        around, log_p = parse_face(parser.models, np.array(portrait), found, parser.size, parser.views, parser.device)
+        around, log_p = parse_face(parser, np.array(portrait), found)
         predicted["inner two thirds found"] = paste(512, 512, [(None, found, around, log_p)]).mask, true
         for name, (mask, truth) in predicted.items():
             scores.setdefault(name, []).append(confusion(mask, truth))
@@ -155,11 +157,22 @@ def measure_portraits(parser, pairs, indices):
         print(f"{name:<26}{official_score(np.stack(confusions)):.4f}{blank[name]:4d} blank of {len(confusions)}")
 
 
+def measure_agreement(parser, folder):
+    """Count the images of a folder whose masks differ from those that a submission has, of the whole image."""
+    files, different = image_files(folder), []
+    for path in files:
+        pixels = read_image(path)
+        whole = parse_whole(parser.models[0], pixels, parser.size, parser.views)
+        different += [path.name] * (not np.array_equal(parser(pixels).mask, whole))
+    print(f"{folder}: predict and submit differ in {len(different)} of {len(files)}", *different)
+
+
 def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--weights", "--name", help="checkpoint or run; default the release")
     parser.add_argument("--photos", type=Path, help="folder with images/ and faces.json")
     parser.add_argument("--out", type=Path, help="with --photos: folder for overlays")
+    parser.add_argument("--same", type=Path, help="folder of portraits: compare predict with submit")
     parser.add_argument("--data", help="folder with train/; default ./data, else synthetic faces")
     parser.add_argument("--cache", default="build/cache", help="cache folder")
     parser.add_argument("--count", type=positive, default=30, help="number of held-out portraits")
@@ -169,6 +182,9 @@ def main():
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
         measure_photos(FaceParser(args.weights, threads=args.threads), args.photos, args.out)
+        return
+    if args.same:
+        measure_agreement(FaceParser(args.weights, threads=args.threads), args.same)
         return
     face_parser = FaceParser(args.weights or register.RELEASE / "validated.pt", threads=args.threads)
     pairs, content = load_pairs(find_data(args.data), args.cache), checkpoint.load(face_parser.source)

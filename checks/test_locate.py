@@ -1,6 +1,7 @@
 """The locator: training targets and the search are inverse to each other, and its training finds pasted portraits."""
 
 import math
+import sys
 
 from common import UserError
 
@@ -10,7 +11,7 @@ import torch
 
 import locate
 from data import Pairs
-from tools.synth import draw_face
+from tools.synth import draw_face, make_dataset
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +28,41 @@ def test_search_inverts_the_training_targets(scenes, monkeypatch):
     _, targets = scenes.batch(1)
     outputs = iter([torch.cat([targets[:, :1].clamp(1e-6, 1 - 1e-6).logit(), targets[:, 1:]], 1)])
     nothing = torch.full((1, 6, 1, 1), -9.0)
-    pixels = np.zeros((384, 384, 3), np.uint8)  # the search sees it reduced
     monkeypatch.setattr(locate, "MAX_PIXELS", 192 * 192)
-    found = locate.find_candidates(lambda images: next(outputs, nothing), pixels, "cpu")
-    found = found[found[:, 2].argsort()]
-    for (heat, x, y, side, roll), (fx, fy, true_side, true_roll) in zip(found, faces, strict=True):
-        below = (locate.CENTRE - 0.5) * 2 * true_side  # from the portrait's centre to the face's
-        assert heat > 0.99 and abs(side - 2 * true_side) < 0.1 and abs(math.radians(roll) - true_roll) < 1e-3
-        assert (
-            abs(x - 2 * fx - below * math.sin(true_roll)) < 0.1 and abs(y - 2 * fy + below * math.cos(true_roll)) < 0.1
-        )
+    monkeypatch.setattr(locate, "AGAIN", ())
+    levels, scale = locate.pyramid(np.zeros((384, 384, 3), np.uint8), "cpu")
+    heats, places = locate.find_candidates(lambda images: next(outputs, nothing), levels)
+    assert scale == 2 and (heats > 0.99).all()
+    for (x, y, side, roll), (fx, fy, true_side, true_roll) in zip(sorted(places.tolist()), faces, strict=True):
+        below = (locate.CENTRE - 0.5) * true_side  # from the portrait's centre to the face's
+        assert abs(side - true_side) < 0.05 and abs(math.radians(roll) - true_roll) < 1e-3
+        assert math.dist((x, y), (fx + below * math.sin(true_roll), fy - below * math.cos(true_roll))) < 0.1
+
+
+def test_a_candidate_is_seen_again_upright_and_the_looks_are_averaged(monkeypatch):
+    pixels = np.zeros((300, 300, 3), np.uint8)
+    pixels[:, 150:] = 255  # above, for a portrait that is turned clockwise by 90 degrees
+    place, side, roll = torch.tensor([[150.0, 150, 96, 90]]), 1.2 * 64, 0.3
+
+    def see(images):
+        assert (images[:, :, :90] > 0.99).all() and (images[:, :, 102:] < 0.01).all()
+        output = torch.full((1, 6, 24, 24), -20.0)  # a portrait 8 pixels to the right, larger, and turned farther
+        below = (locate.CENTRE - 0.5) * side
+        x, y = 104 - below * math.sin(roll), 96 + below * math.cos(roll)
+        shift = x / 8 - 12.5, y / 8 - 12.5
+        output[0, :, 12, 12] = torch.tensor([20, *shift, math.log(1.2), math.cos(roll), math.sin(roll)])
+        return output
+
+    monkeypatch.setattr(locate, "AGAIN", (64,))
+    heats, places = locate.look_again(see, locate.pyramid(pixels, "cpu")[0], torch.tensor([0.5]), place)
+    expected = [150, 150 + 2 / 3 * 96 * 8 / 64, 96 * (1 + 0.2 * 2 / 3), 90 + math.degrees(roll) * 2 / 3]
+    assert abs(heats.item() - 0.75) < 1e-6 and torch.allclose(places, torch.tensor([expected]), atol=0.01)
+
+
+def test_a_large_candidate_hides_no_small_one():
+    large, small, twin = (0.9, (50, 50, 400, 0)), (0.8, (20, 60, 40, 0)), (0.7, (24, 62, 44, 0))
+    assert locate.distinct([small, twin, large]) == [large]
+    assert locate.distinct([small, twin, large], 3) == [large, small]
 
 
 def test_pasted_portraits_lie_where_the_scene_says(scenes, monkeypatch):
@@ -45,7 +71,7 @@ def test_pasted_portraits_lie_where_the_scene_says(scenes, monkeypatch):
     while not faces or not (40 < faces[0][0] < 150 and 40 < faces[0][1] < 150 and faces[0][2] < 80):
         canvas, faces = locate.Image.new("RGB", (192, 192)), []
         scenes.paste(canvas, faces)
-    x, y, side, _ = faces[0]
+    x, y, side, *_ = faces[0]
     rows, columns = np.nonzero(np.asarray(canvas).any(2))
     assert math.dist((columns.mean(), rows.mean()), (x, y)) < 0.25 * side
     assert 0.4 * side < max(np.ptp(columns), np.ptp(rows)) < 1.5 * side
@@ -58,6 +84,15 @@ def test_training_lowers_the_loss(scenes):
     locate.train(locator, scenes, 20)
     with torch.no_grad():
         assert locate.locator_loss(locator(images), targets).item() < 0.9 * before
+
+
+def test_the_command_trains_from_weights_and_writes_new_ones(tmp_path, monkeypatch):
+    make_dataset(tmp_path / "data", train=6, dev=1, test=1)
+    flags = f"--data={tmp_path}/data --cache={tmp_path} --steps=1 --threads=1 --output={tmp_path}/a.pt"
+    for more in ("", f" --start={tmp_path}/a.pt"):
+        monkeypatch.setattr(sys, "argv", ["locate.py", *(flags + more).split()])
+        locate.main()
+        assert locate.load_locator(path=tmp_path / "a.pt")(torch.zeros(1, 3, 64, 64)).shape == (1, 6, 8, 8)
 
 
 def test_missing_or_damaged_weights_are_named(tmp_path):

@@ -156,6 +156,14 @@ def test_unreadable_images_are_named_and_the_others_parsed(run, tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["a.png"]
 
 
+def test_a_name_too_long_for_a_file_stops_no_folder(run, tmp_path):
+    os.rename(tmp_path / "a.png", tmp_path / f"{'a' * 245}.png")
+    Image.new("RGB", (40, 30)).save(tmp_path / "b.png")
+    status, error = run("--input=. --whole --overlay")
+    assert status == 2 and "name too long" in error and error.count("\n") == 1
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"b.png", "b-overlay.png"}
+
+
 @pytest.mark.parametrize(
     ("flags", "error"),
     [
@@ -230,9 +238,12 @@ def test_face_parser_takes_paths_images_and_arrays(run, weights):
     assert masks[0].shape == (30, 40) and all(np.array_equal(mask, masks[0]) for mask in masks)
     with pytest.raises(UserError, match="uint8"):
         parser(np.zeros((30, 40, 3)))
-    for wrong in ({"box": (1, 2, 3)}, {"box": (1, 2, 3, 0)}, {"box": (1, 2, 3, 4), "whole": True}):
-        with pytest.raises(UserError, match="give .left, top, width, height. in pixels"):
-            parser("a.png", **wrong)
+    for wrong in ((1, 2, 3), (1, 2, 3, 0), (1.0, 2.0, 3.0, 4.0), (1, 2, 3, 4, 5)):
+        with pytest.raises(UserError, match="give .left, top, width, height. in whole pixels"):
+            parser("a.png", box=wrong)
+    with pytest.raises(UserError, match="without whole=True"):
+        parser("a.png", box=(1, 2, 3, 4), whole=True)
+    assert np.array_equal(parser("a.png", box=np.array([4, 4, 20, 20])).mask, parser("a.png", box=(4, 4, 20, 20)).mask)
 
 
 def test_a_list_is_parsed_as_one_batch(run, weights):
