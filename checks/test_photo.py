@@ -36,7 +36,7 @@ class Oracle:
 @pytest.fixture(scope="module")
 def faces():
     """Masks of three synthetic faces, uint8 (3, 512, 512)."""
-    return np.stack([np.asarray(draw_face(seed, 512)[1]) for seed in (3, 4, 5)])
+    return np.stack([np.asarray(draw_face(seed, 512)[1]) for seed in (0, 4, 6)])
 
 
 @pytest.fixture(scope="module")
