@@ -96,7 +96,7 @@ def test_leaderboard_has_real_faces_by_best_score_then_synthetic_ones(runs):
 @pytest.fixture
 def experiments(runs):
     """`runs`, of which "high" and the one of a nasty name are lines of EXPERIMENTS, after a damaged one."""
-    lines = ["{"]
+    lines = ["[" * 100_000]
     for folder in (runs / "high", runs / NASTY):
         lines.append(json.dumps(read_folder(folder) | {"name": folder.name}))
         shutil.rmtree(folder)
@@ -156,7 +156,7 @@ CHANGES = {"loss": [1]}, {"loss": float("nan")}, {"minutes": int("9" * 400)}
 DAMAGES = [
     *[("args.json", text) for text in ("", "[]", '{"args": {}}', "[" * 100_000)],
     ("args.json", '{"args": {"sizes": "64", "epochs": 9, "lr": "fast"}}'),
-    ("args.json", json.dumps({"args": vars(parse([])[0]), "pairs": {"validation": [1]}})),
+    *[("args.json", change) for change in ({"pairs": {"validation": [1]}}, {"parameters": "<b>"}, {"commit": 5})],
     *[("metrics.jsonl", json.dumps(line)) for line in ({"epoch": 1}, *(LINE | change for change in CHANGES))],
     *[("best.json", text) for text in ("{", "{}", "[" * 100_000)],
     ("best.json", '{"confusion": [[1]], "labels": [], "images_with_label": [], "image_scores": {}}'),
@@ -165,7 +165,9 @@ DAMAGES = [
 
 def test_damaged_runs_are_named_and_the_others_shown(runs, command, refused):
     for i, (file, content) in enumerate(DAMAGES):
-        (write_run(runs, f"bad-{i:02}", [0.1]) / file).write_text(content)
+        path = write_run(runs, f"bad-{i:02}", [0.1]) / file
+        whole = isinstance(content, str)
+        path.write_text(content if whole else json.dumps(json.loads(path.read_text()) | content))
         assert register.best_score(runs / f"bad-{i:02}") <= 0.5
     (write_run(runs, "cut", [0.1]) / "metrics.jsonl").write_text("[" * 100_000)  # as if cut off
     data = page_data(runs)
