@@ -19,6 +19,7 @@ from common import UserError, show_line, show_progress, show_time
 import numpy as np
 import pytest
 
+import evaluate
 import register
 import train
 from checks.conftest import cases, untrained
@@ -331,6 +332,8 @@ def test_the_course_zip_without_a_number_has_a_draft_with_its_own_score(scored, 
         page, readme = (archive.read(name).decode() for name in ("report.html", "Readme.txt"))
     stated = re.search(r"score\) is (\S+)</b>.*from the views flip, averaged", page, re.DOTALL)[1]
     assert stated == re.search("F-measure: (.*), the official score", readme)[1]
+    views = "--views=flip", f"--data={test.parents[1]}", "--device=cpu"
+    assert f"official score {stated} " in command(evaluate.main, f"--weights={scored}/best.pt", *views)[1]
     (scored / "report.html").write_text(page.replace(stated, "0.9999"))
     assert f"states 0.9999, but the masks handed in have {stated}" in command(*flags)[2]
 
