@@ -1,5 +1,6 @@
 """Training pairs: found, split as the reference does, decoded once, reversed masks repaired."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from PIL import Image
 from checks.conftest import cases, encoded, write
 from checks.test_data_tools import TURNED
 from data import SYNTHETIC, Batches, find_data_of, find_pairs, load_pairs, reversed_sides, split, swap_sides
-from images import mask_image, read_image, read_mask
+from images import image_hash, mask_image, read_image, read_mask
 
 FACE = np.zeros((512, 512), np.uint8)  # eyes and nose
 FACE[200:260, 150:200], FACE[200:260, 300:350], FACE[280:330, 230:270] = 5, 4, 2
@@ -113,3 +114,9 @@ def test_a_run_on_synthetic_faces_is_evaluated_on_them(tmp_path, monkeypatch):
     for drawn, expected in ((True, SYNTHETIC), (False, Path("data"))):
         Path("runs/a/args.json").write_text(json.dumps({"args": {"data": None}, "pairs": {"drawn": drawn}}))
         assert find_data_of("runs/a/best.pt") == expected
+
+
+def test_hash_of_an_image_stays_that_of_older_checkpoints():
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    planes = b"".join(pixels[..., channel].tobytes() for channel in range(3))
+    assert image_hash(pixels) == hashlib.sha256(planes).digest()[:16]

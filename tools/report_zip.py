@@ -79,7 +79,8 @@ def main():
     target = args.out / f"{args.matric or 'report-zip'}.zip"
     check_target(target, ZIP)
     if not report.is_file() and (args.report or args.matric):
-        raise UserError(f"no {report}: `make report NAME={name}`, then `make report-pdf NAME={name}`; or REPORT=FILE")
+        first = "" if draft.is_file() else f"`make report NAME={name}`, then "
+        raise UserError(f"no {report}: {first}`make report-pdf NAME={name}`; or REPORT=FILE")
     if not args.report and draft.is_file() and report.is_file() and draft.stat().st_mtime > report.stat().st_mtime:
         raise UserError(f"{draft} is newer than {report}: print it again, `make report-pdf NAME={name}`")
     if not submission.is_file():
