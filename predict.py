@@ -64,7 +64,7 @@ class FaceParser:
 
     def __init__(self, weights=None, *, views="", size=0, device="auto", threads=0):
         self.views, self.device = parse_views(views), select_device(device, threads)
-        check_size(size or 32)
+        check_size(size)
         self.source = find_weights(weights)
         model, info = load_model(self.source, self.device)
         self.models, self.size, self.locator = [model], size or info["size"], None
@@ -190,12 +190,14 @@ def predict_all(parser, args):
     try:
         for done, path in enumerate(files, 1):
             show_line(f"parsing {printable(path.name)}", sys.stderr)
-            start = time.monotonic()
+            start, parsed = time.monotonic(), None
             try:
                 pixels, opacity = read_picture(path)
                 parsed = parser(pixels, whole=args.whole, box=args.box, cutout=args.cutout)
                 write_results(args, path, pixels, opacity, parsed)
             except UserError as error:
+                if parsed and "name too long" not in str(error):  # a full disk fails for every image
+                    raise
                 failed += 1
                 print_message(error if str(path) in str(error) else f"{path}: {error}", "error")
                 continue

@@ -219,11 +219,8 @@ def choose_speed(args, model, device, processes, size):
         return dtype
     threads = {args.threads} if args.threads else {1, torch.get_num_threads()}
     choices = list(itertools.product(threads, {dtype, None} if args.amp == "auto" else {dtype}))
-    times, model, images = (
-        dict.fromkeys(choices, math.inf),
-        copy.deepcopy(model),
-        torch.zeros(2, 3, *[min(256, size)] * 2),
-    )
+    times, side = dict.fromkeys(choices, math.inf), min(256, size)
+    model, images = copy.deepcopy(model), torch.zeros(2, 3, side, side)
     for count, dtype in choices * 3 if len(choices) > 1 else []:
         torch.set_num_threads(count)
         begin = time.perf_counter()
