@@ -1,7 +1,7 @@
 # Face parsing with fewer than 1,821,085 parameters. `make` lists the targets.
 # Settings are variables and become flags of the script behind the target: `make train NAME=a LR=8e-4 DICE=1.5` runs
 # `train.py --name=a --lr=8e-4 --dice=1.5`. Any flag works, switches as LMSA=0 or OVERWRITE=1; an unknown one is an
-# error. An empty variable passes no flag. Only the command line counts, not the environment.
+# error. Only the command line counts, not the environment.
 
 VENV = .venv
 # PYTHON creates the environment; with VENV= (empty) it is the environment.
@@ -19,7 +19,7 @@ TARGETS := help install data check-data train resume sweep speedrun recipes runs
 STRAY := $(firstword $(filter-out $(TARGETS) $(READY),$(MAKECMDGOALS)))
 $(if $(STRAY),$(error no target $(STRAY); settings are NAME=value without spaces around "="; `make help` lists both))
 
-given = $(sort $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $(v))),$(if $(value $(v)),$(v)))))
+given = $(sort $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $(v))),$(v))))
 SETTINGS := $(filter-out PYTHON VENV ARGS MAKE% -*-command-variables-*-,$(given))
 FIXED := $(firstword $(filter help install demo test clean,$(MAKECMDGOALS)))
 UNUSED := $(firstword $(SETTINGS) $(if $(filter test,$(FIXED)),,$(if $(value ARGS),ARGS)))

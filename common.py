@@ -194,8 +194,11 @@ def write_text(path, text):
 
 
 def make_folder(path):
-    """Create a folder and its parents."""
-    Path(path).mkdir(parents=True, exist_ok=True)
+    """Create a folder and its parents. UserError if a file is in its place."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{path}: a file is in the place of a folder; choose another") from None
 
 
 def read_json(path):
@@ -255,25 +258,6 @@ def show_line(text, stream):
     elif text and time.monotonic() - _printed >= 60:
         _printed = time.monotonic()
         print(text, file=stream, flush=True)
-
-
-@contextlib.contextmanager
-def show_time(label):
-    """Show `label` and the time spent so far on stderr while the block runs."""
-    ended, begin = threading.Event(), time.monotonic()
-
-    def watch():
-        while not ended.wait(1):
-            show_line(f"{label}, {duration(time.monotonic() - begin)}", sys.stderr)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        show_line("", sys.stderr)
 
 
 def show_progress(label, done, total, seconds):

@@ -186,6 +186,8 @@ def predict_all(parser, args):
         count = len(files)
         files = [path for path in files if not is_finished(args, path)]
         print(f"{count - len(files)} of {count} skipped: their files are in {args.output}")
+        if not files:
+            return 0
     failed, written, begin = 0, 0, time.monotonic()
     try:
         for done, path in enumerate(files, 1):

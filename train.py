@@ -73,23 +73,15 @@ def resumed_args(args, given):
     return argparse.Namespace(**recorded | kept)
 
 
-def open_run(args):
-    """The folder of the run, locked for this process, with the files of any older run still in it.
-
-    UserError if it contains anything, unless it is a run and --overwrite is given.
-    """
+def choose_folder(args):
+    """The folder of the run. UserError if it contains anything, unless it is a run and --overwrite is given."""
     if args.resume:
-        folder = find_run(args.resume, args.runs)
-        lock(folder)
-        remove_unfinished(folder, register.RUN_FILES)
-        return folder
+        return find_run(args.resume, args.runs)
     numbered = (f"{args.recipe or 'run'}-{number}" for number in itertools.count(1))
     name = args.name or next(name for name in numbered if not Path(args.runs, name).exists())
     if name.startswith(".") or "/" in name:
         raise UserError(f"--name {name!r}: use a plain folder name")
     folder = Path(args.runs, name)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock(folder)
     if (folder / "args.json").is_file():
         if not args.overwrite:
             raise UserError(f"run {folder} exists: `make resume NAME={name}`, OVERWRITE=1, or choose another NAME")
@@ -97,6 +89,18 @@ def open_run(args):
     # A run that was killed while its files replaced an older one's has its args.json in a temporary folder.
     elif any(folder.glob("[!.]*")) and not any(folder.glob(".args.json.*.tmp/args.json")):
         raise UserError(f"{folder} exists and is not a run: choose another NAME, or move its files away")
+    return folder
+
+
+def open_run(args):
+    """The folder of the run, locked for this process, with the files of any older run still in it."""
+    folder = choose_folder(args)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock(folder)
+    if args.resume:
+        remove_unfinished(folder, register.RUN_FILES)
+    else:
+        choose_folder(argparse.Namespace(**vars(args) | {"name": folder.name}))  # another training may have used it
     return folder
 
 
@@ -162,6 +166,7 @@ class Training:
         if IN_GROUP and self.device.type != "cuda" and (args.model != "microsegformer" or args.lmsa):
             raise UserError("batch norm over several processes needs GPUs; on a CPU use one process with threads")
 
+        on_rank_0(self.rank, choose_folder, args)  # a mistake is one before the pairs are decoded
         data = on_rank_0(self.rank, find_data, args.data)
         # Rank 0 decodes the pairs into the cache, the others find them there.
         self.pairs = on_rank_0(self.rank, load_pairs, data, args.cache, share=False) or load_pairs(data, args.cache)
@@ -178,7 +183,7 @@ class Training:
         self.model = build(args.model, **network_arguments(args)).to(self.device, memory_format=torch.channels_last)
         check_logits(self.model)
         if args.start_from and not args.resume:
-            start_from(self)
+            self.pair_keys["trained_on"] = start_from(self.model, args, self.pair_keys)
         self.initial = copy.deepcopy(self.model.state_dict()) if args.keep else None
         self.average = copy.deepcopy(self.model).requires_grad_(False) if args.ema else None
         if self.processes > 1 and self.device.type == "cuda":
@@ -189,7 +194,10 @@ class Training:
         self.network = torch.compile(self.model, dynamic=False) if args.compile else self.model
 
         self.loss = dict(ce=args.ce, dice=args.dice, focal=args.focal, smoothing=args.smoothing)
-        self.loss |= dict(dice_over=args.dice_over, class_weights=label_weights(self, indices))
+        self.loss |= dict(dice_over=args.dice_over, class_weights=None)
+        if args.class_weights:
+            sample = self.pairs.masks[indices[:: max(1, len(indices) // 100)]]
+            self.loss["class_weights"] = label_weights(sample, self.device)
         self.optimiser = make_optimiser(self.model, args, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
         self.folder = on_rank_0(self.rank, open_run, args)
@@ -250,12 +258,11 @@ def batch_size(args, count, processes, strength, size):
     return batch
 
 
-def start_from(training):
-    """Load the weights of --from, and add the pairs that they were trained on to the training's.
+def start_from(model, args, keys):
+    """Load the weights of --from; returns all pairs trained on, theirs and those in `keys`.
 
     UserError if they are of another network, or have seen a pair that is held out here.
     """
-    args, keys = training.args, training.pair_keys
     if args.start_from.startswith("runs/NAME/"):
         raise UserError(f"recipe {args.recipe} continues another run: add FROM={args.start_from} with its name")
     source = find_weights(args.start_from, args.runs)
@@ -268,10 +275,10 @@ def start_from(training):
         raise UserError(f"{source} {doubt}; {remedy}")
     if doubt and held:
         print_message(f"{source} {doubt}")
-    keys["trained_on"] = sorted({*keys["trained_on"], *checkpoint.pairs_in(content, "trained_on")}, key=str)
-    checkpoint.load_state(training.model, content["state_dict"], source)
-    if training.rank == 0:
+    checkpoint.load_state(model, content["state_dict"], source)
+    if not dist.is_initialized() or dist.get_rank() == 0:
         print(f"weights from {source}")
+    return sorted({*keys["trained_on"], *checkpoint.pairs_in(content, "trained_on")}, key=str)
 
 
 def create_run(training, used):
@@ -279,12 +286,10 @@ def create_run(training, used):
     record = {"args": vars(training.args), "parameters": count_parameters(training.model), "pairs": used}
     record |= {"processes": training.processes, "device": training.device.type, **place(training)}
     record |= {"tf32": torch.get_float32_matmul_precision() == "high", "command": sys.argv, **environment()}
-    folder = training.folder
-    with register.replace_run(folder) as training.folder:
-        save_last(training)
-        write_metrics(training.folder, [])
-        write_text(training.folder / "args.json", json.dumps(record, indent=1) + "\n")
-    training.folder = folder
+    with register.replace_run(training.folder) as made:
+        save_last(training, made)
+        write_metrics(made, [])
+        write_text(made / "args.json", json.dumps(record, indent=1) + "\n")
 
 
 def resume(training, used):
@@ -431,14 +436,11 @@ def learning_rate(args, phases, epoch):
     return args.lr * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
 
 
-def label_weights(training, indices):
-    """Class weights as a tensor (19,) whose mean over the training pixels is 1, or None."""
-    if not training.args.class_weights:
-        return None
-    sample = training.pairs.masks[indices[:: max(1, len(indices) // 100)]]
-    frequency = np.bincount(sample.ravel(), minlength=NUM_CLASSES) / sample.size
+def label_weights(masks, device):
+    """Class weights as a tensor (19,) on the device, 1 / sqrt(frequency), whose mean over the masks' pixels is 1."""
+    frequency = np.bincount(masks.ravel(), minlength=NUM_CLASSES) / masks.size
     weights = 1 / np.sqrt(frequency.clip(1e-4))
-    return torch.tensor(weights / (weights * frequency).sum(), dtype=torch.float32, device=training.device)
+    return torch.tensor(weights / (weights * frequency).sum(), dtype=torch.float32, device=device)
 
 
 def orthogonalise(matrices, steps=5):
@@ -503,7 +505,7 @@ class Muon(torch.optim.AdamW):
 
     def _orthogonal_step(self, group, parameters):
         for p in parameters:
-            if "momentum" not in self.state[p]:
+            if not self.state[p]:
                 # AdamW expects a step in every parameter's state when one is loaded.
                 self.state[p] |= {"momentum": torch.zeros_like(p), "step": torch.tensor(0.0)}
         gradients, momenta = [p.grad for p in parameters], [self.state[p]["momentum"] for p in parameters]
@@ -670,8 +672,8 @@ def write_best(training, line, confusions):
     write_text(training.folder / "best.json", json.dumps(record) + "\n")
 
 
-def save_last(training):
-    """Write last.pt, from which --resume continues exactly."""
+def save_last(training, folder=None):
+    """Write last.pt, from which --resume continues exactly, into the run's folder or another."""
     now = time.monotonic()
     training.progress["seconds"] += now - training.saved_at
     training.saved_at = now
@@ -682,7 +684,7 @@ def save_last(training):
         content |= {"start_state": training.initial}
         content |= {"progress": training.progress | {"loss": loss}}
         content |= {"optimiser": training.optimiser.state_dict(), "scaler": training.scaler.state_dict()}
-        checkpoint.save(training.folder / "last.pt", content)
+        checkpoint.save((folder or training.folder) / "last.pt", content)
 
 
 def is_finished(training):

@@ -8,12 +8,13 @@ Both networks, in float32 at 512 pixels, run in processes of their own that take
 import itertools
 import multiprocessing
 import re
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 
-from common import ArgumentParser, positive, run_main, show_time
+from common import ArgumentParser, positive, run_main, show_line
 
 import torch
 import torch.nn.functional as F
@@ -82,12 +83,14 @@ def main():
     for training, batch in itertools.product((True, False), (1, 8)):
         title, found = f"{'training' if training else 'inference'}, batch {batch}", {True: [], False: []}
         for _, ours in itertools.product(range(args.rounds), found):
-            with show_time(title), ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            show_line(f"{title}: measuring {'ours' if ours else 'the baseline'}", sys.stderr)
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 found[ours].append(pool.submit(measure, training, batch, ours, args.threads).result())
         cells = []
         for ours, base in zip(zip(*found[True], strict=True), zip(*found[False], strict=True), strict=True):
             ratios = "; ".join(f"{a / b:.2f}" for a, b in zip(ours, base, strict=True))
             cells += [f"{median(ours):.4g}", f"{median(base):.4g}", ratios]
+        show_line("", sys.stderr)
         print(f"| {title} | {' | '.join(cells)} |", flush=True)
 
 

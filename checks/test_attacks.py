@@ -99,7 +99,7 @@ def test_a_folder_that_is_no_run_keeps_its_files(copy, flags):
     before = contents(copy / "runs/x")
     with pytest.raises(UserError, match="is not a run"):
         set_up(copy, f"--name=x {FLAGS}" + flags.format(copy))
-    assert contents(copy / "runs/x") == before | {".lock": b""}
+    assert contents(copy / "runs/x") == before
 
 
 def test_a_run_is_replaced_once_the_new_one_is_written(copy, monkeypatch):

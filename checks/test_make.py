@@ -37,7 +37,12 @@ def test_help_is_the_default_and_lists_every_target():
 
 
 def test_settings_become_flags():
-    assert sorted(typed("LR=8e-4", "VAL_EVERY=2", "LMSA=0", "EPOCHS=")) == ["--lmsa=0", "--lr=8e-4", "--val-every=2"]
+    assert sorted(typed("LR=8e-4", "VAL_EVERY=2", "LMSA=0", "CE=")) == [
+        "--ce=",
+        "--lmsa=0",
+        "--lr=8e-4",
+        "--val-every=2",
+    ]
 
 
 @cases("target", ["train", "resume", "sweep", "predict", "submit", "report-zip"])
@@ -57,8 +62,13 @@ def test_environment_sets_nothing():
 
 
 MISTAKES = [
-    *[("train DCIE=2", "--dcie"), ("trian", "trian"), ("predict OUT=d", "IN="), ("help VENV=$(shell,id)", "VENV")],
-    *[("train x;id=1", ";"), ("train x`id`=1", "`"), ("help PYTHON=$HOME", "PYTHON")],
+    *[("train DCIE=2", "--dcie"), ("trian", "trian"), ("predict OUT=d", "IN="), ("train LR=", "--lr: invalid")],
+    *[
+        ("train x;id=1", ";"),
+        ("train x`id`=1", "`"),
+        ("help PYTHON=$HOME", "PYTHON"),
+        ("help VENV=$(shell,id)", "VENV"),
+    ],
 ]
 
 

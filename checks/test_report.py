@@ -10,11 +10,10 @@ import re
 import shlex
 import shutil
 import subprocess
-import time
 import zipfile
 from types import SimpleNamespace
 
-from common import UserError, show_line, show_progress, show_time
+from common import UserError, show_line, show_progress
 
 import numpy as np
 import pytest
@@ -89,7 +88,7 @@ def test_leaderboard_has_real_faces_by_best_score_then_synthetic_ones(runs):
         file.write('{"epoch": 4, "offi')  # a crash while writing
     rows = [row.split() for row in leaderboard(survey(runs)[0]).replace(NASTY, "nasty").splitlines()[1:]]
     assert [row[0] for row in rows] == ["high", "nasty", "low", "synthetic"]
-    assert " ".join(rows[0][1:7]) == "0.9000 0.4500 2/3 1748 3.0 all"
+    assert " ".join(rows[0][1:7]) == "0.9000 0.4500 2/3 1748k 3.0 all"
     assert "sizes=32:1,64:2" in rows[0]
     assert (rows[1][6], rows[2][6], rows[3][7:9]) == ("-", "yes", ["synthetic", "faces;"])
 
@@ -397,7 +396,7 @@ def test_the_draft_prints_on_few_pages(scored, monkeypatch):
         course_report.main()
     assert 2 <= course_report.print_draft(scored) <= 5  # our own is replaced
     monkeypatch.setattr(course_report, "BROWSERS", ())
-    with pytest.raises(UserError, match="no Chromium"):
+    with pytest.raises(UserError, match="no Chromium.*a/report.html"):
         course_report.main()
 
 
@@ -412,7 +411,3 @@ def test_progress_lines_overwrite_a_terminal_and_are_one_a_minute_elsewhere(monk
         show_line("y" * 50, pipe)
         show_progress("predicting", 1, 1, 1)  # the last item clears the line
     assert (screen.getvalue(), pipe.getvalue()) == (f"\r{'x' * 19}\r{' ' * 19}\r", f"{'y' * 50}\n{'x' * 50}\n")
-    monkeypatch.setattr("common._printed", -1e9)
-    with show_time("exporting"):
-        time.sleep(1.2)
-    assert pipe.getvalue().endswith("x\nexporting, 1 s\n")

@@ -235,7 +235,11 @@ def test_weights_that_have_seen_the_held_out_pairs_are_refused(place):
 
 
 MISTAKES = [
-    *[("--name=whole", "exists"), ("--name=../x", "plain folder name"), ("--name=.x", "plain folder name")],
+    *[
+        ("--name=whole --data=nowhere", "exists"),
+        ("--name=../x", "plain folder name"),
+        ("--name=.x", "plain folder name"),
+    ],
     *[("--name=x --amp=fp16", "fp16"), ("--name=x --threads=-1", "--threads -1"), ("--name=x --lr=-1", "--lr -1")],
     *[("--name=x --recipe=finish --sizes=32:1", "add FROM="), ("--name=x --keep=0.5 --sizes=32:1", "add FROM=")],
     *[("--resume=nobody", "no run nobody"), ("--resume=whole --dropout=0.5", "--dropout 0.5 differs")],

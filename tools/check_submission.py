@@ -214,6 +214,8 @@ def main():
     parser.add_argument("--run", type=natural, default=0, help="number of images on which to EXECUTE the zip's run.py")
     args = parser.parse_args()
     require_file(args.zip)
+    if not zipfile.is_zipfile(args.zip):
+        raise UserError(f"{args.zip} is not a readable zip")
     valid = show(judge(args.zip, find_data_of(args.zip, args.data) / args.phase / "images", args.phase, args.run))
     print(f"{args.zip}: {'valid' if valid else 'NOT valid'} for the {args.phase} phase")
     return 0 if valid else 1

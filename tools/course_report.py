@@ -144,7 +144,7 @@ def browse(*flags):
     """(stdout, stderr) of Chromium without a window, on a temporary profile. UserError if it is missing or fails."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if not browser:
-        raise UserError("no Chromium or Chrome found: print report.html to report.pdf in any browser, A4, no headers")
+        raise UserError(f"no Chromium: print {flags[-1]} in any browser as report.pdf beside it, A4, no headers")
     with tempfile.TemporaryDirectory() as profile:
         unsafe = ["--no-sandbox"] if os.geteuid() == 0 else []  # the sandbox does not work as root
         command = [browser, "--headless", *unsafe, "--disable-gpu", f"--user-data-dir={profile}", *flags]

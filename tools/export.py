@@ -111,12 +111,13 @@ def write_onnx(weights, out, int8=False, data=None):
     require_packages(*PACKAGES)
     check_target(out, b"pytorch")
     model, info = checkpoint.load_model(weights)
+    if int8:
+        held = {name for name, _ in checkpoint.pairs_in(info, "held_out")}
+        paths = [path for path, _ in find_pairs(find_data_of(weights, data)) if path.stem not in held]
     with atomic(out) as temporary:
         print(f"exporting {weights}: some 20 seconds", flush=True)
         convert(model, info["size"]).save(temporary)
         if int8:
-            held = {name for name, _ in checkpoint.pairs_in(info, "held_out")}
-            paths = [path for path, _ in find_pairs(find_data_of(weights, data)) if path.stem not in held]
             images = (torch.from_numpy(read_image(path)).permute(2, 0, 1)[None] for path in paths[:CALIBRATION])
             quantise(temporary, ((resize(i, info["size"], info["size"]) * 255).byte().numpy() for i in images))
         same, least = compare(temporary, model, info["size"]), SAME_INT8 if int8 else SAME

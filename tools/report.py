@@ -163,18 +163,18 @@ def survey(runs, experiments=True):
 
 LEGEND = """official: F over the labels present in an image, then over the images; one view per image
 batch32: the reference's figure, F of the pooled pixels of 32 images; epoch: the best one / the last
-size: thousands of parameters; weights: "all" were trained on all pairs, the score is of another
-training, "-" were not kept; settings: recipe and changes, shortened; `make report` shows all;
+weights: "all" were trained on all pairs, the score is of another training, "-" were not kept;
+settings: recipe and changes, shortened; `make report` shows all;
 `make runs ALL=1` adds the experiments of docs/experiments.md"""
 WIDTH = 100  # of a line
 
 
 def leaderboard(runs):
     """The table of `make runs` as text: the scored ones of `runs`."""
-    table = f"{'run':<20}official batch32   epoch   size  minutes weights settings"
+    table = f"{'run':<20}official batch32   epoch params  minutes weights settings"
     for run, row in ((run, run["row"]) for run in runs if run["row"]):
         line = f"{row['name']:<20}{row['official']:>8.4f}{row['batch32']:>8.4f}{row['epoch']:>5}/{row['epochs']:<3}"
-        line += f"{row['parameters'] / 1000:>6.0f}{row['minutes']:>9.1f} {row['weights'].split()[0]:<8}"
+        line += f"{row['parameters'] / 1000:>6.0f}k{row['minutes']:>8.1f} {row['weights'].split()[0]:<8}"
         line += f"{'synthetic faces; ' * row['synthetic']}{row['recipe'] or 'defaults'}"
         line = printable(line + "".join(f" {key}={value}" for key, value in run["changed"].items()))
         table += "\n" + (line if len(line) <= WIDTH else f"{line[: WIDTH - 3]}...")
