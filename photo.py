@@ -46,6 +46,7 @@ TILTED = 60  # degrees of roll up to which a place without a face is parsed leve
 CANDIDATE = 0.33  # minimum heat of a place that is parsed
 LEVEL = 10  # degrees of roll up to which a portrait is parsed as it is: the network was trained on turned ones
 LIKENESS = 0.3  # minimum IoU of face and usual face to parse a photo as a portrait; at least 0.37 in the data set
+TURNED_LIKENESS = 0.5  # the same for a portrait that lies on its side or upside down: a profile has 0.4
 SEARCH_SIDE = 384  # network input for candidates: fewer faces are confirmed at 256 than at 384 or 512
 BATCH = 4
 PORTRAIT_OVERLAP = 0.55  # minimum IoU of a photo and the portrait found in it to parse the photo as that portrait
@@ -237,9 +238,17 @@ def search(parser, pixels, everything):
     if faces and not filling:
         faces.sort(key=lambda face: face[1].left)
         return ((score, window, *parse_face(parser, pixels, window)) for score, window in faces)
-    log_p = parse_window(parser, [pixels], everything, parser.size)
-    known = filling or resembles_portrait(log_p)
-    return [(filling[0][0] if filling else None, everything, everything, log_p if known else None)]
+    height, width = pixels.shape[:2]
+    sideways, options = Window((width - height) // 2, (height - width) // 2, height, width), []
+    for window, angle in [(everything, 0.0), (sideways, 90.0), (everything, 180.0), (sideways, 270.0)]:
+        window = window._replace(angle=angle)
+        log_p = parse_window(parser, [pixels], window, parser.size)
+        if filling:
+            return [(filling[0][0], window, window, log_p)]
+        likeness = portrait_likeness(log_p)
+        options.append((likeness * (likeness >= (TURNED_LIKENESS if angle else LIKENESS)), window, log_p))
+    likeness, window, log_p = max(options, key=lambda option: option[0])
+    return [(None, window, window, log_p if likeness else None)]
 
 
 def parse_face(parser, pixels, window):
@@ -301,12 +310,12 @@ def continues(log_p, window, height, width):
     return (labelled & inside).sum() > REACH * 4 * count
 
 
-def resembles_portrait(log_p):
-    """True if skin and the parts of a face (log-probabilities (1, 19, h, w)) lie where they do in a portrait."""
+def portrait_likeness(log_p):
+    """IoU of skin and parts of a face (log-probabilities (1, 19, h, w)) with their usual place in a portrait."""
     face = log_p[0, FACE_LABELS].exp().sum(0)
     y, x = ((torch.arange(n, device=face.device) + 0.5) / n for n in face.shape)
     usual = (torch.hypot((x - 0.5) / 0.22, (y[:, None] - 0.56) / 0.36) < 1).float()  # 0.5 of the mean mask and more
-    return (torch.minimum(face, usual).sum() / torch.maximum(face, usual).sum()).item() >= LIKENESS
+    return (torch.minimum(face, usual).sum() / torch.maximum(face, usual).sum()).item()
 
 
 def overlap(a, b):

@@ -185,6 +185,13 @@ def test_portrait_is_parsed_as_a_whole(faces):
     assert np.array_equal(parsed.mask, expected) and parsed.faces[0].window == (0, 0, 512, 512) and not parsed.missed
 
 
+@pytest.mark.parametrize("turns", range(4))
+def test_portrait_that_is_not_found_is_parsed_at_its_roll(faces, turns):
+    portrait = np.rot90(faces[0][:, 20:480], -turns)  # clockwise
+    parsed = parse(portrait)
+    assert parsed.missed and parsed.faces[0].angle == 90 * turns and (parsed.mask == portrait).mean() > 0.95
+
+
 def test_photo_without_a_face_is_background_unless_whole():
     cloth = np.full((200, 320), 18, np.uint8)
     parsed = parse(cloth)
