@@ -1,4 +1,4 @@
-"""The flags of a training, the recipes that set them, and the schedule of sizes and learning rates.
+"""The flags of a training, their ranges, and the recipes that set them.
 
 make recipes                                       # list the recipes
 python train.py --recipe lmsa_gpu_aug --dice 2     # a recipe; further flags override it

@@ -51,7 +51,8 @@ SEARCH_SIDE = 384  # network input for candidates: fewer faces are confirmed at 
 BATCH = 4
 PORTRAIT_OVERLAP = 0.55  # minimum IoU of a photo and the portrait found in it to parse the photo as that portrait
 MAX_PIXELS = 1 << 22  # parsed at once: larger windows are reduced, which bounds memory
-SMALL_INPUT = 384  # network input for windows of at most so many pixels; larger ones get up to the models' own
+SMALL_INPUT = 384  # least network input for the surroundings of a portrait, in which a larger one finds more clutter
+SMALL = 96  # pixels: portraits of at most this side gain nothing from a larger input either
 FEATHER = 0.1  # width of the transition from a parse to its surroundings, as a fraction of its side
 GROWTH = 1.5, 1.5  # from a portrait to the window around it, and to the next; in larger ones the network errs
 BUST = 0.46, 0.08  # half width and centre, in the largest window, of the shape that ends what reaches beyond it
@@ -257,15 +258,15 @@ def parse_face(parser, pixels, window):
     Returns the Window parsed and its log-probabilities (1, 19, h, w).
     """
 
-    def parse(window):
-        side = min(parser.size, max(SMALL_INPUT, math.ceil(window.width / 32) * 32))
+    def parse(window, least):
+        side = min(parser.size, max(least, math.ceil(window.width / 32) * 32))
         return parse_window(parser, [pixels], window, side)
 
-    log_p, side = parse(window), window.width
+    log_p, side = parse(window, SMALL_INPUT if window.width <= SMALL else parser.size), window.width
     for growth in GROWTH:
         more = round(window.width * growth) - window.width
         window = Window(window.left - more // 2, window.top - more // 2, *[window.width + more] * 2, window.angle)
-        around = parse(window)
+        around = parse(window, SMALL_INPUT)
         log_p = surround(log_p, around, growth)
         rounded = continues(around, window, *pixels.shape[:2])
         if not rounded:
