@@ -71,12 +71,16 @@ def test_arguments_of_a_recipes_network_are_kept_for_that_network_only():
 
 
 def test_second_ctrl_c_ends_at_once_but_no_repeat_of_the_first():
-    script = "import train, time; train.catch_signals(); print(flush=True); time.sleep(60)"
+    script = "import signal, time, train; signal.signal(signal.SIGUSR1, lambda *_: print(flush=True))\n"
+    script += "train.catch_signals(); print(flush=True); time.sleep(60)"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", script], **pipes) as process:
-        for stream in (process.stdout, process.stderr):  # once it is ready, and once the first signal is reported
-            stream.readline()
-            process.send_signal(signal.SIGINT)
+        process.stdout.readline()  # it is ready
+        process.send_signal(signal.SIGUSR1)  # which other code handles
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert b"SIGINT: stopping after this step" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
         time.sleep(2.2)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
@@ -266,6 +270,14 @@ def test_invalid_arguments_are_refused_and_leave_no_run(place, flags, error):
 def test_processes_without_a_gpu_each_are_refused():
     with pytest.raises(UserError, match="NPROC=2"):
         train.start_processes(parse(["--nproc=2", "--device=cpu"])[0])
+
+
+def test_processes_end_as_the_one_that_failed(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr(sys, "orig_argv", ["", "-c", "import os; os._exit(3 * int(os.environ['RANK']))"])
+    with pytest.raises(SystemExit, match="3"):
+        train.start_processes(parse(["--nproc=2"])[0])
 
 
 def test_second_training_of_a_run_is_refused(place):
