@@ -174,6 +174,7 @@ def test_a_name_too_long_for_a_file_stops_no_folder(run, tmp_path):
         ("--input=a.png --size=100", "--size 100"),
         ("--input=a.png --crop", "add --cutout"),
         ("--input=a.png --output=.", "would replace it"),
+        ("--input=a.png --output=a-overlay.png", "in the place of a folder"),
         ("--input=. --overlay", "would both become a-overlay.png"),
         ("--input=nowhere", "nowhere"),
     ],

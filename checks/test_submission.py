@@ -211,8 +211,9 @@ def test_run_py_runs_alone_and_its_masks_are_compared(place, sound, monkeypatch)
     assert "timed out after 0.01 seconds" in faults(place, run=1)
 
 
-def test_exit_status(place, command):
+def test_exit_status(place, command, refused):
     (place / "text.zip").write_text("not a zip")
+    assert "is not a readable zip" in refused(check_submission.main, "--zip", place / "text.zip")  # without data too
     write_zip(place / "empty.zip", {})
     for name, status in (("none", 2), ("text", 2), ("empty", 1), ("runs/a/submission-test", 0)):
         assert command(check_submission.main, "--zip", place / f"{name}.zip", "--data", place / "data")[0] == status
