@@ -44,12 +44,12 @@ FACE_SCORE = 0.4  # minimum score of a face
 FAR = 0.2, 0.5, 30  # shift in sides, logarithm of the scale and degrees of a match that is far from what was proposed
 TILTED = 60  # degrees of roll up to which a place without a face is parsed level too
 CANDIDATE = 0.33  # minimum heat of a place that is parsed
-LEVEL = 10  # degrees of roll up to which a portrait is parsed as it is: the network was trained on turned ones
+LEVEL = 5  # degrees of roll that are taken for none: the network was trained on turned portraits
 LIKENESS = 0.3  # minimum IoU of face and usual face to parse a photo as a portrait; at least 0.37 in the data set
 TURNED_LIKENESS = 0.5  # the same for a portrait that lies on its side or upside down: a profile has 0.4
 SEARCH_SIDE = 384  # network input for candidates: fewer faces are confirmed at 256 than at 384 or 512
 BATCH = 4
-PORTRAIT_OVERLAP = 0.55  # minimum IoU of a photo and the portrait found in it to parse the photo as that portrait
+PORTRAIT = 0.48, 15  # minimum IoU of a photo and the portrait found in it, and its most degrees of roll, to parse all
 MAX_PIXELS = 1 << 22  # parsed at once: larger windows are reduced, which bounds memory
 SMALL_INPUT = 384  # least network input for the surroundings of a portrait, in which a larger one finds more clutter
 SMALL = 96  # pixels: portraits of at most this side gain nothing from a larger input either
@@ -82,7 +82,7 @@ def square(x, y, side, angle):
     """The Window around x, y, level if it nearly is, its side a multiple of 8: those around it are concentric."""
     side = max(8, round(side / 8) * 8)
     angle = (angle + 180) % 360 - 180
-    return Window(round(x - side / 2), round(y - side / 2), side, side, 0.0 if abs(angle) < LEVEL / 2 else angle)
+    return Window(round(x - side / 2), round(y - side / 2), side, side, 0.0 if abs(angle) < LEVEL else angle)
 
 
 def measure(log_p):
@@ -235,7 +235,7 @@ def parse_photos(parser, photos, whole=False, box=None, cutout=None):
 def search(parser, pixels, everything):
     """The portraits in a photo and what they show, as `paste` takes them; `everything` is the photo as a Window."""
     faces = find_faces(parser, pixels)
-    filling = [f for f in faces if overlap(f[1], everything) >= PORTRAIT_OVERLAP and abs(f[1].angle) <= LEVEL]
+    filling = [f for f in faces if overlap(f[1], everything) >= PORTRAIT[0] and abs(f[1].angle) <= PORTRAIT[1]]
     if faces and not filling:
         faces.sort(key=lambda face: face[1].left)
         return ((score, window, *parse_face(parser, pixels, window)) for score, window in faces)
