@@ -21,6 +21,8 @@ $(if $(STRAY),$(error no target $(STRAY); settings are NAME=value without spaces
 
 given = $(sort $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $(v))),$(v))))
 SETTINGS := $(filter-out PYTHON VENV ARGS MAKE% -*-command-variables-*-,$(given))
+EMPTY := $(firstword $(foreach v,$(SETTINGS),$(if $(value $(v)),,$(v))))
+$(if $(EMPTY),$(error $(EMPTY) is empty: give a value, or leave it out))
 FIXED := $(firstword $(filter help install demo test clean,$(MAKECMDGOALS)))
 UNUSED := $(firstword $(SETTINGS) $(if $(filter test,$(FIXED)),,$(if $(value ARGS),ARGS)))
 $(if $(and $(FIXED),$(UNUSED)),$(error $(UNUSED) has no effect on `make $(FIXED)`))
