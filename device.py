@@ -1,13 +1,22 @@
-"""The device: choose it, its mixed precision, and copy to it without waiting."""
+"""The device: choose it, its precision and threads, copy to it without waiting, run one process per GPU."""
 
 import contextlib
+import copy
 import functools
+import itertools
+import math
 import os
 import platform
+import signal
+import socket
+import subprocess
+import sys
+import time
 
-from common import UserError
+from common import IN_GROUP, UserError
 
 import torch
+import torch.distributed as dist
 
 
 def select_device(name="auto", threads=0):
@@ -57,6 +66,33 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
+def choose_speed(args, model, device, processes, size):
+    """Set the CPU threads and return the dtype of mixed precision, or None; both replace `auto` in args, for a resume.
+
+    What --threads and --amp leave open is what trains fastest in a second of measurements: beside other work one thread
+    can be several times as fast as two, and a CPU that multiplies bf16 may be slower with it.
+    """
+    dtype = amp_dtype(args.amp, device)
+    if device.type != "cpu" or processes > 1:
+        return dtype
+    threads = {args.threads} if args.threads else {1, torch.get_num_threads()}
+    choices = list(itertools.product(threads, {dtype, None} if args.amp == "auto" else {dtype}))
+    times, side = dict.fromkeys(choices, math.inf), min(256, size)
+    model, images = copy.deepcopy(model), torch.zeros(2, 3, side, side)
+    for count, dtype in choices * 3 if len(choices) > 1 else []:
+        torch.set_num_threads(count)
+        begin = time.perf_counter()
+        with autocast(device, dtype):
+            loss = model(images, full_size=False).float().mean()
+        loss.backward()
+        times[count, dtype] = min(times[count, dtype], time.perf_counter() - begin)
+    # float32 needs twice the memory of bf16: only for a real gain.
+    args.threads, dtype = min(choices, key=lambda choice: times[choice] * (1 if choice[1] else 1.2))
+    args.amp = "bf16" if dtype else "off"
+    torch.set_num_threads(args.threads)
+    return dtype
+
+
 def to_device(tensor, device):
     """Copy a CPU tensor to the device; to a GPU from pinned memory, so that neither waits for the other."""
     if device.type != "cuda":
@@ -70,3 +106,53 @@ def to_device(tensor, device):
 def constant(values, device, dtype=torch.float32):
     """A tensor of a tuple of numbers, copied to the device once."""
     return torch.tensor(values, dtype=dtype, device=device)
+
+
+def start_processes(count, device="auto"):
+    """Run this command `count` > 1 times, each on a GPU, and exit as they do. UserError without enough GPUs.
+
+    Returns at once for `count` 1, and in these processes.
+    """
+    if count <= 1 or IN_GROUP:
+        return
+    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    if count > gpus:
+        raise UserError(f"NPROC={count} needs as many GPUs, there are {gpus}; on a CPU use THREADS= instead")
+    with socket.create_server(("localhost", 0)) as probe:
+        port = probe.getsockname()[1]
+    group = os.environ | {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=group | {"RANK": str(i), "LOCAL_RANK": str(i)})
+        for i in range(count)
+    ]
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends Ctrl-C to all by itself: each ignores the repeat
+        signal.signal(number, lambda number, frame: [process.send_signal(number) for process in processes])
+    while None in (codes := [process.poll() for process in processes]):
+        if not {None, 0, 128 + signal.SIGINT, 128 + signal.SIGTERM}.issuperset(codes):
+            for process in processes:  # the others would wait for the one that failed
+                process.kill()
+        time.sleep(0.1)
+    sys.exit(next((code for code in codes if code > 0), int(any(codes))))
+
+
+def on_rank_0(rank, function, *args, share=True):
+    """The result of function(*args) on rank 0, or its error, on every process; without `share` the others get None."""
+    result = error = None
+    if rank == 0:
+        try:
+            result = function(*args)
+        except (UserError, OSError) as raised:
+            error = raised
+    shared = [result if share else None, error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(shared)
+    if shared[1]:
+        raise shared[1]
+    return shared[0] if rank else result
+
+
+def all_sum(tensor):
+    """The sum of a tensor over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor

@@ -17,7 +17,6 @@ import math
 import os
 import platform
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -36,7 +35,7 @@ import checkpoint
 import register
 from augment import Strength, augment, draw, slice_batch
 from data import Batches, Pairs, find_data, is_synthetic, load_pairs, split
-from device import amp_dtype, autocast, device_name, select_device
+from device import all_sum, autocast, choose_speed, device_name, on_rank_0, select_device, start_processes
 from evaluate import batch_score, evaluate, f_scores, label_scores, official_score
 from labels import NUM_CLASSES
 from losses import training_loss
@@ -216,33 +215,6 @@ def place(training):
     return {"device_name": device_name(training.device), "amp": dtype}
 
 
-def choose_speed(args, model, device, processes, size):
-    """Set the CPU threads and return the dtype of mixed precision, or None; both replace `auto` in args, for a resume.
-
-    What --threads and --amp leave open is what trains fastest in a second of measurements: beside other work one thread
-    can be several times as fast as two, and a CPU that multiplies bf16 may be slower with it.
-    """
-    dtype = amp_dtype(args.amp, device)
-    if device.type != "cpu" or processes > 1:
-        return dtype
-    threads = {args.threads} if args.threads else {1, torch.get_num_threads()}
-    choices = list(itertools.product(threads, {dtype, None} if args.amp == "auto" else {dtype}))
-    times, side = dict.fromkeys(choices, math.inf), min(256, size)
-    model, images = copy.deepcopy(model), torch.zeros(2, 3, side, side)
-    for count, dtype in choices * 3 if len(choices) > 1 else []:
-        torch.set_num_threads(count)
-        begin = time.perf_counter()
-        with autocast(device, dtype):
-            loss = model(images, full_size=False).float().mean()
-        loss.backward()
-        times[count, dtype] = min(times[count, dtype], time.perf_counter() - begin)
-    # float32 needs twice the memory of bf16: only for a real gain.
-    args.threads, dtype = min(choices, key=lambda choice: times[choice] * (1 if choice[1] else 1.2))
-    args.amp = "bf16" if dtype else "off"
-    torch.set_num_threads(args.threads)
-    return dtype
-
-
 def batch_size(args, count, processes, strength, size):
     """Images per step of `count` pairs, over all processes. UserError if they cannot be shared among these.
 
@@ -332,46 +304,6 @@ def resume(training, used):
             if value not in str(record.get(key, value)).split(" then "):
                 record[key] = f"{record[key]} then {value}"
         write_text(folder / "args.json", json.dumps(record, indent=1) + "\n")
-
-
-def on_rank_0(rank, function, *args, share=True):
-    """The result of function(*args) on rank 0, or its error, on every process; without `share` the others get None."""
-    result = error = None
-    if rank == 0:
-        try:
-            result = function(*args)
-        except (UserError, OSError) as raised:
-            error = raised
-    shared = [result if share else None, error]
-    if dist.is_initialized():
-        dist.broadcast_object_list(shared)
-    if shared[1]:
-        raise shared[1]
-    return shared[0] if rank else result
-
-
-def start_processes(args):
-    """With --nproc above 1, run this command once per process, and exit as they do. UserError without enough GPUs."""
-    if args.nproc <= 1 or IN_GROUP:
-        return
-    gpus = torch.cuda.device_count() if args.device in ("auto", "cuda") else 0
-    if args.nproc > gpus:
-        raise UserError(f"NPROC={args.nproc} needs as many GPUs, there are {gpus}; on a CPU use THREADS= instead")
-    with socket.create_server(("localhost", 0)) as probe:
-        port = probe.getsockname()[1]
-    group = os.environ | {"WORLD_SIZE": str(args.nproc), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=group | {"RANK": str(i), "LOCAL_RANK": str(i)})
-        for i in range(args.nproc)
-    ]
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends Ctrl-C to all by itself: each ignores the repeat
-        signal.signal(number, lambda number, frame: [process.send_signal(number) for process in processes])
-    while None in (codes := [process.poll() for process in processes]):
-        if not {None, 0, 128 + signal.SIGINT, 128 + signal.SIGTERM}.issuperset(codes):
-            for process in processes:  # the others would wait for the one that failed
-                process.kill()
-        time.sleep(0.1)
-    sys.exit(next((code for code in codes if code > 0), int(any(codes))))
 
 
 def catch_signals(rank=0):
@@ -538,13 +470,6 @@ def make_optimiser(model, args, device):
     if args.optimiser == "adamw":
         return torch.optim.AdamW(groups, **settings)
     return Muon([{"params": hidden, "orthogonal": True}, *groups], **settings)
-
-
-def all_sum(tensor):
-    """The sum of a tensor over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
 
 
 def load_batch(training, epoch, order, step):
@@ -741,7 +666,7 @@ def train(training):
 
 def main():
     args = resumed_args(*parse(sys.argv[1:]))
-    start_processes(args)
+    start_processes(args.nproc, args.device)
     training = Training(args)
     progress, folder, count = training.progress, training.folder, count_parameters(training.model)
     say = functools.partial(print, flush=True) if training.rank == 0 else lambda text: None

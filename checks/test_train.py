@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import checkpoint
+import device
 import evaluate
 import register
 import train
@@ -125,7 +126,7 @@ def test_the_fastest_threads_and_precision_are_kept(monkeypatch, threads, dtype)
     now, args, weight = [2], parse([])[0], torch.ones(1, requires_grad=True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: now[-1])
     monkeypatch.setattr(torch, "set_num_threads", now.append)
-    monkeypatch.setattr("train.amp_dtype", lambda amp, device: torch.bfloat16)
+    monkeypatch.setattr("device.amp_dtype", lambda amp, device: torch.bfloat16)
 
     def forward(image, full_size):
         time.sleep(0.03 * (now[-1] != threads) + 0.03 * (torch.is_autocast_enabled("cpu") != bool(dtype)))
@@ -133,7 +134,7 @@ def test_the_fastest_threads_and_precision_are_kept(monkeypatch, threads, dtype)
 
     model = nn.Identity()
     model.forward = forward
-    assert train.choose_speed(args, model, torch.device("cpu"), processes=1, size=32) is dtype
+    assert device.choose_speed(args, model, torch.device("cpu"), processes=1, size=32) is dtype
     assert (now[-1], args.threads, args.amp) == (threads, threads, "bf16" if dtype else "off")
 
 
@@ -269,7 +270,7 @@ def test_invalid_arguments_are_refused_and_leave_no_run(place, flags, error):
 
 def test_processes_without_a_gpu_each_are_refused():
     with pytest.raises(UserError, match="NPROC=2"):
-        train.start_processes(parse(["--nproc=2", "--device=cpu"])[0])
+        device.start_processes(2, "cpu")
 
 
 def test_processes_end_as_the_one_that_failed(monkeypatch):
@@ -277,7 +278,7 @@ def test_processes_end_as_the_one_that_failed(monkeypatch):
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr(sys, "orig_argv", ["", "-c", "import os; os._exit(3 * int(os.environ['RANK']))"])
     with pytest.raises(SystemExit, match="3"):
-        train.start_processes(parse(["--nproc=2"])[0])
+        device.start_processes(2)
 
 
 def test_second_training_of_a_run_is_refused(place):
