@@ -5,6 +5,7 @@ A checkpoint is a dict. `best.pt` contains what inference needs (`state_dict`, `
 ones. Both list the pairs that the weights were `trained_on` and those `held_out` as (name, hash of the image's pixels).
 """
 
+import io
 import textwrap
 import zipfile
 from pathlib import Path
@@ -32,9 +33,15 @@ def load(path):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no checkpoint {path}")
+    return parse(path.read_bytes(), path)
+
+
+def parse(data, path):
+    """`load` the bytes of a checkpoint, which are named `path` in errors."""
     try:
         # Only the zip format: the reader of torch's older format is less robust.
-        content = torch.load(path, map_location="cpu", weights_only=True) if zipfile.is_zipfile(path) else {}
+        whole = zipfile.is_zipfile(io.BytesIO(data))
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True) if whole else {}
         list(leaves(content))
         fits = all(isinstance(content[key], kind) for key, kind in REQUIRED.items())
         fits = fits and all(isinstance(value, torch.Tensor) for value in content["state_dict"].values())

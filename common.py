@@ -82,7 +82,8 @@ class ArgumentParser(argparse.ArgumentParser):
         if equals and isinstance(action, argparse.BooleanOptionalAction):
             if value.lower() not in ("0", "1", "false", "true"):
                 self.error(f"{flag} {value}: give 1 or 0")
-            return flag if value.lower() in ("1", "true") else flag.replace("--", "--no-", 1)
+            plain = flag.removeprefix("--").removeprefix("no-")
+            return ("--" if (value.lower() in ("1", "true")) == flag.endswith(f"--{plain}") else "--no-") + plain
         home = re.match(r"(--[a-z-]+=)?(~/.*)", text, re.DOTALL)  # not every shell expands ~ after IN=
         return (home[1] or "") + os.path.expanduser(home[2]) if home else text
 
@@ -133,7 +134,8 @@ def run_main(main):
         print_message(error, "error")
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:  # torch raises the latter
-        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", str(error)):
+        signs = "out of memory|can't allocate memory|ALLOC_FAILED"
+        if isinstance(error, RuntimeError) and not re.search(signs, str(error)):
             raise
         print_message("out of memory: try a smaller BATCH, SIZES, SIZE or VIEWS", "error")
         sys.exit(2)
@@ -210,11 +212,12 @@ def read_json(path):
 
 
 def in_parallel(function, tasks, workers=None, label="working"):
-    """Yield function(task) for every task in order, from `workers` processes (default: one per core).
+    """Yield function(task) for every task in order, from `workers` processes (default: one per core we may use).
 
     UserError if a worker process was killed.
     """
-    pool = ProcessPoolExecutor(workers or os.cpu_count(), initializer=_start_worker)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    pool = ProcessPoolExecutor(workers or cores, initializer=_start_worker)
     start = time.monotonic()
     try:
         for done, result in enumerate(pool.map(function, tasks, chunksize=8), 1):

@@ -107,16 +107,15 @@ class Batches:
 
 def find_data(folder=None):
     """The data folder: `folder` if given, else ./data, else synthetic faces, created on first use with a warning."""
-    if folder is not None:
-        if not Path(folder).is_dir():
-            raise UserError(f"no data folder {folder}; `make data RAW=/path/to/download DATA={folder}` creates it")
-        return Path(folder)
-    if Path("data").is_dir():
-        return Path("data")
-    print_message(
-        f"no data/ folder: using synthetic faces in {SYNTHETIC}; scores on them say nothing about real faces. "
-        "`make data RAW=/path/to/download` prepares the real ones"
-    )
+    if Path(folder or "data").is_dir():
+        return Path(folder or "data")
+    if folder is None:
+        print_message(
+            f"no data/ folder: using synthetic faces in {SYNTHETIC}; scores on them say nothing about real faces. "
+            "`make data RAW=/path/to/download` prepares the real ones"
+        )
+    elif Path(folder) != SYNTHETIC:
+        raise UserError(f"no data folder {folder}; `make data RAW=/path/to/download DATA={folder}` creates it")
     # A process of its own, since tools/synth.py imports this file.
     command = [sys.executable, "-m", "tools.synth", "--out", str(SYNTHETIC.resolve())]
     if subprocess.run(command, cwd=Path(__file__).parent, stdout=subprocess.DEVNULL).returncode:
@@ -137,7 +136,7 @@ def find_data_of(weights, folder=None):
     record = run_record(weights)
     folder = folder or record.get("args", {}).get("data")
     if folder is None and (record.get("pairs") or {}).get("drawn"):
-        return SYNTHETIC if SYNTHETIC.is_dir() else find_data()
+        return find_data(SYNTHETIC)
     if folder is None and not Path("data").is_dir():
         raise UserError("no data/ folder: `make data RAW=/path/to/download` creates it; DATA=FOLDER names another")
     return find_data(folder)
@@ -158,7 +157,7 @@ def find_pairs(data):
     unpaired = [p.name for p in images if p.stem not in masks] + sorted(masks.keys() - {p.stem for p in images})
     if unpaired:
         what = f"{len(unpaired)} files of {data}/train have no partner, such as {unpaired[0]}"
-        raise UserError(f"{what}; `make check-data` lists them")
+        raise UserError(f"{what}; `make check-data DATA={data} LIST=1` lists them")
     return [(p, masks[p.stem]) for p in images]
 
 
@@ -181,7 +180,7 @@ def split(count, val_split=0.1, seed=42, hashes=None):
     unseen = {hashes[i].tobytes() for i in validation}
     copies = np.array([hashes[i].tobytes() in unseen for i in train])
     if copies.any():
-        print_message(f"{copies.sum()} copies of held-out images are held out too; `make check-data` lists them")
+        print_message(f"{copies.sum()} copies of held-out images are held out too; `make check-data LIST=1` lists them")
     if copies.all():
         raise UserError("no images are left to train on")
     return train[~copies], np.concatenate([validation, train[copies]])

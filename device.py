@@ -7,11 +7,13 @@ import itertools
 import math
 import os
 import platform
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from common import IN_GROUP, UserError
 
@@ -43,7 +45,11 @@ def select_device(name="auto", threads=0):
 
 def device_name(device):
     """What the maker calls a device, such as NVIDIA A40."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError, TypeError):  # Linux; not every kernel names it
+        return re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    return platform.processor() or platform.machine()
 
 
 def amp_dtype(amp, device):
@@ -77,20 +83,26 @@ def choose_speed(args, model, device, processes, size):
         return dtype
     threads = {args.threads} if args.threads else {1, torch.get_num_threads()}
     choices = list(itertools.product(threads, {dtype, None} if args.amp == "auto" else {dtype}))
-    times, side = dict.fromkeys(choices, math.inf), min(256, size)
-    model, images = copy.deepcopy(model), torch.zeros(2, 3, side, side)
-    for count, dtype in choices * 3 if len(choices) > 1 else []:
-        torch.set_num_threads(count)
-        begin = time.perf_counter()
-        with autocast(device, dtype):
-            loss = model(images, full_size=False).float().mean()
-        loss.backward()
-        times[count, dtype] = min(times[count, dtype], time.perf_counter() - begin)
+    times = dict.fromkeys(choices, math.inf)
+    if len(choices) > 1:
+        model, images = copy.deepcopy(model), torch.zeros(2, 3, *[min(256, size)] * 2)
+        for choice in choices * 3:
+            times[choice] = min(times[choice], _seconds(model, images, *choice))
     # float32 needs twice the memory of bf16: only for a real gain.
     args.threads, dtype = min(choices, key=lambda choice: times[choice] * (1 if choice[1] else 1.2))
     args.amp = "bf16" if dtype else "off"
     torch.set_num_threads(args.threads)
     return dtype
+
+
+def _seconds(model, images, threads, dtype):
+    """Of a forward and a backward pass."""
+    torch.set_num_threads(threads)
+    begin = time.perf_counter()
+    with autocast(images.device, dtype):
+        loss = model(images, full_size=False).float().mean()
+    loss.backward()
+    return time.perf_counter() - begin
 
 
 def to_device(tensor, device):
@@ -117,16 +129,16 @@ def start_processes(count, device="auto"):
         return
     gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
     if count > gpus:
-        raise UserError(f"NPROC={count} needs as many GPUs, there are {gpus}; on a CPU use THREADS= instead")
+        raise UserError(f"NPROC={count} needs as many GPUs of DEVICE=auto, there are {gpus}; NPROC=1 needs none")
     with socket.create_server(("localhost", 0)) as probe:
         port = probe.getsockname()[1]
-    group = os.environ | {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=group | {"RANK": str(i), "LOCAL_RANK": str(i)})
-        for i in range(count)
-    ]
+    processes = []
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends Ctrl-C to all by itself: each ignores the repeat
         signal.signal(number, lambda number, frame: [process.send_signal(number) for process in processes])
+    group = os.environ | {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    for i in range(count):
+        own = group | {"RANK": str(i), "LOCAL_RANK": str(i)}
+        processes.append(subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env=own))
     while None in (codes := [process.poll() for process in processes]):
         if not {None, 0, 128 + signal.SIGINT, 128 + signal.SIGTERM}.issuperset(codes):
             for process in processes:  # the others would wait for the one that failed

@@ -4,7 +4,8 @@ python evaluate.py --weights runs/a/best.pt
 python evaluate.py --weights a --views flip,scales --data data
 python evaluate.py --masks masks --truth data/train/masks --partial
 
-The held-out pairs are those that the checkpoint names, else those of its run's split, else of the reference's.
+The held-out pairs are those that the checkpoint names, else those it was not trained on, else those of its run's split,
+else of the reference's.
 """
 
 import json
@@ -196,13 +197,15 @@ def main():
     if args.masks or args.truth:
         if not (args.masks and args.truth):
             raise UserError("--masks PREDICTED goes with --truth TRUE, two folders")
-        if args.weights or args.views or args.size:
-            raise UserError("--masks are scored as they are: without --weights (NAME=), --views and --size")
+        if args.weights or args.views or args.size or args.record:
+            raise UserError("--masks are scored as they are: without --weights (NAME=), --views, --size and --record")
         print(score_table(compare_folders(args.masks, args.truth, args.partial)))
         return
     views, device = parse_views(args.views), select_device(args.device, args.threads)
     check_size(args.size)
     path = register.find_weights(args.weights)
+    if not (args.weights and Path(args.weights).is_file()):
+        path = register.scored_weights(path.parent)
     data = find_data_of(path, args.data)
     synthetic = " (synthetic faces)" if is_synthetic(data) else ""
     name = f"{path}{'' if args.weights else ' (no NAME given)'}"
@@ -212,11 +215,12 @@ def main():
     indices = held_out(info, path, pairs.keys())
     if doubt := checkpoint.doubt(info, pairs.keys(indices)):
         print_message(f"{path} {doubt}")
-    size, settings = args.size or info["size"], {"views": views, "batch": args.batch}
-    confusions = evaluate(model, pairs, indices, size, device, **settings)[0]
+    if args.record and (doubt or args.size or path.name not in ("best.pt", "validated.pt")):
+        raise UserError("--record is for unseen images and the weights that best.json has the scores of, at their size")
+    confusions, _ = evaluate(model, pairs, indices, args.size or info["size"], device, views=views, batch=args.batch)
+    print(score_table(confusions))
     if args.record:
         record_views(path.parent / "best.json", args.views or "none", {pairs.names[i] for i in indices}, confusions)
-    print(score_table(confusions))
 
 
 if __name__ == "__main__":

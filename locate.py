@@ -1,6 +1,6 @@
 """Where faces may be in a photo: a small fully convolutional network, its training from the pairs, and the search.
 
-python locate.py --data data                             # trains runs/release/locator.pt on the training pairs
+python locate.py --data data --overwrite                 # trains runs/release/locator.pt on the training pairs
 python locate.py --start a.pt --steps 200 --output b.pt  # from other weights
 
 Like CenterNet (arXiv 1904.07850) the network gives a heat map of face centres, and for each centre the side and the
@@ -15,7 +15,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from common import ArgumentParser, UserError, positive, run_main, show_progress
+from common import ArgumentParser, UserError, make_folder, natural, positive, run_main, show_progress
 
 import numpy as np
 import torch
@@ -84,16 +84,15 @@ class Locator(nn.Module):
 
 def load_locator(device="cpu", path=None):
     """The trained Locator, ready for inference. UserError if the file is missing or damaged."""
-    path = path or register.RELEASE / "locator.pt"
+    path, remedy = path or register.RELEASE / "locator.pt", "; WHOLE=1 (--whole) needs no search" if not path else ""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        why = f"is missing or damaged ({type(error).__name__})"
-        raise UserError(
-            f"{path}, which finds faces, {why}: `make locator` trains it; --whole needs no search"
-        ) from None
+        state = {name: value.float() for name, value in state.items()}
+    except Exception as error:  # noqa: BLE001 - foreign bytes make the unpickler raise anything
+        why = f"is missing, damaged or of another network ({type(error).__name__})"
+        raise UserError(f"{path}, a network that finds faces, {why}; `make locator` trains one{remedy}") from None
     locator = Locator()
-    checkpoint.load_state(locator, {name: value.float() for name, value in state.items()}, path)
+    checkpoint.load_state(locator, state, path)
     return locator.to(device, memory_format=torch.channels_last).eval()
 
 
@@ -385,7 +384,8 @@ def train(locator, scenes, steps):
     """Train a Locator for `steps` batches: AdamW, one-cycle cosine."""
     locator.to(memory_format=torch.channels_last).train()
     optimiser = torch.optim.AdamW(locator.parameters(), LEARNING_RATE, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    # With 0.1 it would divide by zero for 10 steps.
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=steps, pct_start=0.11)
     begin, mean = time.monotonic(), 0.0
     batches = iter(DataLoader(scenes, batch_size=None, num_workers=1))
     for step in range(steps):
@@ -410,9 +410,13 @@ def main():
     parser.add_argument("--output", "--out", type=Path, default=register.RELEASE / "locator.pt", help="file to write")
     parser.add_argument("--start", "--from", type=Path, help="weights to start from")
     parser.add_argument("--steps", type=positive, default=2400, help=f"batches of {BATCH} images")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
+    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--threads", type=natural, default=0, help="CPU threads; 0: torch's default")
+    parser.switch("--overwrite", help="replace the file")
     args = parser.parse_args()
+    if args.output.exists() and not args.overwrite:
+        raise UserError(f"{args.output} exists: OVERWRITE=1 replaces it, or give another OUT (--out)")
+    make_folder(args.output.parent)
     select_device("cpu", args.threads)
     torch.manual_seed(args.seed)
     pairs = load_pairs(find_data(args.data), args.cache)

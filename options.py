@@ -68,7 +68,8 @@ def build_parser():
     optim.add_argument("--decay-all", **switch, default=True, help="decay biases and norms too, not only matrices")
     optim.add_argument("--clip", type=float, default=1.0, help="maximum gradient norm; 0 disables clipping")
     optim.add_argument("--ema", type=float, default=0.0, help="decay of the weights' moving average; 0 disables it")
-    optim.add_argument("--keep", type=float, default=0.0, help="fraction of the --from weights mixed into the last")
+    text = "fraction of the --from weights mixed into the last epoch's"
+    optim.add_argument("--keep", type=float, default=0.0, help=text)
 
     loss = parser.add_argument_group("loss")
     loss.add_argument("--ce", type=float, default=1.0, help="weight of the cross-entropy")
@@ -204,6 +205,8 @@ def check(args):
         raise UserError("--ce 0 with --dice 0 leaves no loss; give one of them a weight")
     if args.keep and not (args.start_from or args.resume):
         raise UserError(f"--keep {args.keep} keeps a fraction of the weights of another run; add FROM= with its name")
+    if args.keep and (args.patience or args.target):
+        raise UserError("--keep acts in the last epoch, before which --patience and --target may stop: give 0 for both")
     if args.target and not args.val_split:
         raise UserError("--target needs validation pairs, but --val-split is 0")
     if args.val_split and 0 < args.patience < args.val_every:

@@ -239,13 +239,13 @@ def search(parser, pixels, everything):
     if faces and not filling:
         faces.sort(key=lambda face: face[1].left)
         return ((score, window, *parse_face(parser, pixels, window)) for score, window in faces)
+    if filling:
+        return [(filling[0][0], everything, everything, parse_window(parser, [pixels], everything, parser.size))]
     height, width = pixels.shape[:2]
     sideways, options = Window((width - height) // 2, (height - width) // 2, height, width), []
     for window, angle in [(everything, 0.0), (sideways, 90.0), (everything, 180.0), (sideways, 270.0)]:
         window = window._replace(angle=angle)
         log_p = parse_window(parser, [pixels], window, parser.size)
-        if filling:
-            return [(filling[0][0], window, window, log_p)]
         likeness = portrait_likeness(log_p)
         options.append((likeness * (likeness >= (TURNED_LIKENESS if angle else LIKENESS)), window, log_p))
     likeness, window, log_p = max(options, key=lambda option: option[0])

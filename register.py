@@ -49,6 +49,11 @@ def find_weights(text=None, runs="runs"):
     return path
 
 
+def scored_weights(folder):
+    """The weights that have the run's scores: the release also has others, trained on all pairs, as best.pt."""
+    return folder / ("validated.pt" if (folder / "validated.pt").is_file() else "best.pt")
+
+
 @contextlib.contextmanager
 def replace_run(folder):
     """Yield an empty folder to write a run's files to, which then replace the older run's in `folder`.
@@ -112,16 +117,13 @@ def lock(folder):
     """Hold the run for this process. UserError if another training does."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # a link is another's file
     file = os.fdopen(os.open(folder / ".lock", flags, 0o644))
-    try:
+    for wait in (0.1, 0):  # `is_running` may be looking just then
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _locks.append(file)
             return
-        time.sleep(0.1)  # `is_running` may have looked just then
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another training is writing {folder}; wait for it or choose another NAME") from None
-    _locks.append(file)
+        time.sleep(wait)
+    raise UserError(f"another training is writing {folder}; wait for it or choose another NAME")
 
 
 def is_running(folder):

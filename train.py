@@ -83,7 +83,8 @@ def choose_folder(args):
     folder = Path(args.runs, name)
     if (folder / "args.json").is_file():
         if not args.overwrite:
-            raise UserError(f"run {folder} exists: `make resume NAME={name}`, OVERWRITE=1, or choose another NAME")
+            remedy = f"`make resume NAME={make_name(folder)}`, OVERWRITE=1, or choose another NAME"
+            raise UserError(f"run {folder} exists: {remedy}")
         run_arguments(folder)
     # A run that was killed while its files replaced an older one's has its args.json in a temporary folder.
     elif any(folder.glob("[!.]*")) and not any(folder.glob(".args.json.*.tmp/args.json")):
@@ -302,6 +303,7 @@ def resume(training, used):
         write_metrics(folder, lines)
         for key, value in place(training).items():  # a run may be resumed elsewhere
             if value not in str(record.get(key, value)).split(" then "):
+                print_message(f"the run's {key} was {record[key]}, now {value}; AMP=auto THREADS=0 chooses again")
                 record[key] = f"{record[key]} then {value}"
         write_text(folder / "args.json", json.dumps(record, indent=1) + "\n")
 
@@ -679,7 +681,7 @@ def main():
     if count >= PARAM_LIMIT and training.rank == 0:
         print_message(f"{count:,} parameters: a submission must have fewer than {PARAM_LIMIT:,}")
     if is_finished(training):
-        say(f"already finished; `make train FROM={args.resume} NAME=...` starts a new run from its weights")
+        say(f"already finished; FROM={make_name(folder)} with its MODEL= or RECIPE= starts a new run from its weights")
         return 0
     if args.resume:
         say(f"resuming at epoch {progress['epoch'] + 1}, step {progress['step'] + 1}")

@@ -77,7 +77,9 @@ def area_weights(old, new, device):
     """(new, old): the fraction of each new pixel that each old one covers."""
     edges, pixels = torch.arange(new + 1, dtype=torch.float64) * old / new, torch.arange(old)
     covered = torch.minimum(edges[1:, None], pixels + 1) - torch.maximum(edges[:-1, None], pixels)
-    return (covered.clamp_min(0) * new / old).float().to(device)
+    weights = (covered.clamp_min(0) * new / old).float()
+    # A GPU need not be waited for: training reduces images to hundreds of sizes.
+    return (weights.pin_memory() if device.type == "cuda" else weights).to(device, non_blocking=True)
 
 
 def resize(images, height, width):

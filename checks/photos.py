@@ -15,7 +15,7 @@ import json
 import time
 from pathlib import Path
 
-from common import ArgumentParser, positive, print_message, run_main
+from common import ArgumentParser, natural, positive, print_message, run_main
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
@@ -176,7 +176,7 @@ def main():
     parser.add_argument("--data", help="folder with train/; default ./data, else synthetic faces")
     parser.add_argument("--cache", default="build/cache", help="cache folder")
     parser.add_argument("--count", type=positive, default=30, help="number of held-out portraits")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's default")
+    parser.add_argument("--threads", type=natural, default=0, help="CPU threads; 0: torch's default")
     args = parser.parse_args()
     if args.photos:
         if args.out:

@@ -211,6 +211,7 @@ def test_scores_and_counts_are_of_what_was_asked(copy, command, refused):
         path.unlink()
     assert "1 of the 3 pairs held out" in command(evaluate.main, *flags)[2]
     refused(evaluate.main, *flags, "--batch=-4")
+    assert "error: --record is for" in command(evaluate.main, *flags, "--record", "--size=64")[2]
     masks = f"--masks={copy}/data/train/masks", f"--truth={copy}/data/train/masks"
     assert command(evaluate.main, *masks)[0] == 0 and "--views" in refused(evaluate.main, *masks, "--views=flip")
     refused(check_params.main, "--name=whole", f"--runs={copy}/runs", "--lr=1")

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 from common import UserError
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 from checks.conftest import cases, encoded, write
 from checks.test_data_tools import TURNED
-from data import SYNTHETIC, Batches, find_data_of, find_pairs, load_pairs, reversed_sides, split, swap_sides
+from data import SYNTHETIC, Batches, find_data, find_data_of, find_pairs, load_pairs, reversed_sides, split, swap_sides
 from images import image_hash, mask_image, read_image, read_mask
 
 FACE = np.zeros((512, 512), np.uint8)  # eyes and nose
@@ -114,6 +115,10 @@ def test_a_run_on_synthetic_faces_is_evaluated_on_them(tmp_path, monkeypatch):
     for drawn, expected in ((True, SYNTHETIC), (False, Path("data"))):
         Path("runs/a/args.json").write_text(json.dumps({"args": {"data": None}, "pairs": {"drawn": drawn}}))
         assert find_data_of("runs/a/best.pt") == expected
+    shutil.rmtree(SYNTHETIC)
+    drawn = []
+    monkeypatch.setattr("subprocess.run", lambda command, **_: drawn.append(command) or SimpleNamespace(returncode=0))
+    assert find_data(str(SYNTHETIC)) == SYNTHETIC and "tools.synth" in drawn[0]
 
 
 def test_hash_of_an_image_stays_that_of_older_checkpoints():

@@ -246,7 +246,7 @@ def test_mistakes_are_refused(refused, tmp_path):
         (prepare, ("--raw", raw, "--data", other), "1 files not from"),
         (prepare, ("--check", "--data", tmp_path / "missing"), "no data folder"),
         (prepare, ("--check", "--data", raw / "test"), "no such file or folder"),
-        (synth, ("--out", text / "faces"), "Not a directory"),
+        (synth, ("--out", text / "faces"), "place of a folder"),
         (synth, ("--out", other), "other files"),
         (synth, ("--out", faces, "--size=128"), "another --size"),
         (synth, ("--out", new, "--size=0"), "not an integer from 1"),

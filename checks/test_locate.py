@@ -1,7 +1,6 @@
 """The locator: training targets and the search are inverse to each other, and its training finds pasted portraits."""
 
 import math
-import sys
 
 from common import UserError
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 import locate
+import register
 from data import Pairs
 from tools.synth import draw_face, make_dataset
 
@@ -86,18 +86,20 @@ def test_training_lowers_the_loss(scenes):
         assert locate.locator_loss(locator(images), targets).item() < 0.9 * before
 
 
-def test_the_command_trains_from_weights_and_writes_new_ones(tmp_path, monkeypatch):
+def test_the_command_trains_from_weights_and_replaces_none_unless_asked(tmp_path, command, refused):
     make_dataset(tmp_path / "data", train=6, dev=1, test=1)
-    flags = f"--data={tmp_path}/data --cache={tmp_path} --steps=1 --threads=1 --output={tmp_path}/a.pt"
-    for more in ("", f" --start={tmp_path}/a.pt"):
-        monkeypatch.setattr(sys, "argv", ["locate.py", *(flags + more).split()])
-        locate.main()
-        assert locate.load_locator(path=tmp_path / "a.pt")(torch.zeros(1, 3, 64, 64)).shape == (1, 6, 8, 8)
+    path = tmp_path / "new/a.pt"
+    flags = locate.main, f"--data={tmp_path}/data", f"--cache={tmp_path}", "--steps=1", "--threads=1", f"--out={path}"
+    for more in ([], ["--overwrite", f"--from={path}"]):
+        assert command(*flags, *more)[0] == 0
+        assert locate.load_locator(path=path)(torch.zeros(1, 3, 64, 64)).shape == (1, 6, 8, 8)
+    assert "OVERWRITE=1" in refused(*flags)
 
 
 def test_missing_or_damaged_weights_are_named(tmp_path):
     with pytest.raises(UserError, match="make locator"):
         locate.load_locator(path=tmp_path / "none.pt")
-    (tmp_path / "bad.pt").write_bytes(b"no weights")
-    with pytest.raises(UserError, match="damaged"):
-        locate.load_locator(path=tmp_path / "bad.pt")
+    for content in (b"no weights", (register.RELEASE / "best.pt").read_bytes()):
+        (tmp_path / "bad.pt").write_bytes(content)
+        with pytest.raises(UserError, match="damaged or of another network"):
+            locate.load_locator(path=tmp_path / "bad.pt")

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-from common import UserError
+from common import UserError, check_target
 
 import numpy as np
 import pypdf
@@ -309,6 +309,7 @@ def test_int8_file_is_a_third_of_the_size(tmp_path, command):
     path = tmp_path / "parser.onnx"
     status, out, _ = command(export.main, "--int8", f"--data={tmp_path}/data", f"--out={path}")
     assert status == 0 and path.stat().st_size < 3e6 and "have torch's label" in out
+    check_target(path, export.PRODUCERS)  # may be replaced
 
 
 def test_missing_packages_and_flags_are_one_line(run, tmp_path, monkeypatch, refused):

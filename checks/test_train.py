@@ -218,7 +218,7 @@ def test_evaluation_equals_the_score_of_training(place, command):
 
 
 def test_last_epoch_keeps_a_fraction_of_the_first_weights(place):
-    train_here(place, f"--name=kept {FLAGS} --from=whole --keep=0.25 --sizes=32:1 --lr=1e-2")
+    train_here(place, f"--name=kept {FLAGS} --from=whole --keep=0.25 --sizes=32:1 --lr=1e-2 --patience=0")
     names = "whole/best.pt", "kept/best.pt", "kept/last.pt"
     first, best, last = (torch.load(place / "runs" / name) for name in names)
     for name, value in best["state_dict"].items():
@@ -247,6 +247,7 @@ MISTAKES = [
     ],
     *[("--name=x --amp=fp16", "fp16"), ("--name=x --threads=-1", "--threads -1"), ("--name=x --lr=-1", "--lr -1")],
     *[("--name=x --recipe=finish --sizes=32:1", "add FROM="), ("--name=x --keep=0.5 --sizes=32:1", "add FROM=")],
+    ("--name=x --from=whole --keep=0.5", "--patience"),
     *[("--resume=nobody", "no run nobody"), ("--resume=whole --dropout=0.5", "--dropout 0.5 differs")],
     ("--resume=whole --name=x", "--name x differs"),
     *[("--name=x --recipe=nothing", "no recipe"), ("--name=x --dcie=2", "--dcie")],

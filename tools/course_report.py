@@ -20,13 +20,14 @@ from common import ArgumentParser, UserError, atomic, check_target, duration, re
 import numpy as np
 import torch
 
-from checkpoint import doubt, load, load_model
+import checkpoint
+from checkpoint import doubt, load_model
 from data import find_data_of, load_pairs
 from evaluate import evaluate, f_scores, held_out
 from labels import HEX_COLOURS, NAMES
 from model import PARAM_LIMIT, build, count_parameters
 from options import from_record, network_arguments, strength
-from register import find_run, make_name, run_arguments
+from register import find_run, make_name, run_arguments, scored_weights
 from tools import report
 from tools.check_params import parameter_table
 from tools.check_submission import read_zip
@@ -67,10 +68,8 @@ def count_pages(path):
 def sent_views(folder):
     """The views that the run's Codabench zip averages, as text; "" without a zip."""
     path = folder / "submission-test.zip"
-    content = read_zip(path)[0].get("solution/ckpt.pth") if path.is_file() else None
-    with tempfile.NamedTemporaryFile() as file:
-        Path(file.name).write_bytes(content or b"")
-        return str(load(file.name).get("views", "")) if content else ""
+    data = read_zip(path)[0].get("solution/ckpt.pth") if path.is_file() else None
+    return str(checkpoint.parse(data, path).get("views", "")) if data else ""
 
 
 def score(weights, views, data):
@@ -114,7 +113,7 @@ def draft(folder, author, matric, views="", data=None):
         raise UserError(f"{folder} needs another version of {args.model}; check out its commit: {run['origin']}")
     scores = [report.image_score(f) for f in run["best"]["image_scores"].values()]
     if views:
-        weights = report.scored_weights(folder)
+        weights = scored_weights(folder)
         scores = score(weights, views, find_data_of(weights, data))[0]
     seen = "The weights were trained on all pairs, these images included; the score is of a training without them."
     start = f"one that starts from the weights of {args.start_from} (describe theirs)"

@@ -59,7 +59,7 @@ def make_submission(weights, images, phase, target, views=None, run=5):
     parameters = count_parameters(checkpoint.restore(content, weights))
     if parameters >= PARAM_LIMIT:
         raise UserError(f"{weights} has {parameters:,} parameters; a submission must have fewer than {PARAM_LIMIT:,}")
-    views = content.get("views", "") if views is None else views
+    views = content.get("views", "") if views is None else views.replace("none", "")
     parse_views(views)
     images, target = Path(images).resolve(), Path(target)
     check_target(target, ZIP)

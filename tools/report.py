@@ -29,7 +29,7 @@ from data import find_data_of, find_pairs, reversed_sides
 from device import select_device
 from images import mask_image, read_image, read_mask
 from labels import HEX_COLOURS, NAMES, NUM_CLASSES
-from register import is_running, make_name, read_metrics
+from register import is_running, make_name, read_metrics, scored_weights
 from views import parse_whole
 
 NEUTRAL = options.NEUTRAL | {"name", "recipe", "overwrite"}
@@ -224,11 +224,6 @@ def read_pictures(folder):
         return content if inside and content["version"] == weights_version(folder) else None
     except (UserError, LookupError, TypeError, ValueError, AttributeError):
         return None
-
-
-def scored_weights(folder):
-    """The weights that have the run's scores: the release also has others, trained on all pairs, as best.pt."""
-    return folder / ("validated.pt" if (folder / "validated.pt").is_file() else "best.pt")
 
 
 def weights_version(folder):

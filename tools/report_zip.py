@@ -24,7 +24,6 @@ from model import PARAM_LIMIT, count_parameters
 from tools.check_submission import check_masks, check_run, judge, read_zip, show
 from tools.course_report import MAX_PAGES, count_pages, make_draft, matriculation, score
 from tools.package import CODE_OF_RUN, ROOT, ZIP, make_submission, write_zip
-from tools.report import scored_weights
 
 README = Path(__file__).with_name("Readme.txt")
 CODE = "*.py *.toml *.md Makefile LICENSE requirements.txt tools/* checks/* checks/reference/* docs/*"
@@ -50,7 +49,7 @@ def read_submission(path, images, own, remedy):
 
 def describe_score(weights, content, data, views):
     """The official score of a loaded checkpoint with these views, or why it is unknown, as text."""
-    scored, known = scored_weights(weights.parent), ""
+    scored, known = register.scored_weights(weights.parent), ""
     if not checkpoint.is_validated(content) and scored.name == "validated.pt":
         weights, content = scored, checkpoint.load(scored)
         known = "; it is of a training without these pairs, the weights handed in are of one on all pairs"
@@ -105,7 +104,7 @@ def main():
     if stated and known.startswith("0.") and abs(float(stated[1]) - float(known[:6])) > 0.0005:
         print_message(f"{draft} states {stated[1]}, but the masks handed in have {known[:6]}: correct it")
     parameters = count_parameters(checkpoint.restore(content, folder))
-    versions = ", ".join(f"{name} {version}" for name, version in read_json(folder / "args.json")["versions"].items())
+    versions = ", ".join(f"{name} {v}" for name, v in read_json(folder / "args.json")["versions"].items() if v)
     facts = {"matric": args.matric or "matriculation number: ________", "views": views or "one per image"}
     facts |= {"score": known, "parameters": f"{parameters:,}", "limit": f"{PARAM_LIMIT:,}", "versions": versions}
     readme = Template(README.read_text(encoding="utf-8")).substitute(facts, report=report.name, count=len(masks))

@@ -72,9 +72,9 @@ class Handler(BaseHTTPRequestHandler):
         with self.busy:  # decoded one at a time: a picture of 81 megapixels takes a gigabyte
             try:
                 pixels, _ = decode_picture(io.BytesIO(body), "this file")
+                parsed = self.parser(pixels, whole=self.path.endswith("whole"))
             except UserError as error:
                 return 415, str(error), ""
-            parsed = self.parser(pixels, whole=self.path.endswith("whole"))
         png = io.BytesIO()
         mask_image(parsed.mask).save(png, format="PNG")
         faces = "not searched" if self.path.endswith("whole") else 0 if parsed.missed else len(parsed.faces)

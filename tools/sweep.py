@@ -51,7 +51,8 @@ def main():
         except BaseException:  # Ctrl-C or SIGTERM: the training saves before it ends
             child.terminate()
             child.wait()
-            print("repeat the same command to continue the sweep", file=sys.stderr)
+            less = ", without OVERWRITE=1," if args.overwrite else ""
+            print(f"repeat the same command{less} to continue the sweep", file=sys.stderr)
             raise
         if status:
             return status
