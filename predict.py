@@ -132,26 +132,26 @@ def box(text):
 
 
 def targets(args, path):
-    """The files to write for the image file `path`, the mask last."""
+    """{ending: file to write} for the image file `path`, the mask last."""
     extra = {"-overlay.png": args.overlay, "-cutout.png": args.cutout, ".json": args.json, ".png": True}
-    return [args.output / f"{path.stem}{ending}" for ending, wanted in extra.items() if wanted]
+    return {ending: args.output / f"{path.stem}{ending}" for ending, wanted in extra.items() if wanted}
 
 
 def is_finished(args, path):
     """True if all files of an image exist."""
-    return all(map(os.path.isfile, targets(args, path)))
+    return all(map(os.path.isfile, targets(args, path).values()))
 
 
 def write_results(args, path, pixels, opacity, parsed):
     """Write the files of the image file `path`."""
-    for target in targets(args, path):
-        if target.suffix == ".json":
+    for ending, target in targets(args, path).items():
+        if ending == ".json":
             name = os.fsencode(path.name).decode("utf-8", "replace")
             write_text(target, json.dumps({"image": name, **describe(parsed)}, ensure_ascii=False) + "\n")
             continue
-        if target.name == f"{path.stem}.png":
+        if ending == ".png":
             image = mask_image(parsed.mask)
-        elif target.name.endswith("-overlay.png"):
+        elif ending == "-overlay.png":
             image = Image.fromarray(overlay(pixels, parsed.mask))
         else:
             image = Image.fromarray(cut_out(pixels, parsed.alpha, opacity))
@@ -164,7 +164,7 @@ def output_files(args):
     """The image files of args.input. UserError if outputs have one path, or would replace a file not of ours."""
     files, made = image_files(args.input), {}
     for path in files:
-        for target in targets(args, path):
+        for target in targets(args, path).values():
             if (first := made.setdefault(target, path)) != path:
                 raise UserError(f"{path} and {first} would both become {target.name}; rename one")
             if os.path.realpath(path) == os.path.realpath(target):
