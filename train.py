@@ -166,7 +166,13 @@ class Training:
         if IN_GROUP and self.device.type != "cuda" and (args.model != "microsegformer" or args.lmsa):
             raise UserError("batch norm over several processes needs GPUs; on a CPU use one process with threads")
 
-        on_rank_0(self.rank, choose_folder, args)  # a mistake is one before the pairs are decoded
+        # Mistakes that need no data come before the pairs are decoded.
+        on_rank_0(self.rank, choose_folder, args)
+        source = find_start(args) if args.start_from and not args.resume else None
+        torch.manual_seed(args.seed)
+        self.model = build(args.model, **network_arguments(args)).to(self.device, memory_format=torch.channels_last)
+        check_logits(self.model)
+
         data = on_rank_0(self.rank, find_data, args.data)
         # Rank 0 decodes the pairs into the cache, the others find them there.
         self.pairs = on_rank_0(self.rank, load_pairs, data, args.cache, share=False) or load_pairs(data, args.cache)
@@ -179,11 +185,8 @@ class Training:
         self.batch = batch_size(args, len(indices), self.processes, self.strength, min(self.sizes))
         self.steps = len(indices) // self.batch
 
-        torch.manual_seed(args.seed)
-        self.model = build(args.model, **network_arguments(args)).to(self.device, memory_format=torch.channels_last)
-        check_logits(self.model)
-        if args.start_from and not args.resume:
-            self.pair_keys["trained_on"] = start_from(self.model, args, self.pair_keys)
+        if source:
+            self.pair_keys["trained_on"] = start_from(self.model, source, args.model, self.pair_keys)
         self.initial = copy.deepcopy(self.model.state_dict()) if args.keep else None
         self.average = copy.deepcopy(self.model).requires_grad_(False) if args.ema else None
         if self.processes > 1 and self.device.type == "cuda":
@@ -231,16 +234,20 @@ def batch_size(args, count, processes, strength, size):
     return batch
 
 
-def start_from(model, args, keys):
-    """Load the weights of --from; returns all pairs trained on, theirs and those in `keys`.
-
-    UserError if they are of another network, or have seen a pair that is held out here.
-    """
+def find_start(args):
+    """The checkpoint of --from. UserError if it is missing, or still the recipe's placeholder."""
     if args.start_from.startswith("runs/NAME/"):
         raise UserError(f"recipe {args.recipe} continues another run: add FROM={args.start_from} with its name")
-    source = find_weights(args.start_from, args.runs)
+    return find_weights(args.start_from, args.runs)
+
+
+def start_from(model, source, name, keys):
+    """Load the weights in the file `source`; returns all pairs trained on, theirs and those in `keys`.
+
+    UserError if they are of another network than `name`, or have seen a pair that is held out here.
+    """
     content, held = checkpoint.load(source), keys["held_out"]
-    if (other := content["model"]) != args.model:
+    if (other := content["model"]) != name:
         raise UserError(f"{source} is a {other}; use MODEL={other} (--model {other})")
     doubt = checkpoint.doubt(content, held)
     if any(checkpoint.seen(content, held)):
