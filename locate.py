@@ -35,7 +35,7 @@ from views import to_input
 STRIDE = 8
 UNIT = 64  # pixels: the portrait side whose logarithm is 0
 SIDES = 24, 176  # pixels of the portraits in training
-LEVEL = 2  # halvings from one look to the next
+HALVINGS = 2  # from one look to the next
 AGAIN = 96, 128  # portrait sides in the second looks
 CENTRE = 0.56  # height of a face's centre (the bridge of the nose to the lips) in its portrait, from the top
 MAX_PIXELS = 1_600_000  # of the first look: larger photos are reduced
@@ -166,7 +166,7 @@ def distinct(found, ratio=math.inf):
 def find_candidates(locator, levels):
     """Candidates for faces in the `levels` of a photo: heats (N,), 0..1, and places (N, 4) as `sample` takes them."""
     found = []
-    for k in range(0, len(levels), LEVEL):
+    for k in range(0, len(levels), HALVINGS):
         output = locator(levels[k].contiguous(memory_format=torch.channels_last))[0]
         heat = output[0].sigmoid()
         rows, columns = ((heat == F.max_pool2d(heat[None], 3, 1, 1)[0]) & (heat > HEAT)).nonzero(as_tuple=True)
@@ -229,8 +229,8 @@ class Scenes(IterableDataset):
     def blob(self, width, height):
         """A patch in the shape of an ellipse or a rectangle, perhaps turned: RGBA."""
         piece, shape = self.patch(width, height), Image.new("L", (width, height), 0)
-        draw = ImageDraw.Draw(shape)
-        (draw.ellipse if self.chance(0.5) else draw.rectangle)((0, 0, width - 1, height - 1), fill=255)
+        pen = ImageDraw.Draw(shape)
+        (pen.ellipse if self.chance(0.5) else pen.rectangle)((0, 0, width - 1, height - 1), fill=255)
         piece.putalpha(shape)
         return piece.rotate(self.rng.uniform(0, 90), Image.Resampling.BILINEAR) if self.chance(0.5) else piece
 
@@ -238,16 +238,16 @@ class Scenes(IterableDataset):
         """A letter, arc, line, ring or dot, turned, as signs, jewellery and buttons are: RGBA."""
         rng, size = self.rng, int(self.rng.integers(8, 70))
         image = Image.new("RGBA", (size, size), (*rng.integers(0, 256, 3).tolist(), 0))
-        draw, box = ImageDraw.Draw(image), (1, 1, size - 2, int(rng.integers(4, size - 1)))
+        pen, box = ImageDraw.Draw(image), (1, 1, size - 2, int(rng.integers(4, size - 1)))
         kind, wide, ink = rng.integers(5), int(rng.integers(1, 7)), (*rng.integers(0, 256, 3).tolist(), 255)
         if kind == 0:
-            draw.text((1, 0), chr(rng.integers(33, 127)) * int(rng.integers(1, 4)), fill=ink, font_size=size * 0.8)
+            pen.text((1, 0), chr(rng.integers(33, 127)) * int(rng.integers(1, 4)), fill=ink, font_size=size * 0.8)
         elif kind == 1:
-            draw.arc(box, *rng.uniform(0, 360, 2).tolist(), fill=ink, width=wide)
+            pen.arc(box, *rng.uniform(0, 360, 2).tolist(), fill=ink, width=wide)
         elif kind == 2:
-            draw.line(box, fill=ink, width=wide)
+            pen.line(box, fill=ink, width=wide)
         else:
-            draw.ellipse(box, fill=ink if kind == 3 else None, outline=ink, width=wide)
+            pen.ellipse(box, fill=ink if kind == 3 else None, outline=ink, width=wide)
         return image.rotate(rng.uniform(0, 360), Image.Resampling.BILINEAR)
 
     def background(self):

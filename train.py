@@ -213,7 +213,7 @@ class Training:
             create_run(self, used)
 
 
-def place(training):
+def hardware(training):
     """The device and precision of a training, for args.json."""
     dtype = str(training.amp_dtype or torch.float32).removeprefix("torch.")
     return {"device_name": device_name(training.device), "amp": dtype}
@@ -264,7 +264,7 @@ def start_from(model, source, name, keys):
 def create_run(training, used):
     """Write the first files of a new run; those of an older run stay until these are on the disk."""
     record = {"args": vars(training.args), "parameters": count_parameters(training.model), "pairs": used}
-    record |= {"processes": training.processes, "device": training.device.type, **place(training)}
+    record |= {"processes": training.processes, "device": training.device.type, **hardware(training)}
     record |= {"tf32": torch.get_float32_matmul_precision() == "high", "command": sys.argv, **environment()}
     with register.replace_run(training.folder) as made:
         save_last(training, made)
@@ -308,7 +308,7 @@ def resume(training, used):
         if [line.get("epoch") for line in lines] != list(range(1, epoch + 1)):
             raise UserError(f"{folder}/metrics.jsonl is damaged: restore it, or start a new run")
         write_metrics(folder, lines)
-        for key, value in place(training).items():  # a run may be resumed elsewhere
+        for key, value in hardware(training).items():  # a run may be resumed elsewhere
             if value not in str(record.get(key, value)).split(" then "):
                 print_message(f"the run's {key} was {record[key]}, now {value}; AMP=auto THREADS=0 chooses again")
                 record[key] = f"{record[key]} then {value}"
@@ -522,7 +522,7 @@ def train_step(training, epoch, step, images, target):
     return all_sum(status).div_(training.processes)
 
 
-def result(training, epoch):
+def scored_network(training, epoch):
     """The network that is scored and saved: the EMA, or the plain weights without --ema.
 
     After the last epoch --keep mixes in the weights that the training started from (arXiv 2109.01903).
@@ -558,8 +558,8 @@ def finish_epoch(training, epoch, line):
 
     Returns False if interrupted: the epoch is not recorded then, and the resumed run validates.
     """
-    progress, size, model, held = training.progress, line["size"], result(training, epoch), len(training.val_indices)
-    confusions, last = None, epoch + 1 == len(training.sizes)
+    progress, size, held = training.progress, line["size"], len(training.val_indices)
+    model, confusions, last = scored_network(training, epoch), None, epoch + 1 == len(training.sizes)
     if held and ((epoch + 1) % training.args.val_every == 0 or last):
         validated = validate(training, model, size)
         if not validated:
@@ -683,7 +683,7 @@ def main():
         f"{folder}: {args.model} {count:,} parameters, {len(training.batches.indices)} training and "
         f"{len(training.val_indices)} validation pairs, {len(training.sizes)} epochs x {training.steps} steps of "
         f"{training.batch} images, {training.processes} x {training.device}, {torch.get_num_threads()} threads, "
-        f"{place(training)['amp']}"
+        f"{hardware(training)['amp']}"
     )
     if count >= PARAM_LIMIT and training.rank == 0:
         print_message(f"{count:,} parameters: a submission must have fewer than {PARAM_LIMIT:,}")
