@@ -79,7 +79,7 @@ def test_clean_removes_only_an_environment(tmp_path):
 def test_switches_take_values():
     parser = ArgumentParser()
     parser.switch("--lmsa", None)
-    found = [parser.parse_args(given.split()).lmsa for given in ("--lmsa=0", "--no-lmsa", "--lmsa=1", "")]
+    found = [parser.parse_args(given.split()).lmsa for given in ("--lmsa=0", "--no-lmsa", "--no-lmsa=0", "")]
     assert found == [False, False, True, None]
 
 
