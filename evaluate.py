@@ -204,7 +204,7 @@ def main():
     views, device = parse_views(args.views), select_device(args.device, args.threads)
     check_size(args.size)
     path = register.find_weights(args.weights)
-    if not (args.weights and Path(args.weights).is_file()):
+    if not Path(args.weights or "").is_file():  # a run's
         path = register.scored_weights(path.parent)
     data = find_data_of(path, args.data)
     synthetic = " (synthetic faces)" if is_synthetic(data) else ""

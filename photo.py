@@ -236,11 +236,11 @@ def search(parser, pixels, everything):
     """The portraits in a photo and what they show, as `paste` takes them; `everything` is the photo as a Window."""
     faces = find_faces(parser, pixels)
     filling = [f for f in faces if overlap(f[1], everything) >= PORTRAIT[0] and abs(f[1].angle) <= PORTRAIT[1]]
-    if faces and not filling:
-        faces.sort(key=lambda face: face[1].left)
-        return ((score, window, *parse_face(parser, pixels, window)) for score, window in faces)
     if filling:
         return [(filling[0][0], everything, everything, parse_window(parser, [pixels], everything, parser.size))]
+    if faces:
+        faces.sort(key=lambda face: face[1].left)
+        return ((score, window, *parse_face(parser, pixels, window)) for score, window in faces)
     height, width = pixels.shape[:2]
     sideways, options = Window((width - height) // 2, (height - width) // 2, height, width), []
     for window, angle in [(everything, 0.0), (sideways, 90.0), (everything, 180.0), (sideways, 270.0)]:

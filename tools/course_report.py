@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 import checkpoint
-from checkpoint import doubt, load_model
 from data import find_data_of, load_pairs
 from evaluate import evaluate, f_scores, held_out
 from labels import HEX_COLOURS, NAMES
@@ -77,12 +76,12 @@ def score(weights, views, data):
 
     Also returns why they may not be scores of unseen images, or "". UserError without the pairs.
     """
-    model, info = load_model(weights)
+    model, info = checkpoint.load_model(weights)
     pairs = load_pairs(data)
     indices = held_out(info, weights, pairs.keys())
     device, views = torch.device("cpu"), parse_views(views)
     confusions, _ = evaluate(model, pairs, indices, info["size"], device, views=views)
-    return np.nanmean(f_scores(confusions), 1), doubt(info, pairs.keys(indices))
+    return np.nanmean(f_scores(confusions), 1), checkpoint.doubt(info, pairs.keys(indices))
 
 
 def experiments(run, runs):
