@@ -52,6 +52,7 @@ class Strength:
     defocus: Annotated[float, "probability of a blur, sigma up to 1/128 of the side, if not reduced"] = 0.0
     grain: Annotated[float, "probability of Gaussian noise after these, standard deviation 0..0.13"] = 0.0
     jpeg: Annotated[float, "probability of JPEG's loss at a quality of 5..50"] = 0.0
+    empty: Annotated[float, "probability of one colour, labelled background, around the image"] = 0.0
 
 
 _BASIC = dict(flip=0.5, rotate=15, scale=0.1, shift=0.05, brightness=0.2, contrast=0.2, saturation=0.1)
@@ -61,7 +62,8 @@ PRESETS = {
     "basic": _BASIC,
     "strong": _STRONG | dict(blur=0.1, noise=0.1),
     "robust": _STRONG
-    | dict(rotate=20, scale=0.3, grey=0.1, gamma=0.15, dark=0.1, reduce=0.35, defocus=0.15, grain=0.15, jpeg=0.15),
+    | dict(rotate=20, scale=0.3, grey=0.1, gamma=0.15, dark=0.1, reduce=0.35, defocus=0.25, grain=0.15, jpeg=0.15)
+    | dict(empty=0.25),
     "advanced": _BASIC | dict(blur=0.1, noise=0.1, mixup=0.3, cutmix=0.3),
 }
 
@@ -70,7 +72,8 @@ def draw(count, strength, seed):
     """Random parameters for a global batch of `count` images: a dict of float32 tensors, first axis the image.
 
     `seed`: a sequence of integers >= 0, here (seed, epoch, step). `theta` (count, 2, 3) maps output to input
-    coordinates in -1..1, as F.affine_grid expects; `box` (count, 4) is CutMix's x0, y0, x1, y1 as fractions.
+    coordinates in -1..1, as F.affine_grid expects; `box` (count, 4) is CutMix's x0, y0, x1, y1 as fractions;
+    `surround` (count, 3) is the colour around the image, 0..1, or -1 for its reflection.
     """
     rng = np.random.default_rng(seed)
 
@@ -117,6 +120,9 @@ def draw(count, strength, seed):
     params["defocus"] = chance(strength.defocus, 0, 1 / 128, 0) * (params["reduce"] == 1)
     params["grain"] = chance(strength.grain, 0, 0.13, 0)
     params["jpeg"] = np.exp(chance(strength.jpeg, math.log(5), math.log(50), -math.inf))  # 0: none
+    # Half are black, as the corners of a turned picture usually are.
+    colours = rng.uniform(0, 1, (count, 3)) * (rng.random(count) < 0.5)[:, None]
+    params["surround"] = np.where((rng.random(count) < strength.empty)[:, None], colours, -1)
     return {name: torch.from_numpy(np.asarray(value, np.float32)) for name, value in params.items()}
 
 
@@ -134,13 +140,13 @@ def send(params, device):
     return {name: part.view(value.shape) for (name, value), part in zip(params.items(), parts, strict=True)}
 
 
-def warp(images, masks, theta, size):
+def warp(images, masks, theta, size, surround):
     """Flip, rotate, scale and shift in one resampling.
 
-    uint8 images (B, 3, S, S), uint8 masks (B, M, M), S and M >= size, theta (B, 2, 3) -> float images (B, 3, size,
-    size), values 0..1, and uint8 masks (B, size, size). Images are sampled bilinearly from twice the size, so that the
-    identity is the area average of prediction; masks at full resolution, to the nearest pixel. Pixels outside the image
-    are reflected.
+    uint8 images (B, 3, S, S), uint8 masks (B, M, M), S and M >= size, theta (B, 2, 3), surround (B, 3) -> float images
+    (B, 3, size, size), values 0..1, and uint8 masks (B, size, size). Images are sampled bilinearly from twice the size,
+    so that the identity is the area average of prediction; masks at full resolution, to the nearest pixel. Outside the
+    image lies its reflection if `surround` is negative, else this colour, which is background.
     """
     device, count = images.device, len(images)
     across, down, shift = theta[..., None, None].unbind(2)  # (B, 2, 1, 1): x and y
@@ -157,7 +163,9 @@ def warp(images, masks, theta, size):
 
     side = masks.shape[-1]
     x, y = place.mul_(side).floor_().clamp_(max=side - 1).unbind(1)
-    return warped, masks.flatten(1).gather(1, (y * side + x).long().flatten(1)).view(count, size, size)
+    labels = masks.flatten(1).gather(1, (y * side + x).long().flatten(1)).view(count, size, size)
+    empty = (points.abs() > 1).any(1) & (surround[:, :1, None] >= 0)  # (B, size, size)
+    return torch.where(empty[:, None], surround[:, :, None, None], warped), labels.masked_fill_(empty, 0)
 
 
 def exchange(masks, flip):
@@ -292,7 +300,7 @@ def augment(images, masks, params, size, stride=1, exchange_sides=True):
     for start in range(0, len(images), step):
         part = slice(start, start + step)
         own, values = slice_batch(params, start, start + step), slice_batch(sent, start, start + step)
-        warped, labels = warp(images[part], masks[part], values["theta"], size)
+        warped, labels = warp(images[part], masks[part], values["theta"], size, values["surround"])
         if exchange_sides and own["flip"].any():
             labels = exchange(labels, values["flip"])
         changed.append((degrade(colour(warped, values), own), labels))

@@ -37,19 +37,25 @@ def test_flip_mirrors_the_image_and_exchanges_sides(exchange):
 @cases("size", [24, 64, 80, 128])
 def test_no_augmentation_equals_the_resizing_of_prediction(size):
     images, masks = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8), torch.zeros(2, 128, 128).byte()
-    warped, _ = warp(images, masks, draw(2, Strength(), (0,))["theta"], size)
+    params = draw(2, Strength(empty=1), (0,))
+    warped, _ = warp(images, masks, params["theta"], size, params["surround"])
     assert torch.allclose(warped, resize(images, size, size), atol=1e-5)
 
 
 def test_warp_equals_grid_sample():
-    images, masks = painted(side=128)
-    params = draw(4, Strength(flip=0.5, rotate=180, scale=1.5, shift=0.6), (3, 2, 1))
-    points = F.affine_grid(params["theta"], (4, 1, 64, 64), align_corners=False)
+    images, masks = painted(8, side=128)
+    params = draw(8, Strength(flip=0.5, rotate=180, scale=1.5, shift=0.6, empty=0.5), (3, 2, 1))
+    points = F.affine_grid(params["theta"], (8, 1, 64, 64), align_corners=False)
     settings = {"padding_mode": "reflection", "align_corners": False}
-    nearest = F.grid_sample(masks[:, None].float(), points, mode="nearest", **settings)[:, 0].byte()
-    warped, labels = warp(images, masks, params["theta"], 64)
+    surround = params["surround"]
+    empty = (points.abs() > 1).any(3) & (surround[:, 0] >= 0)[:, None, None]
+    assert (surround[:, 0] < 0).any() and (surround[:, 0] > 0).any() and 0.05 < empty.float().mean() < 0.5
+    nearest = F.grid_sample(masks[:, None].float(), points, mode="nearest", **settings)[:, 0].byte() * ~empty
+    expected = F.grid_sample(images.float() / 255, points, **settings)
+    expected = torch.where(empty[:, None], surround[:, :, None, None], expected)
+    warped, labels = warp(images, masks, params["theta"], 64, surround)
     # Far outside the image, rounding moves a point by a fraction of a pixel.
-    assert torch.allclose(warped, F.grid_sample(images.float() / 255, points, **settings), atol=1e-3)
+    assert torch.allclose(warped, expected, atol=1e-3)
     assert (labels != nearest).float().mean() < 1e-3
 
 
