@@ -39,8 +39,6 @@ class Strength:
     brightness: Factor = 0.0
     contrast: Factor = 0.0  # around the image's mean grey
     saturation: Factor = 0.0  # around each pixel's grey
-    blur: Annotated[float, "probability of a Gaussian blur, sigma 0.3..1.2 pixels"] = 0.0
-    noise: Annotated[float, "probability of Gaussian noise, standard deviation 0..0.05"] = 0.0
     mixup: Probability = 0.0  # arXiv 1710.09412
     cutmix: Probability = 0.0  # arXiv 1905.04899
     mixup_alpha: Alpha = 0.2
@@ -49,8 +47,8 @@ class Strength:
     gamma: Annotated[float, "probability of a gamma exp(-0.9)..exp(0.9)"] = 0.0
     dark: Annotated[float, "probability of darkening to 0.2..0.7"] = 0.0
     reduce: Annotated[float, "probability of reducing the side to 1/16..2/3 and enlarging it again"] = 0.0
-    defocus: Annotated[float, "probability of a blur, sigma up to 1/128 of the side, if not reduced"] = 0.0
-    grain: Annotated[float, "probability of Gaussian noise after these, standard deviation 0..0.13"] = 0.0
+    defocus: Annotated[float, "probability of a Gaussian blur, sigma up to 1/128 of the side, if not reduced"] = 0.0
+    grain: Annotated[float, "probability of Gaussian noise, standard deviation 0..0.13"] = 0.0
     jpeg: Annotated[float, "probability of JPEG's loss at a quality of 5..50"] = 0.0
     empty: Annotated[float, "probability of one colour, labelled background, around the image"] = 0.0
 
@@ -60,11 +58,11 @@ _STRONG = dict(flip=0.5, rotate=15, scale=0.2, shift=0.1, brightness=0.3, contra
 PRESETS = {
     "none": {},
     "basic": _BASIC,
-    "strong": _STRONG | dict(blur=0.1, noise=0.1),
+    "strong": _STRONG,
     "robust": _STRONG
     | dict(rotate=20, scale=0.3, grey=0.1, gamma=0.15, dark=0.1, reduce=0.35, defocus=0.25, grain=0.15, jpeg=0.15)
     | dict(empty=0.25),
-    "advanced": _BASIC | dict(blur=0.1, noise=0.1, mixup=0.3, cutmix=0.3),
+    "advanced": _BASIC | dict(mixup=0.3, cutmix=0.3),
 }
 
 
@@ -102,8 +100,6 @@ def draw(count, strength, seed):
         "brightness": 1 + around(strength.brightness),
         "contrast": 1 + around(strength.contrast),
         "saturation": 1 + around(strength.saturation),
-        "blur": np.where(rng.random(count) < strength.blur, rng.uniform(0.3, 1.2, count), 0.0),
-        "noise": np.where(rng.random(count) < strength.noise, rng.uniform(0.0, 0.05, count), 0.0),
         "noise_seed": rng.integers(0, 2**24, count),
         "lam": lam,
         "box": box,
@@ -188,16 +184,12 @@ def colour(images, params):
 
 
 def degrade(images, params):
-    """Blur and noise, then gamma, low resolution or blur, noise, and JPEG's loss, as the parameters on the CPU say.
+    """Gamma, low resolution or blur, noise, and JPEG's loss, as the parameters on the CPU say.
 
     Float images (B, 3, S, S), values 0..1 afterwards, are changed in place, one at a time, because the radii and sizes
     differ; those without a change are skipped.
     """
     side = images.shape[-1]
-    for i in params["blur"].nonzero().flatten().tolist():
-        images[i] = blur(images[i], float(params["blur"][i]))
-    for i in params["noise"].nonzero().flatten().tolist():
-        images[i] += noise_like(images[i], params["noise_seed"][i]).mul_(float(params["noise"][i]))
     images.clamp_(0, 1)
     names = "gamma", "reduce", "bicubic", "defocus", "grain", "noise_seed", "jpeg"
     for i, own in enumerate(zip(*(params[name].tolist() for name in names), strict=True)):
@@ -209,20 +201,15 @@ def degrade(images, params):
             small = area(image[None], [max(1, round(fraction * side))] * 2)
             image = F.interpolate(small, side, mode="bicubic" if bicubic else "bilinear")[0].clamp_(0, 1)
         if defocus:
-            image = blur(image, defocus * side, math.ceil(3 * defocus * side))
+            image = blur(image, defocus * side)
         if grain:
-            image = image + grain * noise_like(image, seed + 2**24)  # `noise` has the seeds below
+            generator = torch.Generator(image.device).manual_seed(int(seed))
+            image = image + grain * torch.randn(image.shape, generator=generator, device=image.device)
         if quality:
             image = jpeg(image[None].clamp(0, 1), quality)[0]
         if image is not original:
             original.copy_(image.clamp_(0, 1))
     return images
-
-
-def noise_like(image, seed):
-    """Standard normal noise of an image's shape, on its device."""
-    generator = torch.Generator(image.device).manual_seed(int(seed))
-    return torch.randn(image.shape, generator=generator, device=image.device)
 
 
 @functools.cache
@@ -256,8 +243,9 @@ def jpeg(image, quality):
     return (rgb @ planes / 255).view_as(image)
 
 
-def blur(image, sigma, radius=3):
-    """Gaussian blur of an image (C, H, W) by `sigma` pixels; 2 * radius + 1 taps per direction."""
+def blur(image, sigma):
+    """Gaussian blur of an image (C, H, W) by `sigma` pixels."""
+    radius = math.ceil(3 * sigma)
     taps = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=image.device) / sigma) ** 2)
     kernel = (taps / taps.sum()).expand(len(image), 1, -1)
     x = F.pad(image[None], [radius] * 4, mode="replicate")

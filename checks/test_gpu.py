@@ -17,7 +17,7 @@ from checks.conftest import cases, train_here
 from checks.references import metrics
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="the emulated GPU needs g++")
-UNET = "--model=microunet --dropout=0 --optimiser=muon --ema=0.9 --augment=robust --noise=0.5 --cutmix=0.5 --batch=4"
+UNET = "--model=microunet --dropout=0 --optimiser=muon --ema=0.9 --augment=robust --grain=0.5 --cutmix=0.5 --batch=4"
 SEGFORMER = "--dropout=0 --augment=strong --sizes=64:1 --class-weights=balanced --batch=4"
 PHOTO, RELEASE = "docs/astronaut.jpg", "runs/release/best.pt"
 LAST = f"""
