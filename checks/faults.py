@@ -293,10 +293,9 @@ def read_images(place):
     attempt = run(*place.predict, out, "--input", folder)
     for path in sorted(folder.iterdir()):
         mask, refusals = out / f"{path.stem}.png", attempt.text.count(f"{path}: ")
-        fine = attempt.status == 2 and mask.is_file() + refusals == 1 and not (path.name in good and refusals)
-        if fine and path.name in good:
-            fine = Image.open(mask).size == read_image(path).shape[1::-1]
-        fine = fine and (refusals or path.name in good | mutants)
+        made = mask.is_file() and Image.open(mask).size == read_image(path).shape[1::-1]
+        allowed = [0] if path.name in good else [0, 1] if path.name in mutants else [1]
+        fine = attempt.status == 2 and refusals in allowed and made + refusals == 1
         yield ascii(path.name), "" if fine else f"status {attempt.status}, {refusals} errors: {attempt.text[-300:]}"
 
 
