@@ -15,7 +15,7 @@ import json
 import time
 from pathlib import Path
 
-from common import ArgumentParser, natural, positive, print_message, run_main
+from common import ArgumentParser, positive, print_message, run_main
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
@@ -127,8 +127,11 @@ def into_photo(image, side, rng):
     return np.asarray(photo), np.s_[top : top + side, left : left + side]
 
 
-def measure_portraits(parser, pairs, indices):
-    rng, scores, blank = np.random.default_rng(0), {}, {}
+def measure_portraits(parser, pairs, count):
+    rng, scores, blank, content = np.random.default_rng(0), {}, {}, checkpoint.load(parser.source)
+    indices = held_out(content, parser.source, pairs.keys())[:count]
+    if doubt := checkpoint.doubt(content, pairs.keys(indices)):
+        print_message(f"{parser.source} {doubt}")
     for index in indices:
         portrait, true = Image.fromarray(pairs.images[index]), pairs.masks[index]
         predicted = {name: (parser(np.array(f(portrait))).mask, true) for name, f in degradations(rng).items()}
@@ -167,20 +170,14 @@ def main():
     parser.add_argument("--data", help="folder with train/; default ./data, else synthetic faces")
     parser.add_argument("--cache", default="build/cache", help="cache folder")
     parser.add_argument("--count", type=positive, default=30, help="number of held-out portraits")
-    parser.add_argument("--threads", type=natural, default=0, help="CPU threads; 0: torch's default")
     args = parser.parse_args()
     if args.photos:
-        measure_photos(FaceParser(args.weights, threads=args.threads), args.photos)
-        return
-    if args.same:
-        measure_agreement(FaceParser(args.weights, threads=args.threads), args.same)
-        return
-    face_parser = FaceParser(args.weights or register.RELEASE / "validated.pt", threads=args.threads)
-    pairs, content = load_pairs(find_data(args.data), args.cache), checkpoint.load(face_parser.source)
-    indices = held_out(content, face_parser.source, pairs.keys())[: args.count]
-    if doubt := checkpoint.doubt(content, pairs.keys(indices)):
-        print_message(f"{face_parser.source} {doubt}")
-    measure_portraits(face_parser, pairs, indices)
+        measure_photos(FaceParser(args.weights), args.photos)
+    elif args.same:
+        measure_agreement(FaceParser(args.weights), args.same)
+    else:
+        face_parser = FaceParser(args.weights or register.RELEASE / "validated.pt")
+        measure_portraits(face_parser, load_pairs(find_data(args.data), args.cache), args.count)
 
 
 if __name__ == "__main__":
