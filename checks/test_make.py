@@ -58,7 +58,7 @@ def test_environment_sets_nothing():
 
 MISTAKES = [
     *[("train DCIE=2", "--dcie"), ("trian", "trian"), ("predict OUT=d", "IN="), ("train LR=", "LR is empty")],
-    *[("demo LR=1", "LR has no effect"), ("help PYTHON=a b", "PYTHON")],
+    *[("install LR=1", "LR has no effect"), ("help PYTHON=a b", "PYTHON")],
 ]
 
 
