@@ -7,9 +7,9 @@ VENV = .venv
 # PYTHON creates the environment; with VENV= (empty) it is the environment.
 PYTHON = python3
 ARGS =
-WRONG := $(strip $(foreach v,VENV PYTHON,$(if $(word 2,$(value $(v)))$(findstring $$,$(value $(v))),$(v))))
-$(if $(WRONG),$(error $(WRONG): give one path without spaces and dollars))
-PY := '$(subst ','\'',$(if $(VENV),$(VENV)/bin/python,$(PYTHON)))'
+WRONG := $(strip $(foreach v,VENV PYTHON,$(if $(word 2,$($(v))),$(v))))
+$(if $(WRONG),$(error $(WRONG): give one path without spaces))
+PY := '$(if $(VENV),$(VENV)/bin/python,$(PYTHON))'
 READY := $(if $(VENV),$(VENV)/.ready)
 
 TARGETS := help install data check-data train resume sweep speedrun recipes runs predict evaluate check-params submit \
@@ -24,10 +24,7 @@ SETTINGS := $(filter-out PYTHON VENV ARGS MAKE% -*-command-variables-*-,$(given)
 EMPTY := $(firstword $(foreach v,$(SETTINGS),$(if $(value $(v)),,$(v))))
 $(if $(EMPTY),$(error $(EMPTY) is empty: give a value, or leave it out))
 FIXED := $(firstword $(filter help install demo test clean,$(MAKECMDGOALS)))
-UNUSED := $(firstword $(SETTINGS) $(if $(filter test,$(FIXED)),,$(if $(value ARGS),ARGS)))
-$(if $(and $(FIXED),$(UNUSED)),$(error $(UNUSED) has no effect on `make $(FIXED)`))
-ODD := $(shell printf %s '$(subst ','\'',$(SETTINGS))' | tr -d 'A-Za-z0-9_ ')
-$(if $(ODD),$(error $(ODD) is in the name of no setting; names have letters, digits and _))
+$(if $(and $(FIXED),$(SETTINGS)),$(error $(firstword $(SETTINGS)) has no effect on `make $(FIXED)`))
 # Values reach the script as typed, whatever quotes, dollars or line breaks they contain: in variables of the shell,
 # each as it is; make would expand what it exports itself.
 $(foreach v,$(SETTINGS),$(eval export typed_$(v) := $$(value $(v)))$(eval unexport $(v)))
@@ -48,7 +45,6 @@ $(VENV)/.ready: requirements.txt
 
 install: $(READY) ## create the environment (every target does, once)
 
-# make data RAW=~/Downloads/CelebAMask-HQ.zip DATA=data
 data: $(READY) ## prepare DATA from RAW: the challenge's zip or folder, or the CelebAMask-HQ release
 	$(call needs,RAW,make data RAW=~/Downloads/challenge.zip)$(PY) -m tools.prepare $(flags)
 
@@ -61,7 +57,6 @@ train: $(READY) ## train a run
 resume: $(READY) ## continue run NAME exactly where it stopped
 	$(call needs,NAME,make resume NAME=a)$(PY) train.py --resume="$$typed_NAME" $(call flags,NAME)
 
-# make sweep DICE="0.5 1.0 1.5 2.0"
 sweep: $(READY) ## one run for each value of a variable that lists several
 	$(PY) -m tools.sweep $(flags)
 
@@ -75,22 +70,18 @@ recipes: $(READY) ## list the recipes with the reference's scores and ours
 runs: $(READY) ## leaderboard of runs/; ALL=1 adds the experiments of docs/experiments.md
 	$(PY) -m tools.report --table $(flags)
 
-# make predict IN=photos OUT=masks NAME=a VIEWS=flip,scales
 predict: $(READY) ## masks for IN (file or folder) into OUT
 	$(call needs,IN OUT,make predict IN=photos OUT=masks)$(PY) predict.py $(flags)
 
 evaluate: $(READY) ## official score of run NAME on its held-out pairs
 	$(PY) evaluate.py $(flags)
 
-# make check-params MODEL=microsegformer LMSA=0
 check-params: $(READY) ## parameters by module; fails at the challenge's limit
 	$(PY) -m tools.check_params $(flags)
 
-# make submit NAME=a PHASE=test VIEWS=flip ZIP=a.zip
 submit: $(READY) ## Codabench zip of run NAME, verified by running its run.py
 	$(PY) -m tools.package $(flags)
 
-# make check-submission ZIP=theirs.zip RUN=5
 check-submission: $(READY) ## check any Codabench zip
 	$(call needs,ZIP,make check-submission ZIP=theirs.zip)$(PY) -m tools.check_submission $(flags)
 
@@ -100,7 +91,6 @@ report: $(READY) ## runs/index.html, one page of all runs; with NAME, a draft of
 report-pdf: $(READY) ## print the draft of run NAME with Chromium, at most five pages
 	$(call needs,NAME,make report-pdf NAME=a)$(PY) -m tools.course_report --pdf $(flags)
 
-# make report-zip NAME=a MATRIC=A12345678B
 report-zip: $(READY) ## course zip of run NAME: report, masks, code, checkpoint; without MATRIC a first look
 	$(PY) -m tools.report_zip $(flags)
 
@@ -137,5 +127,5 @@ bench: $(READY) ## speed and memory of MicroSegFormer against its layers one by 
 
 clean: ## remove the environment and caches; never runs/ or data
 	test ! -f '$(VENV)/.ready' -o ! -f '$(VENV)/pyvenv.cfg' || rm -rf '$(VENV)'
-	rm -rf build/cache build/speedrun build/synthetic-faces \
-		build/demo-masks .pytest_cache .ruff_cache __pycache__ */__pycache__
+	rm -rf build/cache build/speedrun build/synthetic-faces build/demo-masks
+	rm -rf .pytest_cache .ruff_cache __pycache__ */__pycache__

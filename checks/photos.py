@@ -15,7 +15,7 @@ import json
 import time
 from pathlib import Path
 
-from common import ArgumentParser, natural, positive, print_message, run_main
+from common import ArgumentParser, positive, print_message, run_main
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
@@ -26,7 +26,7 @@ from data import find_data, load_pairs
 from evaluate import confusion, held_out, official_score
 from images import image_files, read_image
 from labels import NAMES
-from photo import Window, overlay, parse_face, paste
+from photo import Window, parse_face, paste
 from predict import FaceParser
 from views import parse_whole
 
@@ -73,8 +73,8 @@ def is_cut(face, mask):
     return max(longest_line(around), longest_line(around.T)) > STRAIGHT * face.window[2]
 
 
-def measure_photos(parser, folder, out):
-    found, false, cut, seconds, count = [], 0, [], [], 0
+def measure_photos(parser, folder):
+    found, false, cut, seconds = [], 0, [], []
     for name, photo in json.loads((folder / "faces.json").read_text()).items():
         pixels, begin = read_image(folder / "images" / name), time.monotonic()
         parsed = parser(pixels)
@@ -82,16 +82,13 @@ def measure_photos(parser, folder, out):
         faces = [] if parsed.missed else parsed.faces
         hits, wrong = match(faces, photo["faces"])
         cuts = [is_cut(face, parsed.mask) for face in faces]
-        found, false, cut, count = found + hits, false + wrong, cut + cuts, count + 1
+        found, false, cut = found + hits, false + wrong, cut + cuts
         details = f"{sum(hits)} of {len(hits)} faces, {wrong} false, {sum(cuts)} cut, {seconds[-1]:.1f} s"
         print(f"{name}: {details}", flush=True)
-        if out:
-            Image.fromarray(overlay(pixels, parsed.mask)).save(out / f"{Path(name).stem}.png")
     precision = sum(found) / max(1, sum(found) + false)
-    print(f"{count} photos: recall {np.mean(found):.3f} of {len(found)} faces, precision {precision:.3f}")
-    print(
-        f"straight cuts {np.mean(cut or [0]):.2f} of {len(cut)}; {np.median(seconds):.1f} s, at most {max(seconds):.1f}"
-    )
+    print(f"{len(seconds)} photos: recall {np.mean(found):.3f} of {len(found)} faces, precision {precision:.3f}")
+    print(f"straight cuts {np.mean(cut or [0]):.2f} of {len(cut)}")
+    print(f"seconds for a photo: median {np.median(seconds):.1f}, at most {max(seconds):.1f}")
 
 
 def degradations(rng):
@@ -102,10 +99,8 @@ def degradations(rng):
         image.save(file, format="JPEG", quality=10)
         return Image.open(file).convert("RGB")
 
-    def small(side):
-        return lambda image: image.resize((side, side), Image.Resampling.BOX).resize(
-            image.size, Image.Resampling.BICUBIC
-        )
+    def small(image, side):
+        return image.resize((side, side), Image.Resampling.BOX).resize(image.size, Image.Resampling.BICUBIC)
 
     def noisy(image):
         noise = rng.normal(0, 30, (*image.size, 3))
@@ -116,8 +111,8 @@ def degradations(rng):
         "grey": lambda image: ImageOps.grayscale(image).convert("RGB"),
         "JPEG 10": jpeg,
         "blur, sigma 4": lambda image: image.filter(ImageFilter.GaussianBlur(4)),
-        "from 64 pixels": small(64),
-        "from 32 pixels": small(32),
+        "from 64 pixels": lambda image: small(image, 64),
+        "from 32 pixels": lambda image: small(image, 32),
         "dark, a quarter": lambda image: image.point([value // 4 for value in range(256)] * 3),
         "noise 30": noisy,
     }
@@ -132,13 +127,13 @@ def into_photo(image, side, rng):
     return np.asarray(photo), np.s_[top : top + side, left : left + side]
 
 
-def measure_portraits(parser, pairs, indices):
-    rng, scores, blank = np.random.default_rng(0), {}, {}
+def measure_portraits(parser, pairs, count):
+    rng, scores, blank, content = np.random.default_rng(0), {}, {}, checkpoint.load(parser.source)
+    indices = held_out(content, parser.source, pairs.keys())[:count]
+    if doubt := checkpoint.doubt(content, pairs.keys(indices)):
+        print_message(f"{parser.source} {doubt}")
     for index in indices:
-        portrait, true = (
-            Image.fromarray(pairs.images[index]),
-            pairs.masks[index],
-        )
+        portrait, true = Image.fromarray(pairs.images[index]), pairs.masks[index]
         predicted = {name: (parser(np.array(f(portrait))).mask, true) for name, f in degradations(rng).items()}
         for angle in TILTS:
             turned = np.asarray(portrait.rotate(angle, Image.Resampling.BICUBIC))
@@ -171,27 +166,18 @@ def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--weights", "--name", help="checkpoint or run; default the release")
     parser.add_argument("--photos", type=Path, help="folder with images/ and faces.json")
-    parser.add_argument("--out", type=Path, help="with --photos: folder for overlays")
     parser.add_argument("--same", type=Path, help="folder of portraits: compare predict with submit")
     parser.add_argument("--data", help="folder with train/; default ./data, else synthetic faces")
     parser.add_argument("--cache", default="build/cache", help="cache folder")
     parser.add_argument("--count", type=positive, default=30, help="number of held-out portraits")
-    parser.add_argument("--threads", type=natural, default=0, help="CPU threads; 0: torch's default")
     args = parser.parse_args()
     if args.photos:
-        if args.out:
-            args.out.mkdir(parents=True, exist_ok=True)
-        measure_photos(FaceParser(args.weights, threads=args.threads), args.photos, args.out)
-        return
-    if args.same:
-        measure_agreement(FaceParser(args.weights, threads=args.threads), args.same)
-        return
-    face_parser = FaceParser(args.weights or register.RELEASE / "validated.pt", threads=args.threads)
-    pairs, content = load_pairs(find_data(args.data), args.cache), checkpoint.load(face_parser.source)
-    indices = held_out(content, face_parser.source, pairs.keys())[: args.count]
-    if doubt := checkpoint.doubt(content, pairs.keys(indices)):
-        print_message(f"{face_parser.source} {doubt}")
-    measure_portraits(face_parser, pairs, indices)
+        measure_photos(FaceParser(args.weights), args.photos)
+    elif args.same:
+        measure_agreement(FaceParser(args.weights), args.same)
+    else:
+        face_parser = FaceParser(args.weights or register.RELEASE / "validated.pt")
+        measure_portraits(face_parser, load_pairs(find_data(args.data), args.cache), args.count)
 
 
 if __name__ == "__main__":

@@ -231,10 +231,8 @@ def test_a_record_names_the_places_of_a_resumed_run(copy):
 WRONG = [
     *[{"views": 5}, {"model_args": {5: 1}}, {"progress": {"epoch": 1.5}}, {"progress": {"seconds": "x"}}],
     *["[]", '{"args": []}', '{"args": {"data": 5}}', '{"pairs": "x"}', {"state_dict": None}],
-    *[
-        {"progress": train.NO_PROGRESS | {"step": 99}},
-        *({"optimiser": {"state": {n: {"step": torch.tensor(1.0)}}}} for n in (0, 82)),
-    ],
+    *({"optimiser": {"state": {number: {"step": torch.tensor(1.0)}}}} for number in (0, 82)),
+    {"progress": train.NO_PROGRESS | {"step": 99}},
 ]
 
 

@@ -58,14 +58,13 @@ def test_environment_sets_nothing():
 
 MISTAKES = [
     *[("train DCIE=2", "--dcie"), ("trian", "trian"), ("predict OUT=d", "IN="), ("train LR=", "LR is empty")],
-    *[("train x;id=1", ";"), ("train x`id`=1", "`"), ("help PYTHON=$HOME", "PYTHON")],
-    ("help VENV=$(shell,id)", "VENV"),
+    *[("install LR=1", "LR has no effect"), ("help PYTHON=a b", "PYTHON")],
 ]
 
 
 @cases(("args", "error"), MISTAKES)
 def test_mistakes_are_refused_with_status_2(args, error):
-    done = make(*args.split())
+    done = make(*args.split(" ", 1))
     assert done.returncode == 2 and error in done.stderr
 
 

@@ -116,7 +116,6 @@ class Hostile:
 
 
 UNSAFE = ("../masks/a.png", "masks/../../a.png", "/masks/a.png", "masks\\a.png", "C:/masks/a.png")
-MISFIT = {"model": "microunet", "model_args": {}, "state_dict": {"a": torch.zeros(1)}}
 FAULTS = {
     **{f"members: {path} has an absolute path, a backslash or ..": (path, b"") for path in UNSAFE},
     "folders: a.png does not belong at the top": ("a.png", b""),
@@ -128,12 +127,12 @@ FAULTS = {
     "masks: masks/a.png has another palette": ("masks/a.png", mask_bytes(LABELS + 2, palette=PALETTE[::-1])),
     "masks: masks/a.png is not a readable": ("masks/a.png", mask_bytes(LABELS)[:200]),
     "solution: solution/requirements.txt is missing": ("solution/requirements.txt", None),
-    "checkpoint: ckpt.pth is damaged": (CKPT, saved(MISFIT)[:-99]),
+    "checkpoint: ckpt.pth is damaged": (CKPT, saved({"state_dict": {"a": torch.zeros(1)}})[:-99]),
     "checkpoint: ckpt.pth is damaged or": (CKPT, saved({"state_dict": Hostile()})),
     "checkpoint: ckpt.pth is damaged or contains": (CKPT, pickle.dumps({"state_dict": Hostile()}, 2)),
     'checkpoint: ckpt.pth has no "state_dict"': (CKPT, saved({"weights": {}})),
-    "checkpoint: ckpt.pth does not fit": (CKPT, saved(MISFIT)),
     "checkpoint: ckpt.pth contains weights": (CKPT, saved({"state_dict": {"a": torch.tensor(np.nan)}})),
+    "checkpoint: ckpt.pth has 3,": ("solution/a.py", b"1" * 2**22),  # two bytes of other files are a parameter
 }
 
 
@@ -153,11 +152,9 @@ def test_missing_folders_are_reported(place, sound):
 
 MANY = torch.zeros(5_000_000)
 OTHERS = [  # what ckpt.pth contains beside 1,800,000 weights
-    *[({"state_dict": {"w.running_mean": tensor}}, True) for tensor in (MANY, MANY.view(5000, 1000))],
-    *[({"more": [{"x": MANY}]}, True), ({"more": [0.5] * 30_000}, True)],
-    *[({"state_dict": {"x": torch.zeros(n)}}, n == 21_085) for n in (21_084, 21_085)],
-    *[({"model": "another", "model_args": {}}, False), ({"model": {"w": 1}, "model_args": 0}, False)],
-    ({"state_dict": {"bn.running_mean": torch.zeros(9), "bn.num_batches_tracked": torch.tensor(0)}}, False),
+    *[({"more": [{"x": MANY}]}, True), ({"more": [0.5] * 2**19}, True)],
+    *[({"state_dict": {"bn.running_mean": x}}, x is MANY) for x in (MANY, MANY[:21_085].clone())],
+    *[({"state_dict": {"x": MANY[:n].clone()}}, n == 21_085) for n in (21_084, 21_085)],
 ]
 
 
@@ -166,11 +163,6 @@ def test_parameters_of_other_networks_are_counted_without_buffers(place, sound, 
     state = {"w": torch.zeros(1_800_000)} | more.get("state_dict", {})
     text = faults(place, sound | {CKPT: saved(more | {"state_dict": state})})
     assert re.match(r"checkpoint: ckpt.pth has [\d,]+ parameters", text) if fails else text == ""
-
-
-@cases(("name", "content"), [("more.pth", saved(MANY)), ("a.py", b"1" * 2**22)])
-def test_parameters_in_other_files_are_counted(place, sound, name, content):
-    assert "parameters, with all entries" in faults(place, sound | {f"solution/{name}": content})
 
 
 def test_links_duplicates_other_compression_and_macos_files(place, sound):
@@ -211,10 +203,9 @@ def test_run_py_runs_alone_and_its_masks_are_compared(place, sound, monkeypatch)
     assert "timed out after 0.01 seconds" in faults(place, run=1)
 
 
-def test_exit_status(place, command, refused):
-    (place / "text.zip").write_text("not a zip")
-    assert "is not a readable zip" in refused(check_submission.main, "--zip", place / "text.zip")  # without data too
+def test_exit_status(place, command):
     write_zip(place / "empty.zip", {})
+    (place / "text.zip").write_text("not a zip")
     for name, status in (("none", 2), ("text", 2), ("empty", 1), ("runs/a/submission-test", 0)):
         assert command(check_submission.main, "--zip", place / f"{name}.zip", "--data", place / "data")[0] == status
 
@@ -256,13 +247,11 @@ def test_report_must_have_at_most_five_a4_pages(tmp_path, pages, width, error):
 
 def test_course_zip_refuses_other_weights_and_a_wrong_number(place, sound, tmp_path):
     own = checkpoint.load(place / WEIGHTS)["state_dict"]
-    other = {"state_dict": own | {"classifier.bias": own["classifier.bias"] + 1}, "model": "other"}
-    write_zip(tmp_path / "other.zip", sound | {CKPT: saved(other)})
-    with pytest.raises(UserError, match="has other weights; make it again"):
-        report_zip.read_submission(tmp_path / "other.zip", place / IMAGES, own, "make it again")
-    write_zip(tmp_path / "swapped.zip", sound | {"masks/a.png": sound["masks/c.png"]})
-    with pytest.raises(UserError, match="has other masks; make it again"):
-        report_zip.read_submission(tmp_path / "swapped.zip", place / IMAGES, own, "make it again")
+    other = {"state_dict": own | {"classifier.bias": own["classifier.bias"] + 1}}
+    for part, changed in ("weights", {CKPT: saved(other)}), ("masks", {"masks/a.png": sound["masks/c.png"]}):
+        write_zip(tmp_path / "other.zip", sound | changed)
+        with pytest.raises(UserError, match=f"has other {part}; make it again"):
+            report_zip.read_submission(tmp_path / "other.zip", place / IMAGES, own, "make it again")
     with pytest.raises(UserError, match="a letter, eight digits and a letter"):
         course_report.matriculation("12345678B")
 
@@ -320,16 +309,16 @@ def test_missing_packages_and_flags_are_one_line(run, tmp_path, monkeypatch, ref
 
 
 def test_release_is_the_run_in_half_precision(run, tmp_path, monkeypatch, command):
-    made, flags = tmp_path / "release", (export.main, "--release", "--runs", run.parent, "--name")
+    made, flags = tmp_path / "release", (export.main, "--release", "--name")
     write({"best.json": b"of the previous release"}, made)
     monkeypatch.setattr(register, "RELEASE", made)
     state = checkpoint.load(run / "best.pt")["state_dict"]
-    assert command(*flags, "a")[0] == 0
+    assert command(*flags, run)[0] == 0
     assert {path.name for path in made.iterdir()} == {"best.pt", "args.json", "metrics.jsonl", "LICENCE.txt"}
     half = checkpoint.load(made / "best.pt")["state_dict"]
     assert {value.dtype for value in half.values()} == {torch.float16, torch.int64}
     assert all(torch.allclose(half[key].float(), value.float(), 1e-3, 1e-7) for key, value in state.items())
     (tmp_path / "all.pt").write_bytes((run / "best.pt").read_bytes())
-    again = [made], ["a"], ["a", "--overwrite", "--weights", tmp_path / "all.pt"]
+    again = [made], [run], [run, "--overwrite", "--weights", tmp_path / "all.pt"]
     assert [command(*flags, *more)[0] for more in again] == [2, 2, 0]
     assert (made / "validated.pt").read_bytes() == (made / "best.pt").read_bytes()

@@ -19,23 +19,21 @@ from common import ArgumentParser, UserError, natural, printable, run_main
 
 import numpy as np
 import torch
-from PIL import UnidentifiedImageError
 
-from checkpoint import leaves, restore
+from checkpoint import leaves
 from data import find_data_of
-from images import DECODE_ERRORS, image_files, open_image, read_image, require_file
+from images import DECODE_ERRORS, image_files, open_image, read_image
 from labels import NUM_CLASSES, PALETTE
-from model import MODELS, PARAM_LIMIT, count_parameters
+from model import PARAM_LIMIT
 
 MAX_BYTES, MAX_MEMBERS = 2**28, 10_000  # against decompression bombs; a valid zip unpacks to less than 20 MB
 COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # zipfile unpacks the others without a limit
 TIME_LIMIT = 180  # seconds for one image, including the start of Python and torch
 PYTHON = (sys.executable, "-EB")  # -E ignores PYTHONPATH: only run.py's folder and installed packages; -B: no bytecode
 FILES = ("ckpt.pth", "requirements.txt", "run.py")
-# Batch norm's buffers are no parameters: vectors of these names, of this many values in all.
+# Batch norm's buffers are no parameters: tensors of these names, of this many values in all.
 BUFFERS, MAX_BUFFERS = ("running_mean", "running_var", "num_batches_tracked"), 100_000
-# In other files two bytes count as a parameter, beyond this much text; fewer numbers than MAX_NUMBERS are settings.
-MAX_TEXT, MAX_NUMBERS = 2**20, 10_000
+MAX_REST = 2**20  # bytes of solution/ beside the tensors, such as code; beyond, two count as a parameter
 
 
 def verdict(check, faults, success=""):
@@ -89,10 +87,8 @@ def read_labels(data, height, width):
             if image.mode != "P":
                 raise UserError(f"has mode {image.mode}, not P (one channel with a palette)")
             labels, palette = np.array(image), image.getpalette()[: len(PALETTE)]
-    except UnidentifiedImageError:
-        raise UserError("is not a PNG") from None
-    except DECODE_ERRORS as error:
-        raise UserError(f"is not a readable PNG: {error}") from None
+    except DECODE_ERRORS:
+        raise UserError("is not a readable PNG") from None
     if labels.max() >= NUM_CLASSES:
         raise UserError(f"contains label {labels.max()}; labels are 0 to {NUM_CLASSES - 1}")
     if palette != PALETTE[: len(palette)] or len(palette) < 3 * (labels.max() + 1):
@@ -115,31 +111,30 @@ def check_masks(files, images):
     return masks, verdict("masks", faults, f"{len(masks)}, one per image; size, mode, palette and labels are right")
 
 
-def count_checkpoint(data, more=0):
-    """The number of parameters in ckpt.pth's bytes, as text; executes nothing in them. UserError if invalid.
+def count_parameters(files):
+    """The number of parameters in solution/, as text; executes nothing in it. UserError if ckpt.pth is invalid.
 
-    All values of all its entries count, but for batch norm's buffers, and `more` of other files.
+    All tensors in ckpt.pth count, but for batch norm's buffers, and what exceeds MAX_REST beside them.
     """
+    data = files["solution/ckpt.pth"]
     try:
         if zipfile.is_zipfile(io.BytesIO(data)) and (faults := read_zip(io.BytesIO(data))[1]):
             raise ValueError(faults[0])
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        values = list(leaves(content))
+        tensors = [value for value in leaves(content) if isinstance(value, torch.Tensor)]
     except Exception as error:  # foreign bytes make the reader raise anything
         raise UserError(f"ckpt.pth is damaged or contains more than tensors: {str(error)[:120]}") from None
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise UserError('ckpt.pth has no "state_dict" of tensors')
-    buffers = sum(t.numel() for name, t in state.items() if str(name).endswith(BUFFERS) and t.dim() < 2)
-    if content.get("model") in list(MODELS) and "model_args" in content:
-        buffers = sum(t.numel() for t in state.values()) - count_parameters(restore(content, "ckpt.pth"))
-    more += sum(len(v) // 2 if isinstance(v, (bytes, bytearray)) else isinstance(v, (int, float)) for v in values)
-    count = sum(v.numel() for v in values if isinstance(v, torch.Tensor)) - min(buffers, MAX_BUFFERS)
-    count += more if more > MAX_NUMBERS else 0
-    if count >= PARAM_LIMIT:
-        raise UserError(f"ckpt.pth has {count:,} parameters, with all entries; fewer than {PARAM_LIMIT:,} are allowed")
     if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
         raise UserError("ckpt.pth contains weights that are not finite")
+    buffers = sum(tensor.numel() for name, tensor in state.items() if str(name).endswith(BUFFERS))
+    size = sum(len(files[name]) for name in files if name.startswith("solution/"))
+    rest = size - sum(tensor.nbytes for tensor in tensors)
+    count = sum(tensor.numel() for tensor in tensors) - min(buffers, MAX_BUFFERS) + max(0, rest - MAX_REST) // 2
+    if count >= PARAM_LIMIT:
+        raise UserError(f"ckpt.pth has {count:,} parameters, with all entries; fewer than {PARAM_LIMIT:,} are allowed")
     return f"{count:,} parameters, fewer than {PARAM_LIMIT:,}"
 
 
@@ -149,10 +144,7 @@ def check_solution(files):
     findings = verdict("solution", missing, ", ".join(FILES))
     if "solution/ckpt.pth" in files:
         try:
-            others = [files[name] for name in files if name.startswith("solution/") and name != "solution/ckpt.pth"]
-            text, binary = (sum(len(data) for data in others if (b"\0" in data) == zeros) for zeros in (False, True))
-            more = (binary + max(0, text - MAX_TEXT)) // 2
-            findings += verdict("checkpoint", [], count_checkpoint(files["solution/ckpt.pth"], more))
+            findings += verdict("checkpoint", [], count_parameters(files))
         except (UserError, RuntimeError) as error:  # torch raises the latter for unusual tensors
             findings += verdict("checkpoint", [str(error)])
     return findings
@@ -213,9 +205,6 @@ def main():
     parser.add_argument("--phase", choices=("test", "dev"), default="test", help="dev: only masks are needed")
     parser.add_argument("--run", type=natural, default=0, help="number of images on which to EXECUTE the zip's run.py")
     args = parser.parse_args()
-    require_file(args.zip)
-    if not zipfile.is_zipfile(args.zip):
-        raise UserError(f"{args.zip} is not a readable zip")
     valid = show(judge(args.zip, find_data_of(args.zip, args.data) / args.phase / "images", args.phase, args.run))
     print(f"{args.zip}: {'valid' if valid else 'NOT valid'} for the {args.phase} phase")
     return 0 if valid else 1

@@ -154,11 +154,9 @@ def write_release(weights, folder, overwrite=False):
 
 
 def halve(path):
-    """A checkpoint with its weights in half precision. UserError if they exceed its range."""
+    """A checkpoint with its weights in half precision."""
     content = checkpoint.load(path)
     state = {key: v.half() if v.is_floating_point() else v for key, v in content["state_dict"].items()}
-    if not all(bool(value.isfinite().all()) for value in state.values()):
-        raise UserError(f"some weights of {path} exceed half precision; release another run")
     return {**content, "state_dict": state}
 
 
@@ -166,18 +164,17 @@ def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--name", help="run to export; default the release, else the best run")
     parser.add_argument("--weights", help="checkpoint, instead of the run's best.pt")
-    parser.add_argument("--runs", default="runs", help="folder of all runs")
     parser.add_argument("--out", type=Path, help="ONNX file to write")
     parser.switch("--int8", help="the ONNX file computes in 8 bits; needs training images")
     parser.add_argument("--data", help="with --int8: folder with train/; default that of the training, else ./data")
     parser.switch("--release", help="create runs/release instead; needs --name")
     parser.switch("--overwrite", help="with --release: deletes and replaces it, its report and zip")
     args = parser.parse_args()
-    if bool(args.out) == args.release or (args.release and not args.name) or (args.release and args.int8):
+    if bool(args.out) == args.release or (args.release and not args.name):
         raise UserError("give the file to write, OUT=parser.onnx; `make release NAME=a` creates runs/release")
-    weights = register.find_weights(args.weights or args.name, args.runs)
+    weights = register.find_weights(args.weights or args.name)
     if args.release:
-        write_release(weights, register.find_run(args.name, args.runs), args.overwrite)
+        write_release(weights, register.find_run(args.name), args.overwrite)
     else:
         write_onnx(weights, args.out, args.int8, args.data)
 

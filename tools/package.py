@@ -49,17 +49,16 @@ def write_solution(folder, content, views):
     checkpoint.save(folder / "ckpt.pth", {**settings, "views": views, "state_dict": dict(content["state_dict"])})
 
 
-def make_submission(weights, images, phase, target, views=None, run=5):
+def make_submission(weights, images, phase, target, views="", run=5):
     """Write the zip of a phase (test or dev) to `target`, which keeps its older content if a check fails.
 
-    `views` defaults to those in the checkpoint; the packaged run.py is executed once more on `run` images. UserError
-    if the model has too many parameters, a check fails, or a file cannot be read or written.
+    The packaged run.py is executed once more on `run` images. UserError if the model has too many parameters, a check
+    fails, or a file cannot be read or written.
     """
     content = checkpoint.load(weights)
     parameters = count_parameters(checkpoint.restore(content, weights))
     if parameters >= PARAM_LIMIT:
         raise UserError(f"{weights} has {parameters:,} parameters; a submission must have fewer than {PARAM_LIMIT:,}")
-    views = content.get("views", "") if views is None else views.replace("none", "")
     parse_views(views)
     images, target = Path(images).resolve(), Path(target)
     check_target(target, ZIP)
@@ -86,7 +85,7 @@ def main():
     parser.add_argument("--data", help="folder with test/ and dev/; default that of the training, else ./data")
     parser.add_argument("--phase", choices=("test", "dev"), default="test", help="dev: only masks")
     parser.add_argument("--zip", help="zip to write; default submission-PHASE.zip in the run's folder, else in build")
-    parser.add_argument("--views", help="views to average, such as flip,scales; default those in the checkpoint")
+    parser.add_argument("--views", default="", help="views to average: flip, scales, or numbers such as flip,1,1.5")
     parser.add_argument("--run", type=natural, default=5, help="images on which run.py is checked")
     args = parser.parse_args()
     weights = register.find_weights(args.weights)

@@ -19,20 +19,15 @@ from views import parse_views, parse_whole
 
 
 def find_outputs(source, output):
-    """[(image, mask path), ...]; creates the output folder. UserError if two images would have the same mask path."""
-    files, output, outputs = image_files(source), Path(output), {}
-    if not Path(source).is_dir():
-        if output.is_dir():
-            raise UserError(f"--output {output} is a folder; give a file for the mask of one image")
-        make_folder(output.parent)
-        check_mask_target(output)
-        return [(files[0], output)]
-    make_folder(output)
+    """{mask path: image}; creates the output folder. UserError if two images would have the same mask path."""
+    files, several, output, outputs = image_files(source), Path(source).is_dir(), Path(output), {}
+    make_folder(output if several else output.parent)
     for path in files:
-        if (first := outputs.setdefault(path.stem, path)) != path:
-            raise UserError(f"{first} and {path} would both be written to {path.stem}.png; rename one")
-        check_mask_target(output / f"{path.stem}.png")
-    return [(path, output / f"{stem}.png") for stem, path in outputs.items()]
+        target = output / f"{path.stem}.png" if several else output
+        if (first := outputs.setdefault(target, path)) != path:
+            raise UserError(f"{first} and {path} would both be written to {target.name}; rename one")
+        check_mask_target(target)
+    return outputs
 
 
 def main():
@@ -44,9 +39,8 @@ def main():
     torch.set_num_threads(1)  # the masks must not depend on the machine's number of cores
     model, info = load_model(args.weights)
     views, outputs, start = parse_views(info.get("views", "")), find_outputs(args.input, args.output), time.monotonic()
-    for done, (path, target) in enumerate(outputs, 1):
-        pixels = read_image(path)
-        mask = parse_whole(model, pixels, info["size"], views)
+    for done, (target, path) in enumerate(outputs.items(), 1):
+        mask = parse_whole(model, read_image(path), info["size"], views)
         with atomic(target) as temporary:
             mask_image(mask).save(temporary, format="PNG")
         show_progress("predicting", done, len(outputs), time.monotonic() - start)
