@@ -33,7 +33,7 @@ PYTHON = (sys.executable, "-EB")  # -E ignores PYTHONPATH: only run.py's folder 
 FILES = ("ckpt.pth", "requirements.txt", "run.py")
 # Batch norm's buffers are no parameters: tensors of these names, of this many values in all.
 BUFFERS, MAX_BUFFERS = ("running_mean", "running_var", "num_batches_tracked"), 100_000
-MAX_REST = 2**20  # bytes of solution/ beside the tensors, such as code; beyond, two count as a parameter
+MAX_REST = 2**19  # bytes of solution/ beside the tensors, such as code; beyond, two count as a parameter
 
 
 def verdict(check, faults, success=""):
