@@ -57,15 +57,15 @@ class Pairs:
     masks: np.ndarray  # uint8 (N, 512, 512), memory-mapped
     reversed: np.ndarray  # bool (N,): left and right are reversed in the mask
     names: list  # (N,), sorted
-    digest: str = ""  # of all the files
-    path: Path = None  # of the cache
-    hashes: np.ndarray = None  # uint8 (N, 2, 16): of the image; of the mask and `reversed`
+    digest: str  # of all the files
+    path: Path  # of the cache
+    hashes: list  # (N,), bytes: 16 of the image, 16 of the mask and `reversed`
     verified: set = field(default_factory=set)  # indices of the pairs that have their hashes
 
     def keys(self, indices=None):
-        """[(name, hash of the image or None if unknown), ...] of some pairs, or of all, as in a checkpoint."""
+        """[(name, hash of the image), ...] of some pairs, or of all, as in a checkpoint."""
         indices = range(len(self.names)) if indices is None else indices
-        return [(self.names[i], None if self.hashes is None else self.hashes[i, 0].tobytes().hex()) for i in indices]
+        return [(self.names[i], self.hashes[i][:16].hex()) for i in indices]
 
     def batch(self, indices, fix_sides=True):
         """Some pairs as uint8 tensors (B, 3, 512, 512), channels last, and (B, 512, 512); `fix_sides` repairs masks.
@@ -74,10 +74,9 @@ class Pairs:
         """
         images, masks = self.images[indices], self.masks[indices]
         for row, i in enumerate(indices):
-            if self.hashes is not None and i not in self.verified:
-                if not np.array_equal(_hashes(images[row], masks[row], self.reversed[i]), self.hashes[i]):
-                    raise UserError(f"the cache {self.path} is damaged; delete it, and it is built again")
-                self.verified.add(i)
+            if i not in self.verified and _hashes(images[row], masks[row], self.reversed[i]) != self.hashes[i]:
+                raise UserError(f"the cache {self.path} is damaged; delete it, and it is built again")
+        self.verified.update(indices)
         if fix_sides:
             for i in np.flatnonzero(self.reversed[indices]):
                 masks[i] = swap_sides(masks[i])
@@ -164,8 +163,8 @@ def find_pairs(data):
 def split(count, val_split=0.1, seed=42, hashes=None):
     """(training, validation) indices: the reference's split, the last fraction of a seeded permutation.
 
-    val_split 0 trains on all pairs. UserError if either side would be empty otherwise. With `hashes` of the images
-    (count, 16), the copies of an image that is held out are held out too, with a warning.
+    val_split 0 trains on all pairs. UserError if either side would be empty otherwise. With the images' `hashes`
+    the copies of an image that is held out are held out too, with a warning.
     """
     if not 0 <= seed < 2**32:
         raise UserError(f"--split-seed {seed} is out of range: 0 to {2**32 - 1}")
@@ -177,16 +176,14 @@ def split(count, val_split=0.1, seed=42, hashes=None):
     train, validation = order[: count - held], order[count - held :]
     if hashes is None or not held:
         return train, validation
-    unseen = {hashes[i].tobytes() for i in validation}
-    copies = np.array([hashes[i].tobytes() in unseen for i in train])
+    unseen = {hashes[i] for i in validation}
+    copies = np.array([hashes[i] in unseen for i in train])
     if copies.any():
         print_message(f"{copies.sum()} copies of held-out images are held out too; `make check-data LIST=1` lists them")
-    if copies.all():
-        raise UserError("no images are left to train on")
     return train[~copies], np.concatenate([validation, train[copies]])
 
 
-def load_pairs(data, cache="build/cache", workers=None):
+def load_pairs(data, cache="build/cache"):
     """All pairs of DATA/train, from the cache if it was made of exactly these files, else decoded into it first.
 
     The cache is one file: N images, N masks, N times TAIL_BYTES.
@@ -197,19 +194,18 @@ def load_pairs(data, cache="build/cache", workers=None):
     digest = _digest(files)
     path = Path(cache, f"{digest}.hwc")
     if not path.is_file() or path.stat().st_size != total:
-        _build_cache(path, files, total, workers)
+        _build_cache(path, files, total)
     whole = np.memmap(path, np.uint8, "r")
     images = whole[: count * IMAGE_BYTES].reshape(count, SIZE, SIZE, 3)
     masks = whole[count * IMAGE_BYTES : count * (IMAGE_BYTES + MASK_BYTES)].reshape(count, SIZE, SIZE)
-    tail = np.array(whole[-count * TAIL_BYTES :]).reshape(count, TAIL_BYTES)
-    hashes = tail[:, 1:].reshape(count, 2, 16)
-    return Pairs(images, masks, tail[:, 0].astype(bool), [p.stem for p, _ in files], digest, path, hashes)
+    tails = whole[-count * TAIL_BYTES :].reshape(count, TAIL_BYTES)
+    names, hashes = [p.stem for p, _ in files], [tail[1:].tobytes() for tail in tails]
+    return Pairs(images, masks, tails[:, 0].astype(bool), names, digest, path, hashes)
 
 
 def _hashes(image, mask, is_reversed):
-    """uint8 (2, 16): the image's hash, and that of the mask and its flag."""
-    both = image_hash(image) + hashlib.sha256(mask.tobytes() + bytes([bool(is_reversed)])).digest()[:16]
-    return np.frombuffer(both, np.uint8).reshape(2, 16)
+    """32 bytes: the image's hash, and that of the mask and its flag."""
+    return image_hash(image) + hashlib.sha256(mask.tobytes() + bytes([bool(is_reversed)])).digest()[:16]
 
 
 def _digest(files):
@@ -221,7 +217,7 @@ def _digest(files):
     return digest.hexdigest()[:16]
 
 
-def _build_cache(path, files, total, workers):
+def _build_cache(path, files, total):
     """Decode all pairs into the cache file `path` of `total` bytes, atomically."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -232,15 +228,13 @@ def _build_cache(path, files, total, workers):
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
         fcntl.flock(handle, fcntl.LOCK_EX)
         try:
-            _reserve(handle, total)
             tasks = [(temporary, i, len(files), *pair) for i, pair in enumerate(files)]
-            for _ in in_parallel(_decode, tasks, workers, "decoding"):
+            for _ in in_parallel(_decode, tasks, label="decoding"):
                 pass
             if path.stem != _digest(files):
                 raise UserError(f"files of {files[0][0].parent.parent} changed while they were read; run it again")
             os.fsync(handle)
             os.replace(temporary, path)
-            path.with_suffix(".u8").unlink(missing_ok=True)  # the cache of an older version
         finally:
             os.close(handle)
             Path(temporary).unlink(missing_ok=True)
@@ -260,7 +254,7 @@ def _decode(task):
         if is_turned(path):
             raise UserError(f"{path} has an EXIF orientation, its partner may not; turn the pixels and remove it")
     flag = reversed_sides(mask)
-    tail = bytes([flag]) + _hashes(image, mask, flag).tobytes()
+    tail = bytes([flag]) + _hashes(image, mask, flag)
     with open(cache, "r+b") as file:
         for offset, content in (
             (index * IMAGE_BYTES, image.tobytes()),
@@ -269,12 +263,3 @@ def _decode(task):
         ):
             file.seek(offset)
             file.write(content)
-
-
-def _reserve(handle, total):
-    """Allocate the disk space now: a full disk is an error here, not a SIGBUS in a mapped page later."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(handle, 0, total)
-    else:  # macOS
-        for start in range(0, total, 1 << 20):
-            os.pwrite(handle, bytes(min(1 << 20, total - start)), start)

@@ -176,8 +176,9 @@ class Training:
         data = on_rank_0(self.rank, find_data, args.data)
         # Rank 0 decodes the pairs into the cache, the others find them there.
         self.pairs = on_rank_0(self.rank, load_pairs, data, args.cache, share=False) or load_pairs(data, args.cache)
-        hashes = self.pairs.hashes[:, 0]
-        indices, self.val_indices = split(len(self.pairs.names), args.val_split, args.split_seed, hashes)
+        keys = self.pairs.keys()
+        hashes = [known for _, known in keys]
+        indices, self.val_indices = split(len(keys), args.val_split, args.split_seed, hashes)
         self.batches = Batches(self.pairs, indices, self.device, args.fix_sides)
         self.pair_keys = {"trained_on": self.pairs.keys(indices), "held_out": self.pairs.keys(self.val_indices)}
         self.strength, self.phases = strength(args), parse_sizes(args.sizes, args.epochs)

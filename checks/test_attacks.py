@@ -122,7 +122,7 @@ def test_a_run_is_replaced_once_the_new_one_is_written(copy, monkeypatch):
 def test_the_cache_keeps_other_files_and_a_lock_is_no_link(copy):
     (copy / "cache/notes.tmp").write_text("mine")
     rotate(copy / "data")
-    load_pairs(copy / "data", copy / "cache", workers=1)
+    load_pairs(copy / "data", copy / "cache")
     (copy / "runs/whole/.lock").unlink()
     (copy / "runs/whole/.lock").symlink_to(copy / "cache/notes.tmp")
     with pytest.raises(OSError, match=".lock"):

@@ -34,7 +34,7 @@ def data(tmp_path):
 
 
 def load(data):
-    return load_pairs(data, data.parent / "cache", workers=1)
+    return load_pairs(data, data.parent / "cache")
 
 
 def test_split_equals_the_reference():

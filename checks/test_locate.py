@@ -10,7 +10,7 @@ import torch
 
 import locate
 import register
-from data import Pairs
+from checks.conftest import pairs_of
 from tools.synth import draw_face, make_dataset
 
 
@@ -18,8 +18,7 @@ from tools.synth import draw_face, make_dataset
 def scenes():
     """Scenes of three synthetic faces."""
     images, masks = zip(*(map(np.asarray, draw_face(seed, 512)) for seed in (3, 4, 5)), strict=True)
-    pairs = Pairs(np.stack(images), np.stack(masks), np.zeros(3, bool), list("abc"))
-    return locate.Scenes(pairs, [0, 1, 2], 0)
+    return locate.Scenes(pairs_of(np.stack(images), np.stack(masks)), [0, 1, 2], 0)
 
 
 def test_search_inverts_the_training_targets(scenes, monkeypatch):
