@@ -166,10 +166,8 @@ def split(count, val_split=0.1, seed=42, hashes=None):
     val_split 0 trains on all pairs. UserError if either side would be empty otherwise. With the images' `hashes`
     the copies of an image that is held out are held out too, with a warning.
     """
-    if not 0 <= seed < 2**32:
-        raise UserError(f"--split-seed {seed} is out of range: 0 to {2**32 - 1}")
-    held = round(count * val_split) if 0 <= val_split < 1 else 0
-    if not 0 <= val_split < 1 or held >= count or (val_split and not held):
+    held = round(count * val_split)
+    if held == count or (val_split and not held):
         sides = f"{held} for validation, {count - held} for training"
         raise UserError(f"--val-split {val_split} of {count} pairs: {sides}; change it, or 0 trains on all")
     order = np.random.RandomState(seed).permutation(count)
