@@ -134,7 +134,7 @@ def test_the_fastest_threads_and_precision_are_kept(monkeypatch, threads, dtype)
 
     model = nn.Identity()
     model.forward = forward
-    assert device.choose_speed(args, model, torch.device("cpu"), processes=1, size=32) is dtype
+    assert device.choose_speed(args, model, torch.device("cpu"), size=32) is dtype
     assert (now[-1], args.threads, args.amp) == (threads, threads, "bf16" if dtype else "off")
 
 
@@ -207,7 +207,7 @@ def test_hidden_matrices_alone_take_muons_step():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), *hidden, nn.Conv2d(8, 19, 1))
     model.ends = "0", "4"
     groups = train.make_optimiser(model, parse(["--optimiser=muon"])[0], torch.device("cpu")).param_groups
-    orthogonal = {id(p): group["orthogonal"] for group in groups for p in group["params"]}
+    orthogonal = {id(p): "orthogonal" in group for group in groups for p in group["params"]}
     assert [name for name, p in model.named_parameters() if orthogonal[id(p)]] == ["2.weight", "3.weight"]
 
 
@@ -230,13 +230,14 @@ def test_weights_that_have_seen_the_held_out_pairs_are_refused(place):
     content, pairs = checkpoint.load(place / "runs/whole/best.pt"), load_pairs(place / "data", place / "cache")
     assert sorted(content["trained_on"] + content["held_out"]) == pairs.keys()
     old = {key: value for key, value in content.items() if key != "trained_on"} | {"validated": False}
-    for name, changed in (("old", old), ("all", content | {"trained_on": pairs.names, "held_out": []})):
+    named = [(name, "other pixels") for name in pairs.names]
+    for name, changed in (("old", old), ("all", content | {"trained_on": named, "held_out": []})):
         checkpoint.save(place / f"{name}.pt", changed)
         with pytest.raises(UserError, match="would be too high"):
             set_up(place, f"--name=x --from={place / name}.pt {FLAGS}")
-    checkpoint.save(place / "other.pt", content | {"trained_on": ["x"]})
+    checkpoint.save(place / "other.pt", content | {"trained_on": [("x", "y")]})
     run = set_up(place, f"--name=after-other --from={place / 'other'}.pt {FLAGS}")
-    assert ("x", None) in checkpoint.load(run.folder / "last.pt")["trained_on"]
+    assert ("x", "y") in checkpoint.load(run.folder / "last.pt")["trained_on"]
 
 
 MISTAKES = [
