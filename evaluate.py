@@ -176,7 +176,7 @@ def record_views(path, views, names, confusions):
 
 def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--weights", "--name", help="checkpoint or run; default the release, else the best run")
+    parser.add_argument("--weights", "--name", help="checkpoint or run; default the release")
     parser.add_argument("--data", help="folder with train/; default that of the training, else ./data")
     parser.add_argument("--cache", default="build/cache", help="cache folder")
     parser.add_argument("--views", default="", help="views to average: flip, scales, or numbers such as flip,1,1.5")

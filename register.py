@@ -33,14 +33,8 @@ def find_run(name, runs="runs"):
 
 
 def find_weights(text=None, runs="runs"):
-    """The checkpoint file for `text`: a file, or a run's name or folder. Default: the release, else the best run."""
-    if text is None:
-        if (RELEASE / "best.pt").is_file():
-            return RELEASE / "best.pt"
-        scored = [(best_score(p.parent), p) for p in Path(runs).glob("*/best.pt")]
-        if not scored:
-            raise UserError(f"no trained weights in {runs}; train with `make train` or pass --weights FILE")
-        return max(scored)[1]
+    """The checkpoint file for `text`: a file, or a run's name or folder; by default the release."""
+    text = str(RELEASE) if text is None else text
     if Path(text).is_file():
         return Path(text)
     path = find_run(text, runs) / "best.pt"
