@@ -209,8 +209,6 @@ def check(args):
         raise UserError("--keep acts in the last epoch, before which --patience and --target may stop: give 0 for both")
     if args.target and not args.val_split:
         raise UserError("--target needs validation pairs, but --val-split is 0")
-    if args.val_split and 0 < args.patience < args.val_every:
-        raise UserError(f"--patience {args.patience} is below --val-every {args.val_every}: raise it, or 0 for none")
     parse_sizes(args.sizes, args.epochs)
     strength(args)
     network_arguments(args)

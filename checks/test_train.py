@@ -150,11 +150,12 @@ def test_decay_shrinks_biases_and_norms_only_if_asked(start, monkeypatch, flags,
         assert torch.allclose(p, v * (0.95 if p.dim() > 1 else kept))
 
 
-def test_patience_counts_epochs_since_the_last_gain(start, monkeypatch):
-    scores = iter([0.2, 0.1, 0.5, 0.5, 0.4, 0.9])
+@cases(("flags", "scores", "end"), [("", [0.2, 0.1, 0.5, 0.5, 0.4], (5, 3)), ("--val-every=3", [0.2, 0.1], (6, 3))])
+def test_patience_counts_epochs_since_the_last_gain(start, monkeypatch, flags, scores, end):
+    scores = iter(scores)
     monkeypatch.setattr("train.official_score", lambda confusions: next(scores))
-    train.train(run := start("--patience=2"))
-    assert (run.progress["epoch"], run.progress["best_epoch"]) == (5, 3)
+    train.train(run := start(f"--patience=2 {flags}"))
+    assert (run.progress["epoch"], run.progress["best_epoch"]) == end
 
 
 def test_steps_use_the_network_compiled_for_each_size(start, monkeypatch):
@@ -253,7 +254,6 @@ MISTAKES = [
     *[("--name=x --model-args={", "not a JSON object"), ("--name=x --mixup=0.6 --cutmix=0.6", "--mixup and --cutmix")],
     *[("--name=x --class-weights=1,2", "--class-weights"), ("--name=x --ce=0 --dice=0", "no loss")],
     *[("--name=x --val-split=0.001", "--val-split"), ("--name=x --val-split=0 --target=0.8", "--target")],
-    ("--name=x --patience=3 --val-every=4", "--patience"),
 ]
 
 
