@@ -101,8 +101,6 @@ def load_model(path, device="cpu"):
     """(network ready for inference, dict of the checkpoint's other entries) of a checkpoint file."""
     content = load(path)
     model = fold_batch_norm(restore(content, path, device))
-    if not is_finite(model):  # a negative variance is
-        raise UserError(f"{path} contains negative variances")
     return model, {key: value for key, value in content.items() if key != "state_dict"}
 
 

@@ -81,8 +81,7 @@ def choose_folder(args):
             remedy = f"`make resume NAME={make_name(folder)}`, OVERWRITE=1, or choose another NAME"
             raise UserError(f"run {folder} exists: {remedy}")
         run_arguments(folder)
-    # A run that was killed while its files replaced an older one's has its args.json in a temporary folder.
-    elif any(folder.glob("[!.]*")) and not any(folder.glob(".args.json.*.tmp/args.json")):
+    elif any(folder.glob("[!.]*")):
         raise UserError(f"{folder} exists and is not a run: choose another NAME, or move its files away")
     return folder
 
