@@ -1,16 +1,14 @@
 """The training pairs: find, decode once into a memory-mapped cache, split, read in batches, repair reversed masks."""
 
-import contextlib
 import fcntl
 import hashlib
 import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import UserError, in_parallel, print_message
+from common import UserError, atomic, in_parallel, make_folder, print_message, remove_unfinished
 
 import numpy as np
 import torch
@@ -21,8 +19,8 @@ from labels import FLIP, NUM_CLASSES, SIDES
 from register import run_record
 
 SIZE = 512  # side of every stored image and mask
-IMAGE_BYTES, MASK_BYTES = 3 * SIZE * SIZE, SIZE * SIZE
-TAIL_BYTES = 1 + 2 * 16  # of a pair in the cache: reversed or not, hash of the image, hash of mask and flag
+# A pair in the cache; `hashes` are 16 bytes of the image, 16 of the mask and `reversed`.
+PAIR = np.dtype([("image", "u1", (SIZE, SIZE, 3)), ("mask", "u1", (SIZE, SIZE)), ("reversed", bool), ("hashes", "V32")])
 SYNTHETIC = Path("build/synthetic-faces")
 SYNTHETIC_MARKER = "SYNTHETIC.txt"  # a file in every folder that tools/synth.py made
 
@@ -59,7 +57,7 @@ class Pairs:
     names: list  # (N,), sorted
     digest: str  # of all the files
     path: Path  # of the cache
-    hashes: list  # (N,), bytes: 16 of the image, 16 of the mask and `reversed`
+    hashes: list  # (N,), bytes
     verified: set = field(default_factory=set)  # indices of the pairs that have their hashes
 
     def keys(self, indices=None):
@@ -90,7 +88,7 @@ class Batches:
         self.pairs, self.indices, self.device, self.fix_sides = pairs, indices, device, fix_sides
         self.resident = None
         # A CPU reads the memory map directly; on a GPU the pairs may take 40 % of the free memory.
-        needed = len(indices) * (IMAGE_BYTES + MASK_BYTES)
+        needed = len(indices) * PAIR.itemsize
         if device.type == "cuda" and needed < 0.4 * torch.cuda.mem_get_info(device)[0]:
             chunks = [self.read(chunk) for chunk in np.array_split(np.arange(len(indices)), len(indices) // 64 + 1)]
             self.resident = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
@@ -182,23 +180,15 @@ def split(count, val_split=0.1, seed=42, hashes=None):
 
 
 def load_pairs(data, cache="build/cache"):
-    """All pairs of DATA/train, from the cache if it was made of exactly these files, else decoded into it first.
-
-    The cache is one file: N images, N masks, N times TAIL_BYTES.
-    """
+    """All pairs of DATA/train, from the cache if it was made of exactly these files, else decoded into it first."""
     files = find_pairs(data)
-    count = len(files)
-    total = count * (IMAGE_BYTES + MASK_BYTES + TAIL_BYTES)
     digest = _digest(files)
-    path = Path(cache, f"{digest}.hwc")
-    if not path.is_file() or path.stat().st_size != total:
-        _build_cache(path, files, total)
-    whole = np.memmap(path, np.uint8, "r")
-    images = whole[: count * IMAGE_BYTES].reshape(count, SIZE, SIZE, 3)
-    masks = whole[count * IMAGE_BYTES : count * (IMAGE_BYTES + MASK_BYTES)].reshape(count, SIZE, SIZE)
-    tails = whole[-count * TAIL_BYTES :].reshape(count, TAIL_BYTES)
-    names, hashes = [p.stem for p, _ in files], [tail[1:].tobytes() for tail in tails]
-    return Pairs(images, masks, tails[:, 0].astype(bool), names, digest, path, hashes)
+    path = Path(cache, f"{digest}.pairs")
+    if not path.is_file() or path.stat().st_size != len(files) * PAIR.itemsize:
+        _build_cache(path, files)
+    whole = np.memmap(path, PAIR, "r")
+    names, hashes = [p.stem for p, _ in files], [known.tobytes() for known in whole["hashes"]]
+    return Pairs(whole["image"], whole["mask"], whole["reversed"], names, digest, path, hashes)
 
 
 def _hashes(image, mask, is_reversed):
@@ -215,47 +205,28 @@ def _digest(files):
     return digest.hexdigest()[:16]
 
 
-def _build_cache(path, files, total):
-    """Decode all pairs into the cache file `path` of `total` bytes, atomically."""
+def _build_cache(path, files):
+    """Decode all pairs into the cache file `path`, atomically; one process at a time."""
+    make_folder(path.parent)
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for unfinished in path.parent.glob(f"{'[0-9a-f]' * 16}.hwc.*.tmp"):  # of a killed process: a live one locks it
-            with contextlib.suppress(OSError), open(unfinished) as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                unfinished.unlink()
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        try:
-            tasks = [(temporary, i, len(files), *pair) for i, pair in enumerate(files)]
-            for _ in in_parallel(_decode, tasks, label="decoding"):
-                pass
-            os.fsync(handle)
-            os.replace(temporary, path)
-        finally:
-            os.close(handle)
-            Path(temporary).unlink(missing_ok=True)
-    except OSError as error:
-        why = error.strerror or error
-        raise UserError(f"cannot write the cache {path} ({total >> 20} MiB): {why}; see --cache") from None
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        remove_unfinished(path.parent, {path.name})  # of a killed process: a live one has the lock
+        with atomic(path) as temporary, open(temporary, "wb") as file:
+            for pair in in_parallel(_decode, files, label="decoding"):
+                file.write(pair)
+    finally:
+        os.close(folder)
 
 
-def _decode(task):
-    """Decode one pair into its place in the cache file; runs in a worker process."""
-    cache, index, count, image_path, mask_path = task
-    image, mask = read_image(image_path), read_mask(mask_path)
-    for path, array in ((image_path, image), (mask_path, mask)):
+def _decode(paths):
+    """The bytes of one pair in the cache; runs in a worker process."""
+    image, mask = read_image(paths[0]), read_mask(paths[1])
+    for path, array in zip(paths, (image, mask), strict=True):
         if array.shape[:2] != (SIZE, SIZE):
             size = f"{array.shape[1]} x {array.shape[0]}"
             raise UserError(f"{path} is {size}, not 512 x 512; `make data RAW=FOLDER DATA=NEW` resizes a data folder")
         if is_turned(path):
             raise UserError(f"{path} has an EXIF orientation, its partner may not; turn the pixels and remove it")
     flag = reversed_sides(mask)
-    tail = bytes([flag]) + _hashes(image, mask, flag)
-    with open(cache, "r+b") as file:
-        for offset, content in (
-            (index * IMAGE_BYTES, image.tobytes()),
-            (count * IMAGE_BYTES + index * MASK_BYTES, mask.tobytes()),
-            (count * (IMAGE_BYTES + MASK_BYTES) + index * TAIL_BYTES, tail),
-        ):
-            file.seek(offset)
-            file.write(content)
+    return image.tobytes() + mask.tobytes() + bytes([flag]) + _hashes(image, mask, flag)
