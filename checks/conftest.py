@@ -7,7 +7,6 @@ import sys
 
 from common import run_main  # before torch
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,7 +14,6 @@ import checkpoint
 import register
 import train
 from checks.references import TINY
-from data import Pairs
 from model import build
 from options import parse
 from tools.synth import make_dataset
@@ -97,11 +95,6 @@ def untrained(path, model="microunet", arguments=None, size=64, **content):
     arguments = arguments or {}
     content |= {"model": model, "model_args": arguments, "size": size}
     checkpoint.save(path, content | {"state_dict": build(model, **arguments).state_dict()})
-
-
-def pairs_of(images, masks):
-    """Three pairs in no cache, which have no hashes to check."""
-    return Pairs(images, masks, np.zeros(3, bool), list("abc"), "", None, [], verified={0, 1, 2})
 
 
 def saved(content):

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import losses
-from checks.conftest import cases, encoded, pairs_of, write
-from data import split
+from checks.conftest import cases, encoded, write
+from data import Pairs, split
 from evaluate import batch_score, confusion, evaluate, held_out, label_scores, main, official_score, record_views
 from images import mask_image
 from labels import FLIP
@@ -51,7 +51,8 @@ def test_perfect_network_scores_1(scale):
     batches = iter((20.0 * F.one_hot(resized.long(), 19).permute(0, 3, 1, 2)).split(2))
     oracle = torch.nn.Identity()
     oracle.forward = lambda images, full_size: next(batches)
-    pairs = pairs_of(np.zeros((3, 64, 64, 3), np.uint8), masks)
+    images, names = np.zeros((3, 64, 64, 3), np.uint8), list("abc")
+    pairs = Pairs(images, masks, np.zeros(3, bool), names, "", None, hashes=[], verified={0, 1, 2})
     confusions, loss = evaluate(oracle, pairs, np.arange(3), 64, torch.device("cpu"), batch=2)
     assert official_score(confusions) > 0.98 and loss < 0.2
 
