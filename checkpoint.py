@@ -101,8 +101,6 @@ def load_model(path, device="cpu"):
     """(network ready for inference, dict of the checkpoint's other entries) of a checkpoint file."""
     content = load(path)
     model = fold_batch_norm(restore(content, path, device))
-    if not is_finite(model):  # a negative variance is
-        raise UserError(f"{path} contains negative variances")
     return model, {key: value for key, value in content.items() if key != "state_dict"}
 
 
@@ -112,10 +110,9 @@ def is_validated(content):
 
 
 def pairs_in(content, key):
-    """[(name, hash of the image), ...] of the pairs under `key` of a loaded checkpoint; old ones have no hash: None."""
+    """[(name, hash of the image), ...] of the pairs under `key` of a loaded checkpoint. UserError if it has others."""
     try:
-        pairs = [(entry, None) if isinstance(entry, str) else tuple(entry) for entry in content.get(key) or ()]
-        return [(str(name), known and str(known)) for name, known in pairs]
+        return [(str(name), str(known)) for name, known in content.get(key, ())]
     except (TypeError, ValueError):
         raise UserError(f"the checkpoint is damaged: its {key} contains no pairs") from None
 
@@ -125,8 +122,8 @@ def seen(content, keys):
 
     A name counts too, unless the training held the image out. Without any pairs it counts as trained on all.
     """
-    used, held = pairs_in(content, "trained_on"), {known for _, known in pairs_in(content, "held_out") if known}
-    names, hashes = {name for name, _ in used}, {known for _, known in used if known}
+    used, held = pairs_in(content, "trained_on"), {known for _, known in pairs_in(content, "held_out")}
+    names, hashes = {name for name, _ in used}, {known for _, known in used}
     return [not used or known in hashes or (name in names and known not in held) for name, known in keys]
 
 
@@ -134,7 +131,4 @@ def doubt(content, keys):
     """Why a score on these pairs, (name, hash) each, may not be one of unseen images; "" if it is one."""
     if not content.get("trained_on"):
         return "does not name the pairs it was trained on: its score may not be of unseen images"
-    if any(seen(content, keys)):
-        return "was trained on these pairs: its score is not of unseen images"
-    known = all(known for _, known in pairs_in(content, "trained_on"))
-    return "" if known else "names its pairs without hashes: its score is of unseen images unless files were renamed"
+    return "was trained on these pairs: its score is not of unseen images" if any(seen(content, keys)) else ""

@@ -7,6 +7,7 @@ import difflib
 import functools
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -234,11 +235,9 @@ def in_parallel(function, tasks, workers=None, label="working"):
 def _start_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = os.getppid()
 
     def watch():  # a worker whose parent was killed would wait for tasks forever
-        while os.getppid() == parent:
-            time.sleep(0.2)
+        multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -1,16 +1,14 @@
 """The training pairs: find, decode once into a memory-mapped cache, split, read in batches, repair reversed masks."""
 
-import contextlib
 import fcntl
 import hashlib
 import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import UserError, in_parallel, print_message
+from common import UserError, atomic, in_parallel, make_folder, print_message, remove_unfinished
 
 import numpy as np
 import torch
@@ -21,8 +19,8 @@ from labels import FLIP, NUM_CLASSES, SIDES
 from register import run_record
 
 SIZE = 512  # side of every stored image and mask
-IMAGE_BYTES, MASK_BYTES = 3 * SIZE * SIZE, SIZE * SIZE
-TAIL_BYTES = 1 + 2 * 16  # of a pair in the cache: reversed or not, hash of the image, hash of mask and flag
+# A pair in the cache; `hashes` are 16 bytes of the image, 16 of the mask and `reversed`.
+PAIR = np.dtype([("image", "u1", (SIZE, SIZE, 3)), ("mask", "u1", (SIZE, SIZE)), ("reversed", bool), ("hashes", "V32")])
 SYNTHETIC = Path("build/synthetic-faces")
 SYNTHETIC_MARKER = "SYNTHETIC.txt"  # a file in every folder that tools/synth.py made
 
@@ -57,15 +55,15 @@ class Pairs:
     masks: np.ndarray  # uint8 (N, 512, 512), memory-mapped
     reversed: np.ndarray  # bool (N,): left and right are reversed in the mask
     names: list  # (N,), sorted
-    digest: str = ""  # of all the files
-    path: Path = None  # of the cache
-    hashes: np.ndarray = None  # uint8 (N, 2, 16): of the image; of the mask and `reversed`
+    digest: str  # of all the files
+    path: Path  # of the cache
+    hashes: list  # (N,), bytes
     verified: set = field(default_factory=set)  # indices of the pairs that have their hashes
 
     def keys(self, indices=None):
-        """[(name, hash of the image or None if unknown), ...] of some pairs, or of all, as in a checkpoint."""
+        """[(name, hash of the image), ...] of some pairs, or of all, as in a checkpoint."""
         indices = range(len(self.names)) if indices is None else indices
-        return [(self.names[i], None if self.hashes is None else self.hashes[i, 0].tobytes().hex()) for i in indices]
+        return [(self.names[i], self.hashes[i][:16].hex()) for i in indices]
 
     def batch(self, indices, fix_sides=True):
         """Some pairs as uint8 tensors (B, 3, 512, 512), channels last, and (B, 512, 512); `fix_sides` repairs masks.
@@ -74,10 +72,9 @@ class Pairs:
         """
         images, masks = self.images[indices], self.masks[indices]
         for row, i in enumerate(indices):
-            if self.hashes is not None and i not in self.verified:
-                if not np.array_equal(_hashes(images[row], masks[row], self.reversed[i]), self.hashes[i]):
-                    raise UserError(f"the cache {self.path} is damaged; delete it, and it is built again")
-                self.verified.add(i)
+            if i not in self.verified and _hashes(images[row], masks[row], self.reversed[i]) != self.hashes[i]:
+                raise UserError(f"the cache {self.path} is damaged; delete it, and it is built again")
+        self.verified.update(indices)
         if fix_sides:
             for i in np.flatnonzero(self.reversed[indices]):
                 masks[i] = swap_sides(masks[i])
@@ -91,7 +88,7 @@ class Batches:
         self.pairs, self.indices, self.device, self.fix_sides = pairs, indices, device, fix_sides
         self.resident = None
         # A CPU reads the memory map directly; on a GPU the pairs may take 40 % of the free memory.
-        needed = len(indices) * (IMAGE_BYTES + MASK_BYTES)
+        needed = len(indices) * PAIR.itemsize
         if device.type == "cuda" and needed < 0.4 * torch.cuda.mem_get_info(device)[0]:
             chunks = [self.read(chunk) for chunk in np.array_split(np.arange(len(indices)), len(indices) // 64 + 1)]
             self.resident = [torch.cat(parts) for parts in zip(*chunks, strict=True)]
@@ -164,52 +161,39 @@ def find_pairs(data):
 def split(count, val_split=0.1, seed=42, hashes=None):
     """(training, validation) indices: the reference's split, the last fraction of a seeded permutation.
 
-    val_split 0 trains on all pairs. UserError if either side would be empty otherwise. With `hashes` of the images
-    (count, 16), the copies of an image that is held out are held out too, with a warning.
+    val_split 0 trains on all pairs. UserError if either side would be empty otherwise. With the images' `hashes`
+    the copies of an image that is held out are held out too, with a warning.
     """
-    if not 0 <= seed < 2**32:
-        raise UserError(f"--split-seed {seed} is out of range: 0 to {2**32 - 1}")
-    held = round(count * val_split) if 0 <= val_split < 1 else 0
-    if not 0 <= val_split < 1 or held >= count or (val_split and not held):
+    held = round(count * val_split)
+    if held == count or (val_split and not held):
         sides = f"{held} for validation, {count - held} for training"
         raise UserError(f"--val-split {val_split} of {count} pairs: {sides}; change it, or 0 trains on all")
     order = np.random.RandomState(seed).permutation(count)
     train, validation = order[: count - held], order[count - held :]
     if hashes is None or not held:
         return train, validation
-    unseen = {hashes[i].tobytes() for i in validation}
-    copies = np.array([hashes[i].tobytes() in unseen for i in train])
+    unseen = {hashes[i] for i in validation}
+    copies = np.array([hashes[i] in unseen for i in train])
     if copies.any():
         print_message(f"{copies.sum()} copies of held-out images are held out too; `make check-data LIST=1` lists them")
-    if copies.all():
-        raise UserError("no images are left to train on")
     return train[~copies], np.concatenate([validation, train[copies]])
 
 
-def load_pairs(data, cache="build/cache", workers=None):
-    """All pairs of DATA/train, from the cache if it was made of exactly these files, else decoded into it first.
-
-    The cache is one file: N images, N masks, N times TAIL_BYTES.
-    """
+def load_pairs(data, cache="build/cache"):
+    """All pairs of DATA/train, from the cache if it was made of exactly these files, else decoded into it first."""
     files = find_pairs(data)
-    count = len(files)
-    total = count * (IMAGE_BYTES + MASK_BYTES + TAIL_BYTES)
     digest = _digest(files)
-    path = Path(cache, f"{digest}.hwc")
-    if not path.is_file() or path.stat().st_size != total:
-        _build_cache(path, files, total, workers)
-    whole = np.memmap(path, np.uint8, "r")
-    images = whole[: count * IMAGE_BYTES].reshape(count, SIZE, SIZE, 3)
-    masks = whole[count * IMAGE_BYTES : count * (IMAGE_BYTES + MASK_BYTES)].reshape(count, SIZE, SIZE)
-    tail = np.array(whole[-count * TAIL_BYTES :]).reshape(count, TAIL_BYTES)
-    hashes = tail[:, 1:].reshape(count, 2, 16)
-    return Pairs(images, masks, tail[:, 0].astype(bool), [p.stem for p, _ in files], digest, path, hashes)
+    path = Path(cache, f"{digest}.pairs")
+    if not path.is_file() or path.stat().st_size != len(files) * PAIR.itemsize:
+        _build_cache(path, files)
+    whole = np.memmap(path, PAIR, "r")
+    names, hashes = [p.stem for p, _ in files], [known.tobytes() for known in whole["hashes"]]
+    return Pairs(whole["image"], whole["mask"], whole["reversed"], names, digest, path, hashes)
 
 
 def _hashes(image, mask, is_reversed):
-    """uint8 (2, 16): the image's hash, and that of the mask and its flag."""
-    both = image_hash(image) + hashlib.sha256(mask.tobytes() + bytes([bool(is_reversed)])).digest()[:16]
-    return np.frombuffer(both, np.uint8).reshape(2, 16)
+    """32 bytes: the image's hash, and that of the mask and its flag."""
+    return image_hash(image) + hashlib.sha256(mask.tobytes() + bytes([bool(is_reversed)])).digest()[:16]
 
 
 def _digest(files):
@@ -221,60 +205,28 @@ def _digest(files):
     return digest.hexdigest()[:16]
 
 
-def _build_cache(path, files, total, workers):
-    """Decode all pairs into the cache file `path` of `total` bytes, atomically."""
+def _build_cache(path, files):
+    """Decode all pairs into the cache file `path`, atomically; one process at a time."""
+    make_folder(path.parent)
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for unfinished in path.parent.glob(f"{'[0-9a-f]' * 16}.hwc.*.tmp"):  # of a killed process: a live one locks it
-            with contextlib.suppress(OSError), open(unfinished) as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                unfinished.unlink()
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.", suffix=".tmp")
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        try:
-            _reserve(handle, total)
-            tasks = [(temporary, i, len(files), *pair) for i, pair in enumerate(files)]
-            for _ in in_parallel(_decode, tasks, workers, "decoding"):
-                pass
-            if path.stem != _digest(files):
-                raise UserError(f"files of {files[0][0].parent.parent} changed while they were read; run it again")
-            os.fsync(handle)
-            os.replace(temporary, path)
-            path.with_suffix(".u8").unlink(missing_ok=True)  # the cache of an older version
-        finally:
-            os.close(handle)
-            Path(temporary).unlink(missing_ok=True)
-    except OSError as error:
-        why = error.strerror or error
-        raise UserError(f"cannot write the cache {path} ({total >> 20} MiB): {why}; see --cache") from None
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        remove_unfinished(path.parent, {path.name})  # of a killed process: a live one has the lock
+        with atomic(path) as temporary, open(temporary, "wb") as file:
+            for pair in in_parallel(_decode, files, label="decoding"):
+                file.write(pair)
+    finally:
+        os.close(folder)
 
 
-def _decode(task):
-    """Decode one pair into its place in the cache file; runs in a worker process."""
-    cache, index, count, image_path, mask_path = task
-    image, mask = read_image(image_path), read_mask(mask_path)
-    for path, array in ((image_path, image), (mask_path, mask)):
+def _decode(paths):
+    """The bytes of one pair in the cache; runs in a worker process."""
+    image, mask = read_image(paths[0]), read_mask(paths[1])
+    for path, array in zip(paths, (image, mask), strict=True):
         if array.shape[:2] != (SIZE, SIZE):
             size = f"{array.shape[1]} x {array.shape[0]}"
             raise UserError(f"{path} is {size}, not 512 x 512; `make data RAW=FOLDER DATA=NEW` resizes a data folder")
         if is_turned(path):
             raise UserError(f"{path} has an EXIF orientation, its partner may not; turn the pixels and remove it")
     flag = reversed_sides(mask)
-    tail = bytes([flag]) + _hashes(image, mask, flag).tobytes()
-    with open(cache, "r+b") as file:
-        for offset, content in (
-            (index * IMAGE_BYTES, image.tobytes()),
-            (count * IMAGE_BYTES + index * MASK_BYTES, mask.tobytes()),
-            (count * (IMAGE_BYTES + MASK_BYTES) + index * TAIL_BYTES, tail),
-        ):
-            file.seek(offset)
-            file.write(content)
-
-
-def _reserve(handle, total):
-    """Allocate the disk space now: a full disk is an error here, not a SIGBUS in a mapped page later."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(handle, 0, total)
-    else:  # macOS
-        for start in range(0, total, 1 << 20):
-            os.pwrite(handle, bytes(min(1 << 20, total - start)), start)
+    return image.tobytes() + mask.tobytes() + bytes([flag]) + _hashes(image, mask, flag)

@@ -72,14 +72,14 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
-def choose_speed(args, model, device, processes, size):
+def choose_speed(args, model, device, size):
     """Set the CPU threads and return the dtype of mixed precision, or None; both replace `auto` in args, for a resume.
 
     What --threads and --amp leave open is what trains fastest in a second of measurements: beside other work one thread
     can be several times as fast as two, and a CPU that multiplies bf16 may be slower with it.
     """
     dtype = amp_dtype(args.amp, device)
-    if device.type != "cpu" or processes > 1:
+    if device.type != "cpu":
         return dtype
     threads = {args.threads} if args.threads else {1, torch.get_num_threads()}
     choices = list(itertools.product(threads, {dtype, None} if args.amp == "auto" else {dtype}))
@@ -133,8 +133,8 @@ def start_processes(count, device="auto"):
     with socket.create_server(("localhost", 0)) as probe:
         port = probe.getsockname()[1]
     processes = []
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends Ctrl-C to all by itself: each ignores the repeat
-        signal.signal(number, lambda number, frame: [process.send_signal(number) for process in processes])
+    signal.signal(signal.SIGINT, lambda number, frame: None)  # a terminal sends Ctrl-C to all by itself
+    signal.signal(signal.SIGTERM, lambda number, frame: [process.terminate() for process in processes])
     group = os.environ | {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     for i in range(count):
         own = group | {"RANK": str(i), "LOCAL_RANK": str(i)}

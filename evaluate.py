@@ -4,8 +4,7 @@ python evaluate.py --weights runs/a/best.pt
 python evaluate.py --weights a --views flip,scales --data data
 python evaluate.py --masks masks --truth data/train/masks --partial
 
-The held-out pairs are those that the checkpoint names, else those it was not trained on, else those of its run's split,
-else of the reference's.
+The held-out pairs are those that the checkpoint names, else those it was not trained on, else the reference's.
 """
 
 import json
@@ -128,22 +127,18 @@ def evaluate(model, pairs, indices, size, device, *, views=ONE_VIEW, batch=0, ra
 def held_out(content, path, keys):
     """Indices of the pairs, (name, hash of the image) each, that a loaded checkpoint held out, or else did not use.
 
-    Names count if the checkpoint has no hashes. If there are none, or the checkpoint does not name them: those that its
-    run (args.json) or the reference held out.
+    If there are none, or the checkpoint does not name them: those that the reference held out.
     """
     index = {}
-    for i, (name, known) in enumerate(keys):
+    for i, (_, known) in enumerate(keys):
         index.setdefault(known, []).append(i)
-        index.setdefault((name, None), []).append(i)
     pairs = checkpoint.pairs_in(content, "held_out")
-    found = [index.get(known or (name, None), []) for name, known in pairs]
+    found = [index.get(known, []) for _, known in pairs]
     if missing := found.count([]):
         print_message(f"{missing} of the {len(pairs)} pairs held out from {path} are missing: a score of the others")
     held = list(dict.fromkeys(sum(found, [])))
-    if held := held or [i for i, known in enumerate(checkpoint.seen(content, keys)) if not known]:
-        return np.array(held)
-    args = register.run_record(path).get("args", {})
-    return split(len(keys), args.get("val_split") or 0.1, args.get("split_seed", 42))[1]
+    held = held or [i for i, known in enumerate(checkpoint.seen(content, keys)) if not known]
+    return np.array(held) if held else split(len(keys))[1]
 
 
 def compare_folders(predicted, truth, partial=False):
@@ -181,7 +176,7 @@ def record_views(path, views, names, confusions):
 
 def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--weights", "--name", help="checkpoint or run; default the release, else the best run")
+    parser.add_argument("--weights", "--name", help="checkpoint or run; default the release")
     parser.add_argument("--data", help="folder with train/; default that of the training, else ./data")
     parser.add_argument("--cache", default="build/cache", help="cache folder")
     parser.add_argument("--views", default="", help="views to average: flip, scales, or numbers such as flip,1,1.5")

@@ -209,8 +209,6 @@ def check(args):
         raise UserError("--keep acts in the last epoch, before which --patience and --target may stop: give 0 for both")
     if args.target and not args.val_split:
         raise UserError("--target needs validation pairs, but --val-split is 0")
-    if args.val_split and 0 < args.patience < args.val_every:
-        raise UserError(f"--patience {args.patience} is below --val-every {args.val_every}: raise it, or 0 for none")
     parse_sizes(args.sizes, args.epochs)
     strength(args)
     network_arguments(args)
@@ -227,10 +225,8 @@ def strength(args):
 
 def network_arguments(args):
     """Constructor arguments of the network, as they are saved in each checkpoint."""
-    if twice := {"lmsa", "dropout"} & (more := json_object(args.model_args)).keys():
-        raise UserError(f"--model-args: {' and '.join(sorted(twice))} have flags of their own, such as --dropout")
     lmsa = {"lmsa": args.lmsa} if args.model == "microsegformer" else {}
-    return {**lmsa, "dropout": args.dropout, **more}
+    return {**lmsa, "dropout": args.dropout, **json_object(args.model_args)}
 
 
 def json_object(text):

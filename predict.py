@@ -55,7 +55,7 @@ class FaceParser:
 
     `parser.names` are the labels' names, by id.
 
-    weights: a checkpoint file or the name or folder of a run; default the release, else the best run.
+    weights: a checkpoint file or the name or folder of a run; default the release.
     views: views to average, as "flip,scales". size: side of the network's input, 0 for the checkpoint's own.
     UserError for weights or settings that cannot be used.
     """
@@ -222,7 +222,7 @@ def predict_all(parser, args):
 def main():
     parser = ArgumentParser(description="Write the masks of images.")
     add_arguments(parser)
-    parser.add_argument("--weights", "--name", help="checkpoint or run; default the release, else the best run")
+    parser.add_argument("--weights", "--name", help="checkpoint or run; default the release")
     args = parser.parse_args()
     face_parser = FaceParser(args.weights, **parser_settings(args))
     print(f"weights {face_parser.source}")

@@ -10,7 +10,6 @@ import os
 import shlex
 import shutil
 import tempfile
-import time
 from pathlib import Path
 
 from common import UserError, did_you_mean, read_json, remove_unfinished
@@ -33,14 +32,8 @@ def find_run(name, runs="runs"):
 
 
 def find_weights(text=None, runs="runs"):
-    """The checkpoint file for `text`: a file, or a run's name or folder. Default: the release, else the best run."""
-    if text is None:
-        if (RELEASE / "best.pt").is_file():
-            return RELEASE / "best.pt"
-        scored = [(best_score(p.parent), p) for p in Path(runs).glob("*/best.pt")]
-        if not scored:
-            raise UserError(f"no trained weights in {runs}; train with `make train` or pass --weights FILE")
-        return max(scored)[1]
+    """The checkpoint file for `text`: a file, or a run's name or folder; by default the release."""
+    text = str(RELEASE if text is None else text)
     if Path(text).is_file():
         return Path(text)
     path = find_run(text, runs) / "best.pt"
@@ -115,15 +108,11 @@ _locks = []  # open files: the system releases their locks when the process ends
 
 def lock(folder):
     """Hold the run for this process. UserError if another training does."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW  # a link is another's file
-    file = os.fdopen(os.open(folder / ".lock", flags, 0o644))
-    for wait in (0.1, 0):  # `is_running` may be looking just then
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _locks.append(file)
-            return
-        time.sleep(wait)
-    raise UserError(f"another training is writing {folder}; wait for it or choose another NAME")
+    _locks.append(os.fdopen(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)))
+    try:
+        fcntl.flock(_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another training is writing {folder}; wait for it or choose another NAME") from None
 
 
 def is_running(folder):

@@ -19,7 +19,6 @@ import platform
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -45,7 +44,7 @@ from register import find_run, find_weights, lock, make_name, read_metrics, run_
 
 # A Training's progress at its start.
 NO_PROGRESS = {"epoch": 0, "step": 0, "loss": 0.0, "best": -1.0, "best_epoch": 0, "seconds": 0.0}
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Muon's quintic iteration, from its article
+COEFFICIENTS, STEPS, MOMENTUM = (3.4445, -4.7750, 2.0315), 5, 0.95  # of Muon, from its article
 LOWER = "start again with a lower --lr, and --overwrite or another --name"
 
 
@@ -57,11 +56,7 @@ def resumed_args(args, given):
     if not args.resume:
         return args
     folder = find_run(args.resume, args.runs)
-    settings = run_arguments(folder)
-    recorded = vars(from_record(settings, folder / "args.json"))
-    if removed := sorted(key for key in settings.keys() - vars(args).keys() - NEUTRAL if settings[key]):
-        remedy = f"start a new run with FROM={make_name(folder)}"
-        raise UserError(f"{folder} uses {', '.join(removed)}, which this version no longer has; {remedy}")
+    recorded = vars(from_record(run_arguments(folder), folder / "args.json"))
     for key in sorted(given - NEUTRAL):
         if vars(args)[key] != recorded[key]:
             raise UserError(
@@ -86,8 +81,7 @@ def choose_folder(args):
             remedy = f"`make resume NAME={make_name(folder)}`, OVERWRITE=1, or choose another NAME"
             raise UserError(f"run {folder} exists: {remedy}")
         run_arguments(folder)
-    # A run that was killed while its files replaced an older one's has its args.json in a temporary folder.
-    elif any(folder.glob("[!.]*")) and not any(folder.glob(".args.json.*.tmp/args.json")):
+    elif any(folder.glob("[!.]*")):
         raise UserError(f"{folder} exists and is not a run: choose another NAME, or move its files away")
     return folder
 
@@ -99,8 +93,6 @@ def open_run(args):
     lock(folder)
     if args.resume:
         remove_unfinished(folder, register.RUN_FILES)
-    else:
-        choose_folder(argparse.Namespace(**vars(args) | {"name": folder.name}))  # another training may have used it
     return folder
 
 
@@ -161,10 +153,8 @@ class Training:
         self.args, self.device = args, select_device(args.device, args.threads)
         torch.backends.cudnn.benchmark = self.device.type == "cuda"
         if IN_GROUP:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl")
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if IN_GROUP else (0, 1)
-        if IN_GROUP and self.device.type != "cuda" and (args.model != "microsegformer" or args.lmsa):
-            raise UserError("batch norm over several processes needs GPUs; on a CPU use one process with threads")
 
         # Mistakes that need no data come before the pairs are decoded.
         on_rank_0(self.rank, choose_folder, args)
@@ -176,24 +166,25 @@ class Training:
         data = on_rank_0(self.rank, find_data, args.data)
         # Rank 0 decodes the pairs into the cache, the others find them there.
         self.pairs = on_rank_0(self.rank, load_pairs, data, args.cache, share=False) or load_pairs(data, args.cache)
-        hashes = self.pairs.hashes[:, 0]
-        indices, self.val_indices = split(len(self.pairs.names), args.val_split, args.split_seed, hashes)
+        keys = self.pairs.keys()
+        hashes = [known for _, known in keys]
+        indices, self.val_indices = split(len(keys), args.val_split, args.split_seed, hashes)
         self.batches = Batches(self.pairs, indices, self.device, args.fix_sides)
         self.pair_keys = {"trained_on": self.pairs.keys(indices), "held_out": self.pairs.keys(self.val_indices)}
         self.strength, self.phases = strength(args), parse_sizes(args.sizes, args.epochs)
         self.sizes = [size for size, length in self.phases for _ in range(length)]
-        self.batch = batch_size(args, len(indices), self.processes, self.strength, min(self.sizes))
+        self.batch = batch_size(args, len(indices), self.processes, self.strength)
         self.steps = len(indices) // self.batch
 
         if source:
-            self.pair_keys["trained_on"] = start_from(self.model, source, args.model, self.pair_keys)
+            start_from(self, source)
         self.initial = copy.deepcopy(self.model.state_dict()) if args.keep else None
         self.average = copy.deepcopy(self.model).requires_grad_(False) if args.ema else None
-        if self.processes > 1 and self.device.type == "cuda":
+        if self.processes > 1:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         models = (self.average, self.model) if args.ema else ()
         self.ema_tensors = [[v for v in m.state_dict().values() if v.is_floating_point()] for m in models]
-        self.amp_dtype = choose_speed(args, self.model, self.device, self.processes, self.sizes[0])
+        self.amp_dtype = choose_speed(args, self.model, self.device, self.sizes[0])
         self.network = torch.compile(self.model, dynamic=False) if args.compile else self.model
 
         self.loss = dict(ce=args.ce, dice=args.dice, focal=args.focal, smoothing=args.smoothing)
@@ -219,18 +210,13 @@ def hardware(training):
     return {"device_name": device_name(training.device), "amp": dtype}
 
 
-def batch_size(args, count, processes, strength, size):
-    """Images per step of `count` pairs, over all processes. UserError if they cannot be shared among these.
-
-    `size`: the smallest side that is trained.
-    """
+def batch_size(args, count, processes, strength):
+    """Images per step of `count` pairs, over all processes. UserError if they cannot be shared among these."""
     # MixUp and CutMix blend neighbours, so each process needs an even number of images.
     unit = 1 if processes == 1 else processes * (2 if strength.mixup or strength.cutmix else 1)
     batch = min(args.batch, count // unit * unit)
     if not batch or batch % unit:
         raise UserError(f"--batch {args.batch} of {count} pairs is not a multiple of {unit}; try NPROC=1")
-    if batch == 1 and size == 32:
-        raise UserError("batch norm cannot train on one 32-pixel image; raise --batch or --sizes")
     return batch
 
 
@@ -241,24 +227,21 @@ def find_start(args):
     return find_weights(args.start_from, args.runs)
 
 
-def start_from(model, source, name, keys):
-    """Load the weights in the file `source`; returns all pairs trained on, theirs and those in `keys`.
+def start_from(training, source):
+    """Load the weights in the file `source`, and add the pairs that they were trained on to the training's.
 
-    UserError if they are of another network than `name`, or have seen a pair that is held out here.
+    UserError if they are of another network, or have seen a pair that is held out here.
     """
-    content, held = checkpoint.load(source), keys["held_out"]
-    if (other := content["model"]) != name:
+    content, keys = checkpoint.load(source), training.pair_keys
+    if (other := content["model"]) != training.args.model:
         raise UserError(f"{source} is a {other}; use MODEL={other} (--model {other})")
-    doubt = checkpoint.doubt(content, held)
-    if any(checkpoint.seen(content, held)):
+    if keys["held_out"] and (doubt := checkpoint.doubt(content, keys["held_out"])):
         remedy = "this run would hold them out, its scores would be too high; VAL_SPLIT=0 trains on all, without scores"
         raise UserError(f"{source} {doubt}; {remedy}")
-    if doubt and held:
-        print_message(f"{source} {doubt}")
-    checkpoint.load_state(model, content["state_dict"], source)
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    checkpoint.load_state(training.model, content["state_dict"], source)
+    keys["trained_on"] = sorted({*keys["trained_on"], *checkpoint.pairs_in(content, "trained_on")})
+    if training.rank == 0:
         print(f"weights from {source}")
-    return sorted({*keys["trained_on"], *checkpoint.pairs_in(content, "trained_on")}, key=str)
 
 
 def create_run(training, used):
@@ -276,8 +259,7 @@ def resume(training, used):
     """Load the state of last.pt into the training. UserError if it was trained on other pairs or does not fit."""
     folder, source = training.folder, training.folder / "last.pt"
     record, state = register.run_record(source), checkpoint.load(source)
-    recorded = record.get("pairs") or {}
-    if any(recorded.get(key, value) != value for key, value in used.items()):
+    if record.get("pairs") != used:
         remedy = "give its data folder with DATA=, or start a new run"
         raise UserError(f"{folder} was trained on other pairs than {training.args.data or 'data'} has now; {remedy}")
     try:
@@ -286,24 +268,17 @@ def resume(training, used):
             checkpoint.load_state(training.average, state["average"], source)
         training.initial = state["start_state"] if training.args.keep else None
         training.optimiser.load_state_dict(state["optimiser"])
-        trial = copy.deepcopy(training.optimiser)  # a step of a copy shows whether its state fits
-        for p in (p for group in trial.param_groups for p in group["params"]):
-            p.grad = torch.zeros_like(p)
-        trial.step()
         if state["scaler"]:  # empty unless it was saved in fp16
             training.scaler.load_state_dict(state["scaler"])
         training.progress = {key: state["progress"][key] for key in NO_PROGRESS}
-        epoch, step = training.progress["epoch"], training.progress["step"]
-        fits = all(type(training.progress[key]) is type(value) for key, value in NO_PROGRESS.items())
-        if not (fits and 0 <= epoch <= len(training.sizes) and 0 <= step <= training.steps):
-            raise ValueError("its progress is damaged")
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{source} is of another run or version ({error}); start a new run") from None
     held = dict(checkpoint.pairs_in(state, "held_out"))
-    if "held_out" in state and held.keys() != dict(training.pair_keys["held_out"]).keys():
+    if held.keys() != dict(training.pair_keys["held_out"]).keys():
         raise UserError(f"{folder}/args.json holds out other pairs than {source}: restore it, or start a new run")
-    training.pair_keys = {key: checkpoint.pairs_in(state, key) or own for key, own in training.pair_keys.items()}
+    training.pair_keys = {key: checkpoint.pairs_in(state, key) for key in training.pair_keys}
     if training.rank == 0:
+        epoch = training.progress["epoch"]
         lines = read_metrics(folder)[:epoch]
         if [line.get("epoch") for line in lines] != list(range(1, epoch + 1)):
             raise UserError(f"{folder}/metrics.jsonl is damaged: restore it, or start a new run")
@@ -315,33 +290,19 @@ def resume(training, used):
         write_text(folder / "args.json", json.dumps(record, indent=1) + "\n")
 
 
-def catch_signals(rank=0):
-    """A list that collects SIGINT or SIGTERM: the first stops after the running step, the second at once.
+def catch_signals(rank):
+    """A list that collects SIGINT or SIGTERM: the first stops after the running step, the second at once."""
+    signals = []
 
-    A repeat within two seconds is no second one: a launcher forwards what the terminal has sent to every process.
-    """
-    signals, (reader, writer) = [], os.pipe()
-    os.set_blocking(writer, False)
+    def stop(number, frame):
+        signals.append(number)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        if rank == 0:
+            print_message(f"{signal.Signals(number).name}: stopping after this step; once more stops at once")
 
-    def watch():
-        begin = 0.0
-        while True:
-            number = os.read(reader, 1)[0]
-            if number not in (signal.SIGINT, signal.SIGTERM):  # a signal that other code handles
-                continue
-            if not signals:
-                begin = time.monotonic()
-                signals.append(number)
-                if rank == 0:
-                    print_message(f"{signal.Signals(number).name}: stopping after this step; once more stops at once")
-            elif time.monotonic() - begin > 2:
-                os._exit(128 + number)
-
-    # Python's own handlers wait until a backward pass has ended; a thread that reads the wake-up pipe does not.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: None)
-    signal.set_wakeup_fd(writer)
-    threading.Thread(target=watch, daemon=True).start()
+        signal.signal(number, stop)
     return signals
 
 
@@ -384,7 +345,7 @@ def label_weights(masks, device):
     return torch.tensor(weights / (weights * frequency).sum(), dtype=torch.float32, device=device)
 
 
-def orthogonalise(matrices, steps=5):
+def orthogonalise(matrices):
     """About U V^T of every float matrix (m, n) = U S V^T in a list: a Newton-Schulz iteration brings S near 1.
 
     Each step multiplies the matrix by a polynomial of its Gram matrix. The polynomials are accumulated on the short
@@ -399,7 +360,7 @@ def orthogonalise(matrices, steps=5):
     results = [None] * len(matrices)
     for shapes in sides.values():
         grams = [x @ x.mT if m <= n else x.mT @ x for (m, n), x in ((shape, stacks[shape]) for shape in shapes)]
-        products = _polynomials(torch.cat(grams), steps).split([len(stacks[shape]) for shape in shapes])
+        products = _polynomials(torch.cat(grams)).split([len(stacks[shape]) for shape in shapes])
         for (m, n), product in zip(shapes, products, strict=True):
             x = stacks[m, n]
             for i, result in zip(places[m, n], product @ x if m <= n else x @ product, strict=True):
@@ -407,16 +368,16 @@ def orthogonalise(matrices, steps=5):
     return results
 
 
-def _polynomials(grams, steps):
-    """The product (N, m, m) of `steps` iterations for matrices with these Gram matrices (N, m, m), over their norms."""
+def _polynomials(grams):
+    """The product (N, m, m) of all iterations for matrices with these Gram matrices (N, m, m), over their norms."""
     a, b, c = COEFFICIENTS
     squares = grams.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] + 1e-14  # of the matrices' Frobenius norms
     grams, product = grams / squares, squares.rsqrt()
-    for i in range(steps):
+    for i in range(STEPS):
         step = torch.baddbmm(grams, grams, grams, beta=b, alpha=c)
         step.diagonal(dim1=1, dim2=2).add_(a)
         product = step * product if i == 0 else step @ product
-        if i + 1 < steps:
+        if i + 1 < STEPS:
             grams = step @ grams @ step
     return product
 
@@ -428,19 +389,16 @@ class Muon(torch.optim.AdamW):
     layers in neural networks", 2024), which is scaled as in arXiv 2502.16982: learning rates are about AdamW's.
     """
 
-    def __init__(self, groups, lr, momentum=0.95, **settings):
-        super().__init__(groups, lr=lr, **settings)
+    def __init__(self, groups, **settings):
+        super().__init__(groups, **settings)
         self._step_supports_amp_scaling = False  # let the gradient scaler skip a step that overflows
-        for group in self.param_groups:
-            group.setdefault("orthogonal", False)
-            group["momentum"] = momentum
 
     @torch.no_grad()
     def step(self):
         """One step of all groups."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            if group["orthogonal"] and parameters:
+            if group.get("orthogonal") and parameters:
                 self._orthogonal_step(group, parameters)
         super().step()
 
@@ -450,8 +408,8 @@ class Muon(torch.optim.AdamW):
                 # AdamW expects a step in every parameter's state when one is loaded.
                 self.state[p] |= {"momentum": torch.zeros_like(p), "step": torch.tensor(0.0)}
         gradients, momenta = [p.grad for p in parameters], [self.state[p]["momentum"] for p in parameters]
-        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        nesterov = torch._foreach_lerp(gradients, momenta, MOMENTUM)
         # One row per output; a view if x is channels-last, since columns may be in any order.
         steps = orthogonalise([x if x.dim() == 2 else x.movedim(1, -1).flatten(1) for x in nesterov])
         scales = [-group["lr"] * 0.2 * max(step.shape) ** 0.5 for step in steps]
@@ -615,17 +573,17 @@ def save_last(training, folder=None):
         content = describe_network(training, training.model, training.sizes[-1])
         loss = training.progress["loss"] + sum(float(status[0]) for status in training.unread)
         content |= {"average": training.average.state_dict() if training.average else None}
-        content |= {"start_state": training.initial}
-        content |= {"progress": training.progress | {"loss": loss}}
+        content |= {"start_state": training.initial, "progress": training.progress | {"loss": loss}}
         content |= {"optimiser": training.optimiser.state_dict(), "scaler": training.scaler.state_dict()}
         checkpoint.save((folder or training.folder) / "last.pt", content)
 
 
 def is_finished(training):
-    """True once all epochs are done, the target is met, or early stopping applies."""
-    stale = training.progress["epoch"] - training.progress["best_epoch"]
-    stopped = 0 < training.args.target <= training.progress["best"] or 0 < training.args.patience <= stale
-    return stopped or training.progress["epoch"] == len(training.sizes)
+    """True once all epochs are done, the target is met, or a validation ends `--patience` epochs without gain."""
+    args, epoch = training.args, training.progress["epoch"]
+    met = 0 < args.target <= training.progress["best"]
+    stale = 0 < args.patience <= epoch - training.progress["best_epoch"] and epoch % args.val_every == 0
+    return met or stale or epoch == len(training.sizes)
 
 
 def train(training):

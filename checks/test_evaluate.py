@@ -51,21 +51,21 @@ def test_perfect_network_scores_1(scale):
     batches = iter((20.0 * F.one_hot(resized.long(), 19).permute(0, 3, 1, 2)).split(2))
     oracle = torch.nn.Identity()
     oracle.forward = lambda images, full_size: next(batches)
-    pairs = Pairs(np.zeros((3, 64, 64, 3), np.uint8), masks, np.zeros(3, bool), list("abc"))
+    images, names = np.zeros((3, 64, 64, 3), np.uint8), list("abc")
+    pairs = Pairs(images, masks, np.zeros(3, bool), names, "", None, hashes=[], verified={0, 1, 2})
     confusions, loss = evaluate(oracle, pairs, np.arange(3), 64, torch.device("cpu"), batch=2)
     assert official_score(confusions) > 0.98 and loss < 0.2
 
 
-def test_weights_are_scored_on_the_pairs_their_training_held_out(tmp_path):
-    (tmp_path / "args.json").write_text(json.dumps({"args": {"val_split": 0.2, "split_seed": 7}}))
-    names = [f"{i:02}" for i in range(40)]
-    for content, path, expected in [
-        ({"held_out": ["07", "gone", "03"], "trained_on": ["01"]}, tmp_path, [7, 3]),
-        ({"held_out": [], "trained_on": names[2:]}, tmp_path, [0, 1]),
-        ({"held_out": [], "trained_on": names}, tmp_path, split(40, 0.2, 7)[1].tolist()),
-        ({}, tmp_path / "elsewhere", split(40, 0.1, 42)[1].tolist()),
+def test_weights_are_scored_on_the_pairs_their_training_held_out():
+    keys = [(f"name {i}", f"hash {i}") for i in range(40)]
+    for content, expected in [
+        ({"held_out": [keys[7], ("name 5", "gone"), ("renamed", "hash 3")], "trained_on": keys[1:2]}, [7, 3]),
+        ({"held_out": [], "trained_on": keys[2:]}, [0, 1]),
+        ({"held_out": [], "trained_on": keys}, split(40)[1].tolist()),
+        ({}, split(40)[1].tolist()),
     ]:
-        assert held_out(content, path / "best.pt", [(name, None) for name in names]).tolist() == expected
+        assert held_out(content, "best.pt", keys).tolist() == expected
 
 
 def write_masks(root, pred, true):

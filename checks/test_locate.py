@@ -1,6 +1,7 @@
 """The locator: training targets and the search are inverse to each other, and its training finds pasted portraits."""
 
 import math
+from types import SimpleNamespace
 
 from common import UserError
 
@@ -10,7 +11,6 @@ import torch
 
 import locate
 import register
-from data import Pairs
 from tools.synth import draw_face, make_dataset
 
 
@@ -18,8 +18,7 @@ from tools.synth import draw_face, make_dataset
 def scenes():
     """Scenes of three synthetic faces."""
     images, masks = zip(*(map(np.asarray, draw_face(seed, 512)) for seed in (3, 4, 5)), strict=True)
-    pairs = Pairs(np.stack(images), np.stack(masks), np.zeros(3, bool), list("abc"))
-    return locate.Scenes(pairs, [0, 1, 2], 0)
+    return locate.Scenes(SimpleNamespace(images=images, masks=masks), [0, 1, 2], 0)
 
 
 def test_search_inverts_the_training_targets(scenes, monkeypatch):

@@ -31,7 +31,7 @@ from tools import course_report, report, report_zip
 from tools.package import make_submission
 from tools.report import EXPERIMENTS, LEGEND, leaderboard, make_line, read_folder, recipe_table, survey
 
-HELD_OUT = {"validated": True, "trained_on": ["another"]}
+HELD_OUT = {"validated": True, "trained_on": [("another", "hash")]}
 SCRIPT = "<script>alert(1)</script>"
 NASTY = """<b>"O'Neil" & co #1%<!--<script>"""
 needs_browser = pytest.mark.skipif(not any(map(shutil.which, course_report.BROWSERS)), reason="no Chromium")

@@ -162,7 +162,7 @@ def halve(path):
 
 def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--name", help="run to export; default the release, else the best run")
+    parser.add_argument("--name", help="run to export; default the release")
     parser.add_argument("--weights", help="checkpoint, instead of the run's best.pt")
     parser.add_argument("--out", type=Path, help="ONNX file to write")
     parser.switch("--int8", help="the ONNX file computes in 8 bits; needs training images")

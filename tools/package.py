@@ -1,7 +1,7 @@
 """Create the Codabench zip: masks of the test images, and run.py with the checkpoint that predicts them.
 
 python -m tools.package --name a                            # runs/a/submission-test.zip
-python -m tools.package --phase dev --views flip,scales     # only masks, by the release or the best run
+python -m tools.package --phase dev --views flip,scales     # only masks, by the release
 
 The masks come from the packaged run.py itself. The zip is checked as `make check-submission RUN=5` does before it
 replaces an older one.
@@ -81,7 +81,7 @@ def make_submission(weights, images, phase, target, views="", run=5):
 
 def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--weights", "--name", help="run or checkpoint; default the release, else the best run")
+    parser.add_argument("--weights", "--name", help="run or checkpoint; default the release")
     parser.add_argument("--data", help="folder with test/ and dev/; default that of the training, else ./data")
     parser.add_argument("--phase", choices=("test", "dev"), default="test", help="dev: only masks")
     parser.add_argument("--zip", help="zip to write; default submission-PHASE.zip in the run's folder, else in build")

@@ -96,7 +96,7 @@ def read_run(folder, files):
 def remark(folder, args, run):
     """A line about a run that can be resumed or runs, or has no score; else None."""
     done, row = run["lines"][-1]["epoch"] if run["lines"] else 0, run["row"] or {"official": 0}
-    stale = 0 < args["patience"] <= done - row.get("epoch", done)
+    stale = 0 < args["patience"] <= done - row.get("epoch", done) and done % args["val_every"] == 0
     if done >= run["epochs"] or 0 < args.get("target", 0) <= row["official"] or stale:
         return None if run["row"] else f"without score: {folder.name}, {done} epochs on all pairs"
     if not (folder / "last.pt").is_file():

@@ -1,7 +1,7 @@
 """Create the zip for the course: report, predicted masks, all code, checkpoint, and a Readme.txt that explains them.
 
 python -m tools.report_zip --matric A12345678B --name a                     # build/A12345678B.zip, runs/a/report.pdf
-python -m tools.report_zip --matric A12345678B --report report.pdf --out .  # of the release or the best run
+python -m tools.report_zip --matric A12345678B --report report.pdf --out .  # of the release
 python -m tools.report_zip                       # a first look: build/report-zip.zip with a draft, and what to fill in
 
 Masks and checkpoint are those in the run's Codabench zip (tools/package.py), which is created first if missing.
@@ -67,7 +67,7 @@ def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--matric", type=matriculation, help="matriculation number, A12345678B; none: a first look")
     parser.add_argument("--report", type=Path, help=f"PDF, at most {MAX_PAGES} A4 pages; default the run's report.pdf")
-    parser.add_argument("--name", help="run to hand in; default the release, else the best run")
+    parser.add_argument("--name", help="run to hand in; default the release")
     parser.add_argument("--data", help="folder with train/ and test/; default that of the training, else ./data")
     parser.add_argument("--out", default="build", type=Path, help="folder for the zip")
     args = parser.parse_args()

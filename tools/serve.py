@@ -95,7 +95,7 @@ def make_server(parser, port):
 
 def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--weights", "--name", help="checkpoint or run; default the release, else the best run")
+    parser.add_argument("--weights", "--name", help="checkpoint or run; default the release")
     parser.add_argument("--views", default="", help="views to average: flip, scales, or numbers such as flip,1,1.5")
     parser.add_argument("--port", type=int, default=8000, help="port on 127.0.0.1; 0: any free one")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
