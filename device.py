@@ -133,8 +133,8 @@ def start_processes(count, device="auto"):
     with socket.create_server(("localhost", 0)) as probe:
         port = probe.getsockname()[1]
     processes = []
-    signal.signal(signal.SIGINT, lambda number, frame: None)  # a terminal sends Ctrl-C to all by itself
-    signal.signal(signal.SIGTERM, lambda number, frame: [process.terminate() for process in processes])
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends Ctrl-C to all by itself: each ignores the repeat
+        signal.signal(number, lambda number, frame: [process.send_signal(number) for process in processes])
     group = os.environ | {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     for i in range(count):
         own = group | {"RANK": str(i), "LOCAL_RANK": str(i)}

@@ -19,6 +19,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -290,19 +291,33 @@ def resume(training, used):
         write_text(folder / "args.json", json.dumps(record, indent=1) + "\n")
 
 
-def catch_signals(rank):
-    """A list that collects SIGINT or SIGTERM: the first stops after the running step, the second at once."""
-    signals = []
+def catch_signals(rank=0):
+    """A list that collects SIGINT or SIGTERM: the first stops after the running step, the second at once.
 
-    def stop(number, frame):
-        signals.append(number)
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-        if rank == 0:
-            print_message(f"{signal.Signals(number).name}: stopping after this step; once more stops at once")
+    A repeat within two seconds is no second one: a launcher forwards what the terminal has sent to every process.
+    """
+    signals, (reader, writer) = [], os.pipe()
+    os.set_blocking(writer, False)
 
+    def watch():
+        begin = 0.0
+        while True:
+            number = os.read(reader, 1)[0]
+            if number not in (signal.SIGINT, signal.SIGTERM):  # a signal that other code handles
+                continue
+            if not signals:
+                begin = time.monotonic()
+                signals.append(number)
+                if rank == 0:
+                    print_message(f"{signal.Signals(number).name}: stopping after this step; once more stops at once")
+            elif time.monotonic() - begin > 2:
+                os._exit(128 + number)
+
+    # Python's own handlers wait until a backward pass has ended; a thread that reads the wake-up pipe does not.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+        signal.signal(number, lambda number, frame: None)
+    signal.set_wakeup_fd(writer)
+    threading.Thread(target=watch, daemon=True).start()
     return signals
 
 

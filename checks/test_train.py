@@ -71,15 +71,21 @@ def test_arguments_of_a_recipes_network_are_kept_for_that_network_only():
         assert json.loads(parse(["--recipe=search", *flags])[0].model_args) == expected
 
 
-def test_second_ctrl_c_ends_at_once():
-    script = "import time, train; train.catch_signals(0); print(flush=True); time.sleep(60)"
+def test_second_ctrl_c_ends_at_once_but_no_repeat_of_the_first():
+    script = "import signal, time, train; signal.signal(signal.SIGUSR1, lambda *_: print(flush=True))\n"
+    script += "train.catch_signals(); print(flush=True); time.sleep(60)"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", script], **pipes) as process:
         process.stdout.readline()  # it is ready
+        process.send_signal(signal.SIGUSR1)  # which other code handles
+        process.stdout.readline()
         process.send_signal(signal.SIGINT)
         assert b"SIGINT: stopping after this step" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=10) == -signal.SIGINT
+        time.sleep(2.2)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == 130
 
 
 def test_ema_moves_by_its_decay_which_warms_up(start):
