@@ -225,8 +225,10 @@ def strength(args):
 
 def network_arguments(args):
     """Constructor arguments of the network, as they are saved in each checkpoint."""
+    if twice := {"lmsa", "dropout"} & (more := json_object(args.model_args)).keys():
+        raise UserError(f"--model-args: {' and '.join(sorted(twice))} have flags of their own, such as --dropout")
     lmsa = {"lmsa": args.lmsa} if args.model == "microsegformer" else {}
-    return {**lmsa, "dropout": args.dropout, **json_object(args.model_args)}
+    return {**lmsa, "dropout": args.dropout, **more}
 
 
 def json_object(text):

@@ -57,7 +57,11 @@ def resumed_args(args, given):
     if not args.resume:
         return args
     folder = find_run(args.resume, args.runs)
-    recorded = vars(from_record(run_arguments(folder), folder / "args.json"))
+    settings = run_arguments(folder)
+    recorded = vars(from_record(settings, folder / "args.json"))
+    if removed := sorted(key for key in settings.keys() - vars(args).keys() - NEUTRAL if settings[key]):
+        remedy = f"start a new run with FROM={make_name(folder)}"
+        raise UserError(f"{folder} uses {', '.join(removed)}, which this version no longer has; {remedy}")
     for key in sorted(given - NEUTRAL):
         if vars(args)[key] != recorded[key]:
             raise UserError(
@@ -82,7 +86,8 @@ def choose_folder(args):
             remedy = f"`make resume NAME={make_name(folder)}`, OVERWRITE=1, or choose another NAME"
             raise UserError(f"run {folder} exists: {remedy}")
         run_arguments(folder)
-    elif any(folder.glob("[!.]*")):
+    # A run that was killed while its files replaced an older one's has its args.json in a temporary folder.
+    elif any(folder.glob("[!.]*")) and not any(folder.glob(".args.json.*.tmp/args.json")):
         raise UserError(f"{folder} exists and is not a run: choose another NAME, or move its files away")
     return folder
 

@@ -105,9 +105,13 @@ def test_a_run_is_replaced_once_the_new_one_is_written(copy, monkeypatch):
         set_up(copy, f"--name=whole --overwrite {FLAGS}")
     assert contents(folder) == before
     mine = {"report.docx", "notes.json", ".notes.a1b2c3d4.tmp"}
-    register._locks.clear()
-    set_up(copy, f"--name=whole --overwrite --seed=1 {FLAGS}")
-    assert {path.name for path in folder.iterdir()} == {".lock", "args.json", "metrics.jsonl", "last.pt"} | mine
+    for killed in (False, True):
+        if killed:  # while the new files replaced the old ones
+            (folder / ".args.json.a1b2c3d4.tmp").mkdir()
+            (folder / "args.json").rename(folder / ".args.json.a1b2c3d4.tmp/args.json")
+        register._locks.clear()
+        set_up(copy, f"--name=whole --overwrite --seed=1 {FLAGS}")
+        assert {path.name for path in folder.iterdir()} == {".lock", "args.json", "metrics.jsonl", "last.pt"} | mine
 
 
 def test_the_cache_and_a_lock_keep_other_files(copy):
@@ -207,6 +211,8 @@ def test_scores_and_counts_are_of_what_was_asked(copy, command, refused):
     masks = f"--masks={copy}/data/train/masks", f"--truth={copy}/data/train/masks"
     assert command(evaluate.main, *masks)[0] == 0 and "--views" in refused(evaluate.main, *masks, "--views=flip")
     refused(check_params.main, "--name=whole", f"--runs={copy}/runs", "--lr=1")
+    with pytest.raises(UserError, match="--dropout"):
+        options.parse(['--model-args={"dropout": 0.9}'])
 
 
 def test_a_record_names_the_places_of_a_resumed_run(copy):
