@@ -4,6 +4,7 @@ One model applied to several views is still one model by the challenge's rules.
 """
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -15,7 +16,6 @@ import torch.nn.functional as F
 from labels import FLIP
 from model import upsample
 
-MAX_WEIGHTS = 1 << 24  # of `area` in one dimension: images longer than that are averaged over whole pixels
 VIEW_PIXELS = 1 << 18  # pixels a CPU processes at once: more would leave its cache
 
 
@@ -66,8 +66,6 @@ def input_size(height, width, size, scale=1.0):
 
 def area(x, size):
     """Resize maps (B, C, H, W) to `size` = (h, w): the exact average over each new pixel's area."""
-    if max(old * new for old, new in zip(x.shape[2:], size, strict=True)) > MAX_WEIGHTS:
-        return F.interpolate(x, tuple(size), mode="area")
     down, across = (area_weights(old, new, x.device) for old, new in zip(x.shape[2:], size, strict=True))
     return down @ (x @ across.T)
 
@@ -93,12 +91,8 @@ def resize(images, height, width):
         return images.float().div_(255)
     # Sum integer factors as integers, several times faster than pooling floats.
     counts = torch.int16 if 255 * down_y * down_x < 2**15 else torch.int32
-    rows = images[:, :, ::down_y].to(counts)
-    for i in range(1, down_y):
-        rows += images[:, :, i::down_y]
-    cells = rows[..., ::down_x].clone()
-    for i in range(1, down_x):
-        cells += rows[..., i::down_x]
+    rows = sum(images[:, :, i::down_y].to(counts) for i in range(down_y))
+    cells = sum(rows[..., i::down_x] for i in range(down_x))
     return cells.float().div_(255 * down_y * down_x)
 
 
@@ -119,26 +113,18 @@ def log_probabilities(models, images, size, views):
     if len(models) == len(views.scales) == 1 and not views.flip:
         view = resize(images, *input_size(*images.shape[2:], size, views.scales[0]))
         return predict_logits(models[0], view).float().log_softmax(1)
-    average, count = None, 0
+    average, mirrors = None, (False, True) if views.flip else (False,)
     # From the finest view down: coarser ones are upsampled to its grid.
     for scale in sorted(views.scales, reverse=True):
         view = resize(images, *input_size(*images.shape[2:], size, scale))
-        for mirrored in (False, True) if views.flip else (False,):
-            for model in models:
-                p = _probabilities(model, view, mirrored)
-                if average is None:
-                    average = p
-                else:
-                    average += p if p.shape == average.shape else upsample(p, average.shape[2:])
-                del p  # frees its memory before the next view
-                count += 1
-    return average.div_(count).clamp_min_(1e-9).log_()
-
-
-def _probabilities(model, view, mirrored):
-    """Probabilities (B, 19, h, w) of images (B, 3, H, W); if `mirrored`, of the mirror image, flipped back."""
-    p = predict_logits(model, view.flip(3) if mirrored else view).float().softmax(1)
-    return p[:, FLIP].flip(3) if mirrored else p
+        for mirrored, model in itertools.product(mirrors, models):
+            p = predict_logits(model, view.flip(3) if mirrored else view).float().softmax(1)
+            p = p[:, FLIP].flip(3) if mirrored else p
+            if average is None:
+                average = p
+            else:
+                average += p if p.shape == average.shape else upsample(p, average.shape[2:])
+    return average.div_(len(views.scales) * len(mirrors) * len(models)).clamp_min_(1e-9).log_()
 
 
 def to_input(pixels, device):
