@@ -30,8 +30,6 @@ from views import ONE_VIEW, area, check_size, label_map, log_probabilities, pars
 
 def confusion(pred, true):
     """Pixel counts (19, 19) int64, rows true, columns predicted, of two label maps of the same shape, values 0..18."""
-    if pred.shape != true.shape:
-        raise ValueError(f"shapes differ: {pred.shape} and {true.shape}")
     pairs = true.ravel().astype(np.uint16)  # 16 bits can hold every pair of labels
     pairs *= NUM_CLASSES
     pairs += pred.ravel().astype(np.uint16)
@@ -39,16 +37,6 @@ def confusion(pred, true):
     ends = np.append(np.flatnonzero(pairs[1:] != pairs[:-1]), len(pairs) - 1)
     counts = np.bincount(pairs[ends], np.diff(ends, prepend=-1), NUM_CLASSES**2)
     return counts.astype(np.int64).reshape(NUM_CLASSES, NUM_CLASSES)
-
-
-def batch_confusions(pred, true):
-    """`confusion` of each image, (B, 19, 19), of label maps (B, H, W) uint8 on one device."""
-    if pred.device.type == "cpu":
-        return np.stack([confusion(*masks) for masks in zip(pred.numpy(), true.numpy(), strict=True)])
-    images = torch.arange(len(true), device=true.device)[:, None, None]
-    pairs = (images * NUM_CLASSES + true) * NUM_CLASSES + pred
-    counts = torch.bincount(pairs.flatten(), minlength=len(true) * NUM_CLASSES**2)
-    return counts.view(-1, NUM_CLASSES, NUM_CLASSES).cpu().numpy()
 
 
 def f_scores(confusions):
@@ -118,7 +106,8 @@ def evaluate(model, pairs, indices, size, device, *, views=ONE_VIEW, batch=0, ra
         target = area(soft_labels(masks, stride), log_p.shape[2:])
         # log_softmax leaves log-probabilities as they are, so these are logits.
         loss += segmentation_loss(log_p, target) * len(chosen)
-        confusions[chosen] = batch_confusions(label_map(log_p, *masks.shape[1:]), masks)
+        predicted = label_map(log_p, *masks.shape[1:]).cpu().numpy()
+        confusions[chosen] = [confusion(*pair) for pair in zip(predicted, masks.cpu().numpy(), strict=True)]
         if not ranks[0]:
             show_progress("scoring", start + len(chosen), len(rows), time.monotonic() - begin)
     model.train(was_training)
