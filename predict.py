@@ -92,11 +92,10 @@ class FaceParser:
 def _pixels(image):
     if isinstance(image, (str, os.PathLike)):
         return read_image(image)
-    if not isinstance(image, (np.ndarray, Image.Image)):
-        raise UserError(f"an image is a path, a PIL image or a uint8 array, not a {type(image).__name__}")
-    pixels = image if isinstance(image, np.ndarray) else rgb_pixels(image)
+    pixels = rgb_pixels(image) if isinstance(image, Image.Image) else np.asarray(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
-        raise UserError(f"an image array must be uint8 (H, W, 3), not {pixels.dtype} {pixels.shape}")
+        what = f"{type(image).__name__} of {pixels.dtype} {pixels.shape}"
+        raise UserError(f"an image is a path, a PIL image or a uint8 array (H, W, 3), not {what}")
     return pixels
 
 
@@ -137,11 +136,6 @@ def targets(args, path):
     return {ending: args.output / f"{path.stem}{ending}" for ending, wanted in extra.items() if wanted}
 
 
-def is_finished(args, path):
-    """True if all files of an image exist."""
-    return all(map(os.path.isfile, targets(args, path).values()))
-
-
 def write_results(args, path, pixels, opacity, parsed):
     """Write the files of the image file `path`."""
     for ending, target in targets(args, path).items():
@@ -160,49 +154,49 @@ def write_results(args, path, pixels, opacity, parsed):
             image.save(temporary, format="PNG")
 
 
-def output_files(args):
-    """The image files of args.input. UserError if outputs have one path, or would replace a file not of ours."""
-    files, made = image_files(args.input), {}
+def files_to_parse(args):
+    """The image files of args.input; with `skip`, those that lack an output.
+
+    UserError if two outputs have one path, or one would replace a file not of ours.
+    """
+    files, made, left = image_files(args.input), {}, []
     for path in files:
-        for target in targets(args, path).values():
+        outputs = targets(args, path).values()
+        for target in outputs:
             if (first := made.setdefault(target, path)) != path:
                 raise UserError(f"{path} and {first} would both become {target.name}; rename one")
             if os.path.realpath(path) == os.path.realpath(target):
                 raise UserError(f"the mask of {path} would replace it; choose another OUT (--out)")
-            # A mask of ours beside it makes it ours.
-            mask = args.output / f"{path.stem}.png"
-            if os.path.exists(target) and not (args.skip and is_finished(args, path)):
-                check_mask_target(mask if mask.exists() else target)
-    return files
+        if args.skip and all(map(os.path.isfile, outputs)):
+            continue
+        left.append(path)
+        mask = args.output / f"{path.stem}.png"  # if it is ours, so are the files beside it
+        for target in filter(os.path.exists, outputs):
+            check_mask_target(mask if mask.exists() else target)
+    if args.skip:
+        print(f"{len(files) - len(left)} of {len(files)} skipped: their files are in {args.output}")
+    return left
 
 
 def predict_all(parser, args):
     """Write the masks of args.input into args.output: 0, or 2 if some images could not be read, which are reported."""
     if args.crop and not args.cutout:
         raise UserError("--crop crops the cut-out: add --cutout head")
-    files = output_files(args)
+    files = files_to_parse(args)
     make_folder(args.output)
-    if args.skip:
-        count = len(files)
-        files = [path for path in files if not is_finished(args, path)]
-        print(f"{count - len(files)} of {count} skipped: their files are in {args.output}")
-        if not files:
-            return 0
     failed, written, begin = 0, 0, time.monotonic()
     try:
         for done, path in enumerate(files, 1):
             show_line(f"parsing {printable(path.name)}", sys.stderr)
-            start, parsed = time.monotonic(), None
+            start = time.monotonic()
             try:
                 pixels, opacity = read_picture(path)
                 parsed = parser(pixels, whole=args.whole, box=args.box, cutout=args.cutout)
-                write_results(args, path, pixels, opacity, parsed)
             except UserError as error:
-                if parsed and "name too long" not in str(error):  # a full disk fails for every image
-                    raise
                 failed += 1
                 print_message(error if str(path) in str(error) else f"{path}: {error}", "error")
                 continue
+            write_results(args, path, pixels, opacity, parsed)
             written += 1
             if parsed.missed:
                 how = "parsed as one portrait, perhaps wrongly" if parsed.mask.any() else "all background"

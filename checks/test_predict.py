@@ -156,14 +156,6 @@ def test_unreadable_images_are_named_and_the_others_parsed(run, tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["a.png"]
 
 
-def test_a_name_too_long_for_a_file_stops_no_folder(run, tmp_path):
-    os.rename(tmp_path / "a.png", tmp_path / f"{'a' * 245}.png")
-    Image.new("RGB", (40, 30)).save(tmp_path / "b.png")
-    status, error = run("--input=. --whole --overlay")
-    assert status == 2 and "name too long" in error and error.count("\n") == 1
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"b.png", "b-overlay.png"}
-
-
 @pytest.mark.parametrize(
     ("flags", "error"),
     [
