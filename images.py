@@ -175,10 +175,9 @@ def palette_labels(image, name):
             table[value] = label
     labels = table[mask]
     if labels.max(initial=0) >= NUM_CLASSES:
-        high = mask.max() >= NUM_CLASSES
-        what = (
-            f"label {mask.max()}; labels are 0 to {NUM_CLASSES - 1}" if high else "colours of no label in its palette"
-        )
+        what = "colours of no label in its palette"
+        if mask.max() >= NUM_CLASSES:
+            what = f"label {mask.max()}; labels are 0 to {NUM_CLASSES - 1}"
         raise UserError(f"{name} contains {what}: label these pixels, or leave out the pair")
     return labels
 
