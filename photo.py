@@ -470,6 +470,5 @@ def describe(parsed):
         labels = label_regions(np.where(face.mask > 0, face.mask, 255), *face.box[:2])
         record = {"window": list(face.window), "angle": face.angle, "score": face.score, "box": list(face.box)}
         faces.append(record | {"labels": labels})
-    face_found = None if faces and faces[0]["score"] is None else bool(faces)
-    whole = {"width": width, "height": height, "face_found": face_found, "labels": label_regions(parsed.mask)}
-    return {**whole, "faces": faces}
+    found = None if faces and faces[0]["score"] is None else bool(faces)
+    return {"width": width, "height": height, "face_found": found, "labels": label_regions(parsed.mask), "faces": faces}
