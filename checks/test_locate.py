@@ -96,10 +96,8 @@ def test_the_command_trains_from_weights_and_replaces_none_unless_asked(tmp_path
     assert "OVERWRITE=1" in refused(*flags)
 
 
-def test_missing_or_damaged_weights_are_named(tmp_path):
-    with pytest.raises(UserError, match="make locator"):
-        locate.load_locator(path=tmp_path / "none.pt")
+def test_damaged_weights_are_named(tmp_path):
     for content in (b"no weights", (register.RELEASE / "best.pt").read_bytes()):
         (tmp_path / "bad.pt").write_bytes(content)
-        with pytest.raises(UserError, match="damaged or of another network"):
+        with pytest.raises(UserError, match="damaged or of another network .*make locator"):
             locate.load_locator(path=tmp_path / "bad.pt")
