@@ -2,7 +2,7 @@
 
 python evaluate.py --weights runs/a/best.pt
 python evaluate.py --weights a --views flip,scales --data data
-python evaluate.py --masks masks --truth data/train/masks --partial
+python evaluate.py --masks masks --truth data/train/masks
 
 The held-out pairs are those that the checkpoint names, else those it was not trained on, else those of its run's split,
 else of the reference's.
@@ -135,20 +135,17 @@ def held_out(content, path, keys):
     return split(len(keys), args.get("val_split") or 0.1, args.get("split_seed", 42))[1]
 
 
-def compare_folders(predicted, truth, partial=False):
-    """Confusions (N, 19, 19) of two folders' PNG masks, by name. UserError if one is missing or differs in size.
+def compare_folders(predicted, truth):
+    """Confusions (N, 19, 19) of two folders' PNG masks, by name, with a warning if the truth has more.
 
-    `partial` scores the masks that are predicted, with a warning if they are not all of the truth's.
+    UserError if a mask is not in the truth, or differs in size.
     """
     files = image_files(predicted)
     missing = [path.name for path in files if not (truth / path.name).is_file()]
     if missing:
         raise UserError(f"{len(missing)} of {len(files)} masks are not in {truth}, such as {missing[0]}")
     if (count := len(image_files(truth))) > len(files):
-        what = f"{len(files)} of the {count} masks in {truth} are predicted"
-        if not partial:
-            raise UserError(f"{what}: predict the others, or PARTIAL=1 (--partial) scores these")
-        print_message(f"{what}: the score is of these")
+        print_message(f"{len(files)} of the {count} masks in {truth} are predicted: the score is of these")
     confusions = []
     for path in files:
         pred, true = read_mask(path), read_mask(truth / path.name)
@@ -181,14 +178,13 @@ def main():
     parser.switch("--record", help="keep the score of these views in the run's best.json, under `views`")
     parser.add_argument("--masks", type=Path, help="score this folder of PNG masks instead of a network")
     parser.add_argument("--truth", type=Path, help="with --masks: folder of the true masks, same names")
-    parser.switch("--partial", help="with --masks: score them even if the truth has more")
     args = parser.parse_args()
     if args.masks or args.truth:
         if not (args.masks and args.truth):
             raise UserError("--masks PREDICTED goes with --truth TRUE, two folders")
         if args.weights or args.views or args.size or args.record:
             raise UserError("--masks are scored as they are: without --weights (NAME=), --views, --size and --record")
-        print(score_table(compare_folders(args.masks, args.truth, args.partial)))
+        print(score_table(compare_folders(args.masks, args.truth)))
         return
     views, device = parse_views(args.views), select_device(args.device, args.threads)
     check_size(args.size)

@@ -34,22 +34,16 @@ def parse_views(text):
     """Views of "" or "none", "flip", "scales", "flip,scales", or numbers as in "flip,1,1.5"; else UserError."""
     if not isinstance(text, str):
         raise UserError(f"views must be text such as flip,scales, not {text!r}")
-    flip, scales = False, []
-    for part in map(str.strip, text.split(",")):
-        if part in ("", "none"):
-            continue
-        if part == "flip":
-            flip = True
-        elif part == "scales":
-            scales += [0.75, 1.0, 1.25]
-        else:
-            try:
-                scales.append(float(part))
-            except ValueError:
-                raise UserError(f"--views {text}: {part!r} is not flip, scales or a number") from None
-            if not 0.25 <= scales[-1] <= 4:
-                raise UserError(f"--views {text}: scales must be from 0.25 to 4")
-    return Views(flip, tuple(dict.fromkeys(scales)) or (1.0,))
+    names, scales = {"": [], "none": [], "flip": [], "scales": [0.75, 1.0, 1.25]}, []
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        try:
+            scales += names[part] if part in names else [float(part)]
+        except ValueError:
+            raise UserError(f"--views {text}: {part!r} is not flip, scales or a number") from None
+    if not all(0.25 <= scale <= 4 for scale in scales):
+        raise UserError(f"--views {text}: scales must be from 0.25 to 4")
+    return Views("flip" in parts, tuple(dict.fromkeys(scales)) or (1.0,))
 
 
 def check_size(size):
