@@ -63,18 +63,14 @@ def label_scores(confusions):
     """Mean F over the images that contain the label (19,), NaN if none does, and the number of these images (19,)."""
     f = f_scores(confusions)
     images = (~np.isnan(f)).sum(0)
-    with np.errstate(invalid="ignore"):
-        return np.nansum(f, 0) / np.where(images, images, np.nan), images
+    return np.nansum(f, 0) / np.where(images, images, np.nan), images
 
 
 def score_table(confusions):
     """The scores as text: official, batch-of-32, and one line per label."""
     f, images = label_scores(confusions)
-    lines = [
-        f"official score {official_score(confusions):.4f}   batch-of-32 score {batch_score(confusions):.4f}   "
-        f"images {len(confusions)}",
-        f"{'label':<12}{'F':>8}{'images':>8}",
-    ]
+    scores = f"official score {official_score(confusions):.4f}   batch-of-32 score {batch_score(confusions):.4f}"
+    lines = [f"{scores}   images {len(confusions)}", f"{'label':<12}{'F':>8}{'images':>8}"]
     lines += [f"{NAMES[i]:<12}{f[i]:>8.4f}{images[i]:>8d}" for i in range(NUM_CLASSES) if images[i]]
     return "\n".join(lines)
 

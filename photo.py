@@ -220,8 +220,7 @@ def parse_photos(parser, photos, whole=False, box=None, cutout=None):
     height, width = photos[0].shape[:2]
     window = Window(*(box or (0, 0, width, height)))
     if not overlap(window, (0, 0, width, height)) or max(window[2:4]) > 2 * max(height, width):
-        size = f"{width} x {height} pixels"
-        raise UserError(f"box {tuple(box)}: give one inside the image of {size}, or at most twice as large around it")
+        raise UserError(f"box {box}: give one that overlaps the {width} x {height} pixels, at most twice as large")
     if box or whole:
         batch = parse_window(parser, photos, window, parser.size).split(1)
         return [paste(height, width, [(None, window, window, log_p)], cutout) for log_p in batch]
