@@ -28,7 +28,7 @@ from PIL import Image
 
 from checkpoint import load_model
 from device import select_device
-from images import check_mask_target, image_files, mask_image, read_image, read_picture, rgb_pixels
+from images import check_mask_target, image_files, mask_image, picture_pixels, read_image, read_picture
 from labels import NAMES
 from locate import load_locator
 from photo import cut_out, describe, overlay, parse_labels, parse_photos
@@ -78,7 +78,7 @@ class FaceParser:
 def _pixels(image):
     if isinstance(image, (str, os.PathLike)):
         return read_image(image)
-    pixels = rgb_pixels(image) if isinstance(image, Image.Image) else np.asarray(image)
+    pixels = picture_pixels(image)[0] if isinstance(image, Image.Image) else np.asarray(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         what = f"{type(image).__name__} of {pixels.dtype} {pixels.shape}"
         raise UserError(f"an image is a path, a PIL image or a uint8 array (H, W, 3), not {what}")
