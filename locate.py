@@ -220,9 +220,8 @@ class Scenes(IterableDataset):
             x = rng.choice([0, 256 - side])
         # Some are repeated, for fine texture.
         across, down = rng.integers(4, 40, 2).tolist() if self.chance(0.3) else (width, height)
-        box = x, y, x + side, y + side
-        piece = portrait.convert("RGB").resize((across, down), Image.Resampling.BILINEAR, box, reducing_gap=2)
-        piece = np.asarray(piece.transpose(Image.Transpose(rng.integers(7))).resize((across, down)))
+        piece = portrait.crop((x, y, x + side, y + side)).transpose(Image.Transpose(rng.integers(7)))
+        piece = np.asarray(piece.convert("RGB").resize((across, down), Image.Resampling.BILINEAR))
         repeats = -(-height // down), -(-width // across), 1
         return Image.fromarray(np.tile(piece, repeats)[:height, :width]).convert("RGBA")
 

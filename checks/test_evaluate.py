@@ -1,4 +1,4 @@
-"""The official score and the losses by hand, whole and in chunks; views and label maps."""
+"""The official score and the losses by hand, whole and in chunks; views."""
 
 import json
 
@@ -17,7 +17,7 @@ from images import mask_image
 from labels import FLIP
 from losses import segmentation_loss, soft_labels, training_loss
 from model import build, upsample
-from views import Views, input_size, label_map, log_probabilities, parse_views, resize
+from views import Views, input_size, log_probabilities, parse_views, resize
 
 
 @cases(("shape", "labels", "right"), [((1, 1), 19, 0), ((40, 30), 19, 0.5), ((1, 9), 19, 0.5), ((3, 40), 5, 1)])
@@ -93,12 +93,6 @@ def test_flipped_view_of_a_mirrored_image_is_mirrored():
     network, images = build("microunet").eval(), torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
     log_p, mirrored = (log_probabilities([network], x, 64, Views(flip=True)) for x in (images, images.flip(3)))
     assert torch.allclose(log_p, mirrored[:, FLIP].flip(3), atol=1e-4)
-
-
-def test_label_map_is_the_argmax_of_upsampled_maps():
-    log_p = torch.randn(3, 19, 20, 24)
-    full = F.interpolate(log_p, size=(90, 70), mode="bilinear", align_corners=False)
-    assert torch.equal(label_map(log_p, 90, 70), full.argmax(1).byte())
 
 
 def test_input_has_the_aspect_ratio_of_the_image():

@@ -67,7 +67,7 @@ def test_a_large_candidate_hides_no_small_one():
 
 def test_pasted_portraits_lie_where_the_scene_says(scenes, monkeypatch):
     monkeypatch.setattr(scenes, "chance", lambda probability: False)  # upright unless rolled, not mirrored
-    canvas, faces = locate.Image.new("RGB", (192, 192)), []
+    faces = []
     while not faces or not (40 < faces[0][0] < 150 and 40 < faces[0][1] < 150 and faces[0][2] < 80):
         canvas, faces = locate.Image.new("RGB", (192, 192)), []
         scenes.paste(canvas, faces)
