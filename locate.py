@@ -202,9 +202,9 @@ class Scenes(IterableDataset):
     def __init__(self, pairs, indices, seed):
         self.rng, self.portraits = np.random.default_rng(seed), []
         for index in indices:  # PIL RGBA 256 x 256, opaque where the mask is not background; the mask
-            mask = pairs.masks[index]
-            rgba = np.dstack([pairs.images[index], (mask > 0).astype(np.uint8) * 255])
-            self.portraits.append((Image.fromarray(rgba).reduce(2), mask[::2, ::2]))
+            image, mask = Image.fromarray(pairs.images[index]).reduce(2), pairs.masks[index][::2, ::2]
+            image.putalpha(Image.fromarray(mask > 0).convert("L"))  # last: reducing makes what is transparent black
+            self.portraits.append((image, mask))
 
     def chance(self, probability):
         return self.rng.random() < probability
@@ -306,12 +306,13 @@ class Scenes(IterableDataset):
             piece = self.blob(*rng.integers(25, 120, 2).tolist())
             image = image.copy()
             image.paste(piece, tuple(rng.integers(20, 200, 2).tolist()), piece)
-        stretch = np.exp(rng.normal(0, 0.08)) * rng.choice([1, 1, rng.uniform(0.6, 1)])
+        kind, stretch = rng.random(), np.exp(rng.normal(0, 0.08)) * rng.choice([1, 1, rng.uniform(0.6, 1)])
+        if kind < 0.3:  # with its own background: resizing makes what is transparent black
+            image = image.convert("RGB").convert("RGBA")
         image = image.resize((max(8, round(side * stretch)), side), Image.Resampling.BILINEAR, reducing_gap=3)
         if self.chance(0.5):
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        kind = rng.random()
-        if kind < 0.3:  # with its own background; the border fades, so that squares are no sign of a face
+        if kind < 0.3:  # the border fades, so that squares are no sign of a face
             fade, margin = Image.new("L", image.size, 0), round(side * rng.uniform(0, 0.1))
             fade.paste(255, (margin, margin, image.width - margin, image.height - margin))
             image.putalpha(fade.filter(ImageFilter.GaussianBlur(margin / 2)))
