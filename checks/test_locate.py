@@ -81,9 +81,9 @@ def test_training_lowers_the_loss(scenes):
     torch.manual_seed(0)
     locator, (images, targets) = locate.Locator(width=16, blocks=1), scenes.batch(4)
     before = locate.locator_loss(locator(images), targets).item()
-    locate.train(locator, scenes, 20)
+    locate.train(locator, [(images, targets)] * 30, 30)
     with torch.no_grad():
-        assert locate.locator_loss(locator(images), targets).item() < 0.9 * before
+        assert locate.locator_loss(locator(images), targets).item() < 0.8 * before
 
 
 def test_the_command_trains_from_weights_and_replaces_none_unless_asked(tmp_path, command, refused):
