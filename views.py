@@ -6,7 +6,7 @@ One model applied to several views is still one model by the challenge's rules.
 import functools
 import itertools
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from common import UserError
 
@@ -19,8 +19,7 @@ from model import upsample
 VIEW_PIXELS = 1 << 18  # pixels a CPU processes at once: more would leave its cache
 
 
-@dataclass(frozen=True)
-class Views:
+class Views(NamedTuple):
     """The views to average: every scale, and its mirror image if `flip`."""
 
     flip: bool = False
