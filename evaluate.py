@@ -2,7 +2,7 @@
 
 python evaluate.py --weights runs/a/best.pt
 python evaluate.py --weights a --views flip,scales --data data
-python evaluate.py --masks masks --truth data/train/masks --partial
+python evaluate.py --masks masks --truth data/train/masks
 
 The held-out pairs are those that the checkpoint names, else those it was not trained on, else the reference's.
 """
@@ -29,8 +29,6 @@ from views import ONE_VIEW, area, check_size, label_map, log_probabilities, pars
 
 def confusion(pred, true):
     """Pixel counts (19, 19) int64, rows true, columns predicted, of two label maps of the same shape, values 0..18."""
-    if pred.shape != true.shape:
-        raise ValueError(f"shapes differ: {pred.shape} and {true.shape}")
     pairs = true.ravel().astype(np.uint16)  # 16 bits can hold every pair of labels
     pairs *= NUM_CLASSES
     pairs += pred.ravel().astype(np.uint16)
@@ -38,16 +36,6 @@ def confusion(pred, true):
     ends = np.append(np.flatnonzero(pairs[1:] != pairs[:-1]), len(pairs) - 1)
     counts = np.bincount(pairs[ends], np.diff(ends, prepend=-1), NUM_CLASSES**2)
     return counts.astype(np.int64).reshape(NUM_CLASSES, NUM_CLASSES)
-
-
-def batch_confusions(pred, true):
-    """`confusion` of each image, (B, 19, 19), of label maps (B, H, W) uint8 on one device."""
-    if pred.device.type == "cpu":
-        return np.stack([confusion(*masks) for masks in zip(pred.numpy(), true.numpy(), strict=True)])
-    images = torch.arange(len(true), device=true.device)[:, None, None]
-    pairs = (images * NUM_CLASSES + true) * NUM_CLASSES + pred
-    counts = torch.bincount(pairs.flatten(), minlength=len(true) * NUM_CLASSES**2)
-    return counts.view(-1, NUM_CLASSES, NUM_CLASSES).cpu().numpy()
 
 
 def f_scores(confusions):
@@ -74,18 +62,14 @@ def label_scores(confusions):
     """Mean F over the images that contain the label (19,), NaN if none does, and the number of these images (19,)."""
     f = f_scores(confusions)
     images = (~np.isnan(f)).sum(0)
-    with np.errstate(invalid="ignore"):
-        return np.nansum(f, 0) / np.where(images, images, np.nan), images
+    return np.nansum(f, 0) / np.where(images, images, np.nan), images
 
 
 def score_table(confusions):
     """The scores as text: official, batch-of-32, and one line per label."""
     f, images = label_scores(confusions)
-    lines = [
-        f"official score {official_score(confusions):.4f}   batch-of-32 score {batch_score(confusions):.4f}   "
-        f"images {len(confusions)}",
-        f"{'label':<12}{'F':>8}{'images':>8}",
-    ]
+    scores = f"official score {official_score(confusions):.4f}   batch-of-32 score {batch_score(confusions):.4f}"
+    lines = [f"{scores}   images {len(confusions)}", f"{'label':<12}{'F':>8}{'images':>8}"]
     lines += [f"{NAMES[i]:<12}{f[i]:>8.4f}{images[i]:>8d}" for i in range(NUM_CLASSES) if images[i]]
     return "\n".join(lines)
 
@@ -117,7 +101,8 @@ def evaluate(model, pairs, indices, size, device, *, views=ONE_VIEW, batch=0, ra
         target = area(soft_labels(masks, stride), log_p.shape[2:])
         # log_softmax leaves log-probabilities as they are, so these are logits.
         loss += segmentation_loss(log_p, target) * len(chosen)
-        confusions[chosen] = batch_confusions(label_map(log_p, *masks.shape[1:]), masks)
+        predicted = label_map(log_p, *masks.shape[1:]).cpu().numpy()
+        confusions[chosen] = [confusion(*pair) for pair in zip(predicted, masks.cpu().numpy(), strict=True)]
         if not ranks[0]:
             show_progress("scoring", start + len(chosen), len(rows), time.monotonic() - begin)
     model.train(was_training)
@@ -141,20 +126,17 @@ def held_out(content, path, keys):
     return np.array(held) if held else split(len(keys))[1]
 
 
-def compare_folders(predicted, truth, partial=False):
-    """Confusions (N, 19, 19) of two folders' PNG masks, by name. UserError if one is missing or differs in size.
+def compare_folders(predicted, truth):
+    """Confusions (N, 19, 19) of two folders' PNG masks, by name, with a warning if the truth has more.
 
-    `partial` scores the masks that are predicted, with a warning if they are not all of the truth's.
+    UserError if a mask is not in the truth, or differs in size.
     """
     files = image_files(predicted)
     missing = [path.name for path in files if not (truth / path.name).is_file()]
     if missing:
         raise UserError(f"{len(missing)} of {len(files)} masks are not in {truth}, such as {missing[0]}")
     if (count := len(image_files(truth))) > len(files):
-        what = f"{len(files)} of the {count} masks in {truth} are predicted"
-        if not partial:
-            raise UserError(f"{what}: predict the others, or PARTIAL=1 (--partial) scores these")
-        print_message(f"{what}: the score is of these")
+        print_message(f"{len(files)} of the {count} masks in {truth} are predicted: the score is of these")
     confusions = []
     for path in files:
         pred, true = read_mask(path), read_mask(truth / path.name)
@@ -187,14 +169,13 @@ def main():
     parser.switch("--record", help="keep the score of these views in the run's best.json, under `views`")
     parser.add_argument("--masks", type=Path, help="score this folder of PNG masks instead of a network")
     parser.add_argument("--truth", type=Path, help="with --masks: folder of the true masks, same names")
-    parser.switch("--partial", help="with --masks: score them even if the truth has more")
     args = parser.parse_args()
     if args.masks or args.truth:
         if not (args.masks and args.truth):
             raise UserError("--masks PREDICTED goes with --truth TRUE, two folders")
         if args.weights or args.views or args.size or args.record:
             raise UserError("--masks are scored as they are: without --weights (NAME=), --views, --size and --record")
-        print(score_table(compare_folders(args.masks, args.truth, args.partial)))
+        print(score_table(compare_folders(args.masks, args.truth)))
         return
     views, device = parse_views(args.views), select_device(args.device, args.threads)
     check_size(args.size)

@@ -60,11 +60,11 @@ def decode_picture(source, name):
     try:
         with open_image(source) as image:
             try:
-                return _picture(image)
+                return picture_pixels(image)
             except OSError:
                 if image.format != "JPEG":
                     raise
-        return _unended_jpeg(source)
+                return _unended_jpeg(image.fp)
     except UnidentifiedImageError:
         raise UserError(f"cannot read {name}: not an image, or of an unknown format; convert it to JPEG") from None
     except Image.DecompressionBombError:
@@ -74,27 +74,19 @@ def decode_picture(source, name):
         raise UserError(f"cannot read {name}: {error}") from None
 
 
-def _unended_jpeg(source):
-    """`_picture` of a JPEG that lacks only its end mark; OSError if the pixels depend on what follows the file."""
-    if hasattr(source, "seek"):
-        source.seek(0)
-        data = source.read()
-    else:
-        data = Path(source).read_bytes()
+def _unended_jpeg(file):
+    """`picture_pixels` of a JPEG that lacks only its end mark; OSError if they depend on what follows the file."""
+    file.seek(0)
+    data = file.read()
     ends = [io.BytesIO(data + filler * 99 + b"\xff\xd9") for filler in (b"\x00", b"\x55")]
-    first, second = (_picture(Image.open(end)) for end in ends)
+    first, second = (picture_pixels(Image.open(end)) for end in ends)
     if not np.array_equal(first[0], second[0]):
         raise OSError("the file is truncated")
     return first
 
 
-def rgb_pixels(image):
-    """A PIL image of any mode as uint8 RGB (H, W, 3); one of DECODE_ERRORS if damaged."""
-    return _picture(image)[0]
-
-
-def _picture(image):
-    """(uint8 sRGB (H, W, 3), opacity uint8 (H, W) or None) of a PIL image."""
+def picture_pixels(image):
+    """(uint8 sRGB (H, W, 3), opacity uint8 (H, W) or None) of a PIL image of any mode; a DECODE_ERRORS if damaged."""
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -175,10 +167,9 @@ def palette_labels(image, name):
             table[value] = label
     labels = table[mask]
     if labels.max(initial=0) >= NUM_CLASSES:
-        high = mask.max() >= NUM_CLASSES
-        what = (
-            f"label {mask.max()}; labels are 0 to {NUM_CLASSES - 1}" if high else "colours of no label in its palette"
-        )
+        what = "colours of no label in its palette"
+        if mask.max() >= NUM_CLASSES:
+            what = f"label {mask.max()}; labels are 0 to {NUM_CLASSES - 1}"
         raise UserError(f"{name} contains {what}: label these pixels, or leave out the pair")
     return labels
 

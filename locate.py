@@ -82,15 +82,15 @@ class Locator(nn.Module):
         return self.head(self.body(images * 4 - 2))
 
 
-def load_locator(device="cpu", path=None):
+def load_locator(device="cpu", path=register.RELEASE / "locator.pt"):
     """The trained Locator, ready for inference. UserError if the file is missing or damaged."""
-    path, remedy = path or register.RELEASE / "locator.pt", "; WHOLE=1 (--whole) needs no search" if not path else ""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = {name: value.float() for name, value in state.items()}
     except Exception as error:  # noqa: BLE001 - foreign bytes make the unpickler raise anything
         why = f"is missing, damaged or of another network ({type(error).__name__})"
-        raise UserError(f"{path}, a network that finds faces, {why}; `make locator` trains one{remedy}") from None
+        remedy = "`make locator` trains one, WHOLE=1 (--whole) needs none"
+        raise UserError(f"{path}, a network that finds faces, {why}; {remedy}") from None
     locator = Locator()
     checkpoint.load_state(locator, state, path)
     return locator.to(device, memory_format=torch.channels_last).eval()
@@ -202,9 +202,9 @@ class Scenes(IterableDataset):
     def __init__(self, pairs, indices, seed):
         self.rng, self.portraits = np.random.default_rng(seed), []
         for index in indices:  # PIL RGBA 256 x 256, opaque where the mask is not background; the mask
-            mask = pairs.masks[index]
-            rgba = np.dstack([pairs.images[index], (mask > 0).astype(np.uint8) * 255])
-            self.portraits.append((Image.fromarray(rgba).reduce(2), mask[::2, ::2]))
+            image, mask = Image.fromarray(pairs.images[index]).reduce(2), pairs.masks[index][::2, ::2]
+            image.putalpha(Image.fromarray(mask > 0).convert("L"))  # last: reducing makes what is transparent black
+            self.portraits.append((image, mask))
 
     def chance(self, probability):
         return self.rng.random() < probability
@@ -220,9 +220,8 @@ class Scenes(IterableDataset):
             x = rng.choice([0, 256 - side])
         # Some are repeated, for fine texture.
         across, down = rng.integers(4, 40, 2).tolist() if self.chance(0.3) else (width, height)
-        box = x, y, x + side, y + side
-        piece = portrait.convert("RGB").resize((across, down), Image.Resampling.BILINEAR, box, reducing_gap=2)
-        piece = np.asarray(piece.transpose(Image.Transpose(rng.integers(7))).resize((across, down)))
+        piece = portrait.crop((x, y, x + side, y + side)).transpose(Image.Transpose(rng.integers(7)))
+        piece = np.asarray(piece.convert("RGB").resize((across, down), Image.Resampling.BILINEAR))
         repeats = -(-height // down), -(-width // across), 1
         return Image.fromarray(np.tile(piece, repeats)[:height, :width]).convert("RGBA")
 
@@ -267,19 +266,18 @@ class Scenes(IterableDataset):
         if kind < 0.3:
             side = int(rng.integers(30, 44))
             places = [(64 + side * i, 80 + side * j) for i in range(128 // side) for j in range(128 // side)]
-            tiles = [portrait.crop((x, y, x + side, y + side)) for x, y in places]
             spoilt = portrait.copy()
-            for place, tile in zip(rng.permutation(places).tolist(), tiles, strict=True):
-                spoilt.paste(tile, place)
+            for (x, y), place in zip(places, rng.permutation(places).tolist(), strict=True):
+                spoilt.paste(portrait.crop((x, y, x + side, y + side)), place)
             return spoilt
-        names = [("l_eye", "r_eye", "eye_g"), ("nose",), ("mouth", "u_lip", "l_lip"), ("l_brow", "r_brow")]
-        chosen = [NAMES.index(name) for group in names for name in group if self.chance(0.6)]
+        eyes, others = ("l_eye", "r_eye", "eye_g"), ("nose", "mouth", "u_lip", "l_lip", "l_brow", "r_brow")
+        chosen = [name for name in eyes + others if self.chance(0.6)]
         if kind < 0.6:
-            chosen += [NAMES.index(name) for name in names[0]]
+            chosen += eyes
             inside, outside = portrait.filter(ImageFilter.GaussianBlur(rng.uniform(8, 20))), portrait
         else:
             inside, outside = portrait, self.patch(256, 256)
-        shape = Image.fromarray(np.isin(mask, chosen).astype(np.uint8) * 255)
+        shape = Image.fromarray(np.isin(mask, [NAMES.index(name) for name in chosen])).convert("L")
         shape = shape.filter(ImageFilter.MaxFilter(9)).filter(ImageFilter.GaussianBlur(3))
         spoilt = Image.composite(inside, outside, shape)
         spoilt.putalpha(portrait.getchannel("A"))
@@ -308,12 +306,13 @@ class Scenes(IterableDataset):
             piece = self.blob(*rng.integers(25, 120, 2).tolist())
             image = image.copy()
             image.paste(piece, tuple(rng.integers(20, 200, 2).tolist()), piece)
-        stretch = np.exp(rng.normal(0, 0.08)) * rng.choice([1, 1, rng.uniform(0.6, 1)])
+        kind, stretch = rng.random(), np.exp(rng.normal(0, 0.08)) * rng.choice([1, 1, rng.uniform(0.6, 1)])
+        if kind < 0.3:  # with its own background: resizing makes what is transparent black
+            image = image.convert("RGB").convert("RGBA")
         image = image.resize((max(8, round(side * stretch)), side), Image.Resampling.BILINEAR, reducing_gap=3)
         if self.chance(0.5):
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        kind = rng.random()
-        if kind < 0.3:  # with its own background; the border fades, so that squares are no sign of a face
+        if kind < 0.3:  # the border fades, so that squares are no sign of a face
             fade, margin = Image.new("L", image.size, 0), round(side * rng.uniform(0, 0.1))
             fade.paste(255, (margin, margin, image.width - margin, image.height - margin))
             image.putalpha(fade.filter(ImageFilter.GaussianBlur(margin / 2)))
@@ -344,23 +343,21 @@ class Scenes(IterableDataset):
     def batch(self, count):
         """Images (B, 3, CANVAS, CANVAS) 0..1; targets (B, 6, cells, cells) as Locator gives them, heat 0..1."""
         scenes = [self.scene() for _ in range(count)]
-        images = torch.from_numpy(np.stack([pixels for pixels, _ in scenes])).permute(0, 3, 1, 2).float() / 255
+        images = to_input(np.stack([pixels for pixels, _ in scenes]), "cpu").float() / 255
         params = draw(count, QUALITY, [int(self.rng.integers(2**31))])
         params["reduce"] = params["reduce"].clamp(min=0.4)  # what is smaller shows no face
         images = degrade(colour(images, params), params)
-        cells = CANVAS // STRIDE
-        targets = np.zeros((count, 6, cells, cells), np.float32)
-        middle = np.arange(cells) + 0.5
+        middle = np.arange(CANVAS // STRIDE) + 0.5
+        targets = np.zeros((count, 6, len(middle), len(middle)), np.float32)
         for target, (_, faces) in zip(targets, scenes, strict=True):
             for x, y, side, roll in faces:
-                x, y = x / STRIDE, y / STRIDE
-                dx, dy = np.broadcast_arrays(x - middle, (y - middle)[:, None])
-                width = max(0.5, side / STRIDE * 0.07)
+                x, y, width = x / STRIDE, y / STRIDE, max(0.5, side / STRIDE * 0.07)
+                dx, dy = x - middle, (y - middle)[:, None]
                 heat = np.exp(-(dx**2 + dy**2) / (2 * width**2))
-                heat[min(int(y), cells - 1), min(int(x), cells - 1)] = 1
+                heat[int(y), int(x)] = 1
+                values = heat, dx, dy, math.log(side / UNIT), math.cos(roll), math.sin(roll)
                 nearer = heat > target[0]
-                fixed = (np.full_like(dx, value) for value in (math.log(side / UNIT), math.cos(roll), math.sin(roll)))
-                target[:, nearer] = np.stack([heat, dx, dy, *fixed])[:, nearer]
+                target[:, nearer] = np.stack(np.broadcast_arrays(*values))[:, nearer]
         return images, torch.from_numpy(targets)
 
     def __iter__(self):
@@ -397,9 +394,7 @@ def train(locator, scenes, steps):
         optimiser.step()
         schedule.step()
         mean += (loss.item() - mean) / min(step + 1, 100)
-        if step % 100 == 99:
-            print(f"step {step + 1}  loss {mean:.3f}  {time.monotonic() - begin:.0f} s", flush=True)
-        show_progress("training", step + 1, steps, time.monotonic() - begin)
+        show_progress(f"loss {mean:.3f}, step", step + 1, steps, time.monotonic() - begin)
     locator.eval()
 
 

@@ -110,8 +110,7 @@ def match_layout(parts):
     layout = torch.tensor(list(LAYOUT.values()))
     place, extent = torch.view_as_complex(parts[..., :2].contiguous()), parts[..., 2]
     usual = torch.complex(layout[:, 0], layout[:, 1])
-    present = (extent > 0).float()
-    weight = present
+    weight = present = (extent > 0).float()
     # Least squares, repeated twice with less weight on the parts that did not agree.
     for _ in range(3):
         fraction = weight / weight.sum(1, keepdim=True).clamp_min(1e-6)
@@ -137,10 +136,8 @@ def crop(pixels, window):
     if angle:
         margin = math.ceil((math.hypot(width, height) - min(width, height)) / 2)
         around = crop(pixels, Window(left - margin, top - margin, width + 2 * margin, height + 2 * margin))
-        turned = Image.fromarray(np.ascontiguousarray(around)).rotate(angle, Image.Resampling.BILINEAR)
+        turned = Image.fromarray(around).rotate(angle, Image.Resampling.BILINEAR)
         return np.asarray(turned)[margin : margin + height, margin : margin + width]
-    if 0 <= left <= pixels.shape[1] - width and 0 <= top <= pixels.shape[0] - height:
-        return pixels[top : top + height, left : left + width]
     rows = np.arange(top, top + height).clip(0, pixels.shape[0] - 1)
     columns = np.arange(left, left + width).clip(0, pixels.shape[1] - 1)
     return pixels[np.ix_(rows, columns)]
@@ -184,7 +181,7 @@ def find_faces(parser, pixels):
     return [(score, square(*place)) for score, place in distinct(found) if score >= FACE_SCORE]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Face:
     """A face of a photo: its label map (h, w) uint8 inside `box` (left, top, w, h), 0 where the photo is not its own.
 
@@ -199,7 +196,7 @@ class Face:
     score: float | None
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Parsed:
     """The label map of a photo, and the face each pixel belongs to."""
 
@@ -223,8 +220,7 @@ def parse_photos(parser, photos, whole=False, box=None, cutout=None):
     height, width = photos[0].shape[:2]
     window = Window(*(box or (0, 0, width, height)))
     if not overlap(window, (0, 0, width, height)) or max(window[2:4]) > 2 * max(height, width):
-        size = f"{width} x {height} pixels"
-        raise UserError(f"box {tuple(box)}: give one inside the image of {size}, or at most twice as large around it")
+        raise UserError(f"box {box}: give one that overlaps the {width} x {height} pixels, at most twice as large")
     if box or whole:
         batch = parse_window(parser, photos, window, parser.size).split(1)
         return [paste(height, width, [(None, window, window, log_p)], cutout) for log_p in batch]
@@ -394,14 +390,13 @@ def paste(height, width, portraits, cutout=None):
         own = np.where(owner[place] == index, mask[place], 0)
         x0, y0, x1, y1 = own.any() and Image.fromarray(own).getbbox() or (0, 0, 0, 0)
         box = int(place[1].start) + x0, int(place[0].start) + y0, x1 - x0, y1 - y0
-        score = score and round(score, 3)
-        face = {"mask": own[y0:y1, x0:x1], "box": box, "window": window[:4], "angle": round(window.angle, 1)}
-        faces.append(Face(**face, score=score))
+        angle, score = round(window.angle, 1), score and round(score, 3)
+        faces.append(Face(own[y0:y1, x0:x1], box, window[:4], angle, score))
     if cutout and found:  # a soft edge, but nothing far from the labels
         reach = max(2, max(window.width for _, window, _ in found) // 100)
         near = Image.fromarray(np.isin(mask, cutout)).convert("L").filter(ImageFilter.BoxBlur(reach))
         alpha[np.asarray(near) == 0] = 0
-    return Parsed(mask=mask, owner=owner, faces=faces, alpha=alpha)
+    return Parsed(mask, owner, faces, alpha=alpha)
 
 
 def _inside(window, place):
@@ -417,10 +412,10 @@ def _inside(window, place):
     return rows, columns, distance
 
 
-def overlay(pixels, mask, opacity=0.5):
-    """Blend the mask's colours over pixels (H, W, 3), background unchanged: uint8 (H, W, 3)."""
+def overlay(pixels, mask):
+    """Blend the mask's colours half and half with pixels (H, W, 3), background unchanged: uint8 (H, W, 3)."""
     tint = np.where(mask[..., None] > 0, np.array(COLOURS, np.uint8)[mask], pixels)
-    return np.array(Image.blend(Image.fromarray(pixels), Image.fromarray(tint), opacity))
+    return np.array(Image.blend(Image.fromarray(pixels), Image.fromarray(tint), 0.5))
 
 
 def parse_labels(text):
@@ -474,6 +469,5 @@ def describe(parsed):
         labels = label_regions(np.where(face.mask > 0, face.mask, 255), *face.box[:2])
         record = {"window": list(face.window), "angle": face.angle, "score": face.score, "box": list(face.box)}
         faces.append(record | {"labels": labels})
-    face_found = None if faces and faces[0]["score"] is None else bool(faces)
-    whole = {"width": width, "height": height, "face_found": face_found, "labels": label_regions(parsed.mask)}
-    return {**whole, "faces": faces}
+    found = None if faces and faces[0]["score"] is None else bool(faces)
+    return {"width": width, "height": height, "face_found": found, "labels": label_regions(parsed.mask), "faces": faces}

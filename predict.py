@@ -17,32 +17,18 @@ import argparse
 import json
 import os
 import re
-import sys
 import time
 from numbers import Integral
 from pathlib import Path
 
-from common import (
-    ArgumentParser,
-    UserError,
-    atomic,
-    duration,
-    make_folder,
-    natural,
-    print_message,
-    printable,
-    run_main,
-    show_line,
-    show_progress,
-    write_text,
-)
+from common import ArgumentParser, UserError, atomic, make_folder, natural, print_message, run_main, show_progress
 
 import numpy as np
 from PIL import Image
 
 from checkpoint import load_model
 from device import select_device
-from images import check_mask_target, image_files, mask_image, read_image, read_picture, rgb_pixels
+from images import check_mask_target, image_files, mask_image, picture_pixels, read_image, read_picture
 from labels import NAMES
 from locate import load_locator
 from photo import cut_out, describe, overlay, parse_labels, parse_photos
@@ -92,11 +78,10 @@ class FaceParser:
 def _pixels(image):
     if isinstance(image, (str, os.PathLike)):
         return read_image(image)
-    if not isinstance(image, (np.ndarray, Image.Image)):
-        raise UserError(f"an image is a path, a PIL image or a uint8 array, not a {type(image).__name__}")
-    pixels = image if isinstance(image, np.ndarray) else rgb_pixels(image)
+    pixels = picture_pixels(image)[0] if isinstance(image, Image.Image) else np.asarray(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
-        raise UserError(f"an image array must be uint8 (H, W, 3), not {pixels.dtype} {pixels.shape}")
+        what = f"{type(image).__name__} of {pixels.dtype} {pixels.shape}"
+        raise UserError(f"an image is a path, a PIL image or a uint8 array (H, W, 3), not {what}")
     return pixels
 
 
@@ -137,86 +122,72 @@ def targets(args, path):
     return {ending: args.output / f"{path.stem}{ending}" for ending, wanted in extra.items() if wanted}
 
 
-def is_finished(args, path):
-    """True if all files of an image exist."""
-    return all(map(os.path.isfile, targets(args, path).values()))
-
-
 def write_results(args, path, pixels, opacity, parsed):
     """Write the files of the image file `path`."""
     for ending, target in targets(args, path).items():
-        if ending == ".json":
-            name = os.fsencode(path.name).decode("utf-8", "replace")
-            write_text(target, json.dumps({"image": name, **describe(parsed)}, ensure_ascii=False) + "\n")
-            continue
-        if ending == ".png":
-            image = mask_image(parsed.mask)
-        elif ending == "-overlay.png":
-            image = Image.fromarray(overlay(pixels, parsed.mask))
-        else:
-            image = Image.fromarray(cut_out(pixels, parsed.alpha, opacity))
-            image = image.crop(image.getchannel("A").getbbox()) if args.crop else image
         with atomic(target) as temporary:
-            image.save(temporary, format="PNG")
+            if ending == ".json":
+                name = os.fsencode(path.name).decode("utf-8", "replace")
+                record = json.dumps({"image": name, **describe(parsed)}, ensure_ascii=False)
+                temporary.write_text(record + "\n", encoding="utf-8")
+            elif ending == "-overlay.png":
+                Image.fromarray(overlay(pixels, parsed.mask)).save(temporary, "PNG")
+            elif ending == "-cutout.png":
+                image = Image.fromarray(cut_out(pixels, parsed.alpha, opacity))
+                image = image.crop(image.getchannel("A").getbbox()) if args.crop else image
+                image.save(temporary, "PNG")
+            else:
+                mask_image(parsed.mask).save(temporary, "PNG")
 
 
-def output_files(args):
-    """The image files of args.input. UserError if outputs have one path, or would replace a file not of ours."""
-    files, made = image_files(args.input), {}
+def files_to_parse(args):
+    """The image files of args.input; with `skip`, those that lack an output.
+
+    UserError if two outputs have one path, or one would replace a file not of ours.
+    """
+    files, made, left = image_files(args.input), {}, []
     for path in files:
-        for target in targets(args, path).values():
+        outputs = targets(args, path).values()
+        for target in outputs:
             if (first := made.setdefault(target, path)) != path:
                 raise UserError(f"{path} and {first} would both become {target.name}; rename one")
             if os.path.realpath(path) == os.path.realpath(target):
                 raise UserError(f"the mask of {path} would replace it; choose another OUT (--out)")
-            # A mask of ours beside it makes it ours.
-            mask = args.output / f"{path.stem}.png"
-            if os.path.exists(target) and not (args.skip and is_finished(args, path)):
-                check_mask_target(mask if mask.exists() else target)
-    return files
+        if args.skip and all(map(os.path.isfile, outputs)):
+            continue
+        left.append(path)
+        mask = args.output / f"{path.stem}.png"  # if it is ours, so are the files beside it
+        for target in filter(os.path.exists, outputs):
+            check_mask_target(mask if mask.exists() else target)
+    if args.skip:
+        print(f"{len(files) - len(left)} of {len(files)} skipped: their files are in {args.output}")
+    return left
 
 
 def predict_all(parser, args):
     """Write the masks of args.input into args.output: 0, or 2 if some images could not be read, which are reported."""
     if args.crop and not args.cutout:
         raise UserError("--crop crops the cut-out: add --cutout head")
-    files = output_files(args)
+    files = files_to_parse(args)
     make_folder(args.output)
-    if args.skip:
-        count = len(files)
-        files = [path for path in files if not is_finished(args, path)]
-        print(f"{count - len(files)} of {count} skipped: their files are in {args.output}")
-        if not files:
-            return 0
-    failed, written, begin = 0, 0, time.monotonic()
-    try:
-        for done, path in enumerate(files, 1):
-            show_line(f"parsing {printable(path.name)}", sys.stderr)
-            start, parsed = time.monotonic(), None
-            try:
-                pixels, opacity = read_picture(path)
-                parsed = parser(pixels, whole=args.whole, box=args.box, cutout=args.cutout)
-                write_results(args, path, pixels, opacity, parsed)
-            except UserError as error:
-                if parsed and "name too long" not in str(error):  # a full disk fails for every image
-                    raise
-                failed += 1
-                print_message(error if str(path) in str(error) else f"{path}: {error}", "error")
-                continue
-            written += 1
-            if parsed.missed:
-                how = "parsed as one portrait, perhaps wrongly" if parsed.mask.any() else "all background"
-                print_message(f"no face found in {path}: {how}; WHOLE=1 (--whole) or BOX=x,y,w,h (--box) parses it")
-            elif not sys.stderr.isatty():
-                faces = f"{len(parsed.faces)} face{'s' * (len(parsed.faces) != 1)}"
-                print(f"{printable(path.name)}: {faces}, {time.monotonic() - start:.1f} s", flush=True)
-            show_progress("predicting", done, len(files), time.monotonic() - begin)
-    finally:
-        seconds = time.monotonic() - begin
-        pace = f"{duration(seconds)} ({seconds / max(1, written + failed):.2f} s per image)"
-        show_line("", sys.stderr)
-        print(f"{written} of {len(files)} masks in {args.output}, {pace}", flush=True)
-    return 2 if failed else 0
+    written, begin = 0, time.monotonic()
+    for done, path in enumerate(files, 1):
+        try:
+            pixels, opacity = read_picture(path)
+            parsed = parser(pixels, whole=args.whole, box=args.box, cutout=args.cutout)
+        except UserError as error:
+            print_message(error if str(path) in str(error) else f"{path}: {error}", "error")
+            continue
+        write_results(args, path, pixels, opacity, parsed)
+        written += 1
+        if parsed.missed:
+            how = "parsed as one portrait, perhaps wrongly" if parsed.mask.any() else "all background"
+            print_message(f"no face found in {path}: {how}; WHOLE=1 (--whole) or BOX=x,y,w,h (--box) parses it")
+        show_progress("predicting", done, len(files), time.monotonic() - begin)
+    seconds = time.monotonic() - begin
+    pace = f"{seconds:.1f} s ({seconds / max(1, written):.2f} s per image)"
+    print(f"{written} of {len(files)} masks in {args.output}, {pace}")
+    return 0 if written == len(files) else 2
 
 
 def main():

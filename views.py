@@ -4,8 +4,9 @@ One model applied to several views is still one model by the challenge's rules.
 """
 
 import functools
+import itertools
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from common import UserError
 
@@ -15,12 +16,10 @@ import torch.nn.functional as F
 from labels import FLIP
 from model import upsample
 
-MAX_WEIGHTS = 1 << 24  # of `area` in one dimension: images longer than that are averaged over whole pixels
 VIEW_PIXELS = 1 << 18  # pixels a CPU processes at once: more would leave its cache
 
 
-@dataclass(frozen=True)
-class Views:
+class Views(NamedTuple):
     """The views to average: every scale, and its mirror image if `flip`."""
 
     flip: bool = False
@@ -34,22 +33,16 @@ def parse_views(text):
     """Views of "" or "none", "flip", "scales", "flip,scales", or numbers as in "flip,1,1.5"; else UserError."""
     if not isinstance(text, str):
         raise UserError(f"views must be text such as flip,scales, not {text!r}")
-    flip, scales = False, []
-    for part in map(str.strip, text.split(",")):
-        if part in ("", "none"):
-            continue
-        if part == "flip":
-            flip = True
-        elif part == "scales":
-            scales += [0.75, 1.0, 1.25]
-        else:
-            try:
-                scales.append(float(part))
-            except ValueError:
-                raise UserError(f"--views {text}: {part!r} is not flip, scales or a number") from None
-            if not 0.25 <= scales[-1] <= 4:
-                raise UserError(f"--views {text}: scales must be from 0.25 to 4")
-    return Views(flip, tuple(dict.fromkeys(scales)) or (1.0,))
+    names, scales = {"": [], "none": [], "flip": [], "scales": [0.75, 1.0, 1.25]}, []
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        try:
+            scales += names[part] if part in names else [float(part)]
+        except ValueError:
+            raise UserError(f"--views {text}: {part!r} is not flip, scales or a number") from None
+    if not all(0.25 <= scale <= 4 for scale in scales):
+        raise UserError(f"--views {text}: scales must be from 0.25 to 4")
+    return Views("flip" in parts, tuple(dict.fromkeys(scales)) or (1.0,))
 
 
 def check_size(size):
@@ -66,8 +59,6 @@ def input_size(height, width, size, scale=1.0):
 
 def area(x, size):
     """Resize maps (B, C, H, W) to `size` = (h, w): the exact average over each new pixel's area."""
-    if max(old * new for old, new in zip(x.shape[2:], size, strict=True)) > MAX_WEIGHTS:
-        return F.interpolate(x, tuple(size), mode="area")
     down, across = (area_weights(old, new, x.device) for old, new in zip(x.shape[2:], size, strict=True))
     return down @ (x @ across.T)
 
@@ -93,12 +84,8 @@ def resize(images, height, width):
         return images.float().div_(255)
     # Sum integer factors as integers, several times faster than pooling floats.
     counts = torch.int16 if 255 * down_y * down_x < 2**15 else torch.int32
-    rows = images[:, :, ::down_y].to(counts)
-    for i in range(1, down_y):
-        rows += images[:, :, i::down_y]
-    cells = rows[..., ::down_x].clone()
-    for i in range(1, down_x):
-        cells += rows[..., i::down_x]
+    rows = sum(images[:, :, i::down_y].to(counts) for i in range(down_y))
+    cells = sum(rows[..., i::down_x] for i in range(down_x))
     return cells.float().div_(255 * down_y * down_x)
 
 
@@ -119,26 +106,18 @@ def log_probabilities(models, images, size, views):
     if len(models) == len(views.scales) == 1 and not views.flip:
         view = resize(images, *input_size(*images.shape[2:], size, views.scales[0]))
         return predict_logits(models[0], view).float().log_softmax(1)
-    average, count = None, 0
+    average, mirrors = None, (False, True) if views.flip else (False,)
     # From the finest view down: coarser ones are upsampled to its grid.
     for scale in sorted(views.scales, reverse=True):
         view = resize(images, *input_size(*images.shape[2:], size, scale))
-        for mirrored in (False, True) if views.flip else (False,):
-            for model in models:
-                p = _probabilities(model, view, mirrored)
-                if average is None:
-                    average = p
-                else:
-                    average += p if p.shape == average.shape else upsample(p, average.shape[2:])
-                del p  # frees its memory before the next view
-                count += 1
-    return average.div_(count).clamp_min_(1e-9).log_()
-
-
-def _probabilities(model, view, mirrored):
-    """Probabilities (B, 19, h, w) of images (B, 3, H, W); if `mirrored`, of the mirror image, flipped back."""
-    p = predict_logits(model, view.flip(3) if mirrored else view).float().softmax(1)
-    return p[:, FLIP].flip(3) if mirrored else p
+        for mirrored, model in itertools.product(mirrors, models):
+            p = predict_logits(model, view.flip(3) if mirrored else view).float().softmax(1)
+            p = p[:, FLIP].flip(3) if mirrored else p
+            if average is None:
+                average = p
+            else:
+                average += p if p.shape == average.shape else upsample(p, average.shape[2:])
+    return average.div_(len(views.scales) * len(mirrors) * len(models)).clamp_min_(1e-9).log_()
 
 
 def to_input(pixels, device):

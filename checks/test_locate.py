@@ -66,7 +66,7 @@ def test_a_large_candidate_hides_no_small_one():
 
 def test_pasted_portraits_lie_where_the_scene_says(scenes, monkeypatch):
     monkeypatch.setattr(scenes, "chance", lambda probability: False)  # upright unless rolled, not mirrored
-    canvas, faces = locate.Image.new("RGB", (192, 192)), []
+    faces = []
     while not faces or not (40 < faces[0][0] < 150 and 40 < faces[0][1] < 150 and faces[0][2] < 80):
         canvas, faces = locate.Image.new("RGB", (192, 192)), []
         scenes.paste(canvas, faces)
@@ -80,9 +80,9 @@ def test_training_lowers_the_loss(scenes):
     torch.manual_seed(0)
     locator, (images, targets) = locate.Locator(width=16, blocks=1), scenes.batch(4)
     before = locate.locator_loss(locator(images), targets).item()
-    locate.train(locator, scenes, 20)
+    locate.train(locator, [(images, targets)] * 30, 30)
     with torch.no_grad():
-        assert locate.locator_loss(locator(images), targets).item() < 0.9 * before
+        assert locate.locator_loss(locator(images), targets).item() < 0.8 * before
 
 
 def test_the_command_trains_from_weights_and_replaces_none_unless_asked(tmp_path, command, refused):
@@ -95,10 +95,8 @@ def test_the_command_trains_from_weights_and_replaces_none_unless_asked(tmp_path
     assert "OVERWRITE=1" in refused(*flags)
 
 
-def test_missing_or_damaged_weights_are_named(tmp_path):
-    with pytest.raises(UserError, match="make locator"):
-        locate.load_locator(path=tmp_path / "none.pt")
+def test_damaged_weights_are_named(tmp_path):
     for content in (b"no weights", (register.RELEASE / "best.pt").read_bytes()):
         (tmp_path / "bad.pt").write_bytes(content)
-        with pytest.raises(UserError, match="damaged or of another network"):
+        with pytest.raises(UserError, match="damaged or of another network .*make locator"):
             locate.load_locator(path=tmp_path / "bad.pt")

@@ -5,7 +5,6 @@ error is then one of the search or the arithmetic, never of a network.
 """
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,13 +14,13 @@ from PIL import Image
 
 import locate
 import photo
+from checks.conftest import cases
 from labels import COLOURS, NAMES
 from photo import FACE_SCORE, LAYOUT, Window, label_regions, match_layout, overlap, parse_photos, paste
 from predict import FaceParser
 from tools.synth import draw_face
 from views import ONE_VIEW, label_map, log_probabilities
 
-ASTRONAUT = Path(__file__).parents[1] / "docs/astronaut.jpg"
 WINDOWS = [(30, 60, 230, 230), (420, 260, 400, 400), (860, 20, 200, 200)]
 
 
@@ -68,9 +67,12 @@ def near(windows, roll=0, heat=0.9, factor=1.1):
     return [(heat, x + 0.6 * side, y + 0.4 * side, factor * side, roll + 7) for x, y, side, _ in windows]
 
 
+def oracle(locator=()):
+    return SimpleNamespace(models=[Oracle()], size=256, views=ONE_VIEW, device="cpu", locator=locator)
+
+
 def parse(mask, locator=(), **settings):
-    parser = SimpleNamespace(models=[Oracle()], size=256, views=ONE_VIEW, device="cpu", locator=locator)
-    return parse_photos(parser, [painted(mask)], **settings)[0]
+    return parse_photos(oracle(locator), [painted(mask)], **settings)[0]
 
 
 def log_labels(labels):
@@ -94,20 +96,6 @@ def test_paste_gives_an_overlap_to_the_nearer_centre_relative_to_the_portraits()
     assert parsed.mask[4].tolist() == [1] * 6 + [2] * 4
 
 
-def test_paste_turns_a_window_clockwise():
-    labels = np.repeat(np.array([[1], [2]], np.uint8), 8, 1).repeat(4, 0)  # label 1 above 2
-    window = Window(1, 1, 8, 8, 90)
-    mask = paste(10, 10, [(None, window, window, log_labels(labels))]).mask
-    assert (mask[1:9, 5:9] == 1).all() and (mask[1:9, 1:5] == 2).all() and (mask > 0).sum() == 64
-
-
-def test_crop_of_a_turned_window_is_upright():
-    pixels = np.zeros((40, 40, 3), np.uint8)
-    pixels[10:30, 20:30] = 255  # the right half of the window is its upper half if it is turned clockwise by 90 degrees
-    view = photo.crop(pixels, Window(10, 10, 20, 20, 90))
-    assert (view[:9] > 200).all() and (view[11:] < 50).all()
-
-
 def test_match_layout_recovers_scale_rotation_and_shift():
     usual = torch.cat([torch.tensor(list(LAYOUT.values())), torch.ones(8, 1)], 1)
     moved = usual * torch.tensor([0.4, 0.4, 0.4, 1]) + torch.tensor([0.3, 0.1, 0, 0])
@@ -121,17 +109,23 @@ def test_match_layout_recovers_scale_rotation_and_shift():
     assert torch.allclose(portraits[:3], torch.tensor(expected), atol=1e-3)
 
 
-def test_group_is_found_and_parsed(group):
+def test_group_is_found_parsed_and_described(group):
     parsed = parse(group, near(WINDOWS) + near(WINDOWS, roll=3))  # each face once
-    assert len(parsed.faces) == 3 and not parsed.missed
-    for index, window in enumerate(WINDOWS):
+    assert not parsed.missed
+    for index, (face, window) in enumerate(zip(parsed.faces, WINDOWS, strict=True)):
         left, top, side, _ = window
         inside, middle = (np.s_[top + m : top + side - m, left + m : left + side - m] for m in (0, side // 3))
-        assert overlap(parsed.faces[index].window, window) > 0.6 and abs(parsed.faces[index].angle) < 9
+        assert overlap(face.window, window) > 0.6 and abs(face.angle) < 9
         assert (parsed.mask[inside] == group[inside]).mean() > 0.8 and (parsed.owner[middle] == index).all()
+        assert face.mask.any(0)[[0, -1]].all() and face.mask.any(1)[[0, -1]].all()
+    record = json.loads(json.dumps(photo.describe(parsed)))
+    assert (record["width"], record["height"], len(record["faces"]), record["face_found"]) == (1100, 700, 3, True)
+    for label, name in enumerate(NAMES[1:], 1):
+        areas = [part["labels"].get(name, {"area": 0})["area"] for part in (record, *record["faces"])]
+        assert areas[0] == sum(areas[1:]) == (parsed.mask == label).sum()
 
 
-@pytest.mark.parametrize("roll", [-150, 60, 180])
+@cases("roll", [-150, 60, 180])
 def test_tilted_face_is_found_and_parsed(faces, roll):
     canvas = Image.new("L", (700, 600))
     canvas.paste(Image.fromarray(faces[2]).resize((300, 300), Image.Resampling.NEAREST), (200, 150))
@@ -149,8 +143,7 @@ def test_a_face_whose_roll_was_misjudged_is_found_level(group):
 
 def test_windows_around_a_portrait_are_concentric(faces):
     window = photo.square(150.4, 149.7, 83, 0)
-    parser = SimpleNamespace(models=[Oracle()], size=256, views=ONE_VIEW, device="cpu")
-    around, _ = photo.parse_face(parser, painted(np.pad(faces[0], 90)), window)
+    around, _ = photo.parse_face(oracle(), painted(np.pad(faces[0], 90)), window)
     centres = [(w.left + w.width / 2, w.top + w.height / 2) for w in (window, around)]
     assert around.width > window.width and centres[0] == centres[1]
 
@@ -158,15 +151,6 @@ def test_windows_around_a_portrait_are_concentric(faces):
 def test_a_face_far_from_the_candidate_is_not_its(group):
     assert not parse(group, near(WINDOWS, heat=0.5)).missed
     assert parse(group, near(WINDOWS, heat=0.5, factor=3)).missed
-
-
-def test_a_face_has_the_labels_of_its_own_box(group):
-    parsed = parse(group, near(WINDOWS))
-    for index, face in enumerate(parsed.faces):
-        left, top, width, height = face.box
-        inside = np.s_[top : top + height, left : left + width]
-        assert np.array_equal(face.mask, np.where(parsed.owner[inside] == index, parsed.mask[inside], 0))
-        assert face.mask.any(0)[[0, -1]].all() and face.mask.any(1)[[0, -1]].all()
 
 
 def test_hair_is_parsed_until_it_ends(faces):
@@ -185,7 +169,7 @@ def test_portrait_is_parsed_as_a_whole(faces):
     assert np.array_equal(parsed.mask, expected) and parsed.faces[0].window == (0, 0, 512, 512) and not parsed.missed
 
 
-@pytest.mark.parametrize("turns", range(4))
+@cases("turns", range(4))
 def test_portrait_that_is_not_found_is_parsed_at_its_roll(faces, turns):
     portrait = np.rot90(faces[0][:, 20:480], -turns)  # clockwise
     parsed = parse(portrait)
@@ -218,16 +202,7 @@ def test_label_regions_by_hand():
     assert label_regions(mask) == {"hair": {"area": 40, "box": [5, 3, 10, 4], "centroid": [9.5, 4.5]}}
 
 
-def test_described_faces_add_up_to_the_mask(group):
-    parsed = parse(group, near(WINDOWS))
-    record = json.loads(json.dumps(photo.describe(parsed)))
-    assert (record["width"], record["height"], len(record["faces"]), record["face_found"]) == (1100, 700, 3, True)
-    for label, name in enumerate(NAMES[1:], 1):
-        areas = [part["labels"].get(name, {"area": 0})["area"] for part in (record, *record["faces"])]
-        assert areas[0] == sum(areas[1:]) == (parsed.mask == label).sum()
-
-
-def test_cut_out_has_soft_edges_and_keeps_the_photos_own(faces):
+def test_cut_out_has_soft_edges(faces):
     labels, pixels = photo.parse_labels("hair, hat"), painted(faces[1])
     parsed = parse(faces[1], cutout=labels)
     inside = np.isin(parsed.mask, labels)
@@ -235,17 +210,14 @@ def test_cut_out_has_soft_edges_and_keeps_the_photos_own(faces):
     assert 0 < ((parsed.alpha > 0) & (parsed.alpha < 255)).mean() < 0.2
     near = torch.nn.functional.max_pool2d(torch.from_numpy(inside)[None].float(), 13, 1, 6)[0].numpy()
     assert not parsed.alpha[near == 0].any()  # nothing far from the labels
-    opacity = np.full((512, 512), 51, np.uint8)
-    rgba = photo.cut_out(pixels, parsed.alpha, opacity)
-    assert np.array_equal(rgba[..., 3], parsed.alpha // 5)
-    seen = rgba[..., 3] > 0
+    rgba, seen = photo.cut_out(pixels, parsed.alpha), parsed.alpha > 0
     assert np.array_equal(rgba[seen, :3], pixels[seen]) and not rgba[~seen].any()
 
 
-@pytest.mark.parametrize("roll", [0, 75])
+@cases("roll", [0, 75])
 def test_release_finds_and_parses_the_astronaut(monkeypatch, roll):
     monkeypatch.setattr(photo, "find_candidates", locate.find_candidates)
-    with Image.open(ASTRONAUT) as image:
+    with Image.open("docs/astronaut.jpg") as image:
         parsed = FaceParser(device="cpu")(image.rotate(-roll, Image.Resampling.BICUBIC))
     (face,) = parsed.faces
     assert face.score > FACE_SCORE and abs(face.angle - roll) < 8

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from common import UserError, run_main
+from common import UserError
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from PIL import Image, ImageCms
 import checkpoint
 import ensemble_tta
 import predict
+from checks.conftest import cases, untrained
 from images import read_image, read_mask, read_picture
 from labels import NAMES, PALETTE
 from model import build
@@ -27,49 +28,36 @@ def weights(tmp_path_factory):
     """A folder of checkpoints of untrained networks: a.pt and b.pt for 64 pixels, late.pt for 96."""
     folder = tmp_path_factory.mktemp("weights")
     for name, size in (("a", 64), ("b", 64), ("late", 96)):
-        content = {"model": "microunet", "model_args": {}, "size": size}
-        checkpoint.save(folder / f"{name}.pt", content | {"state_dict": build("microunet").state_dict()})
+        untrained(folder / f"{name}.pt", size=size)
     return folder
 
 
 @pytest.fixture
-def run(weights, tmp_path, monkeypatch, capsys):
+def run(weights, tmp_path, monkeypatch, command):
     """Call predict.py or ensemble_tta.py in a folder that contains a.png: (exit status, stderr)."""
     monkeypatch.chdir(tmp_path)
     Image.effect_noise((40, 30), 90).convert("RGB").save("a.png")
 
-    def call(flags, script=predict, checkpoints=("a",)):
-        paths = [str(weights / f"{name}.pt") for name in checkpoints]
-        monkeypatch.setattr(sys, "argv", ["script", "--output=out", *flags.split(), "--weights", *paths])
-        with pytest.raises(SystemExit) as ended:
-            run_main(script.main)
-        return ended.value.code or 0, capsys.readouterr().err
+    def call(flags, script=predict, checkpoints="a"):
+        paths = [weights / f"{name}.pt" for name in checkpoints]
+        return command(script.main, "--output=out", *flags.split(), "--weights", *paths)[::2]
 
     return call
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "L", "P", "1", "CMYK", "I;16", "F"])
+@cases("mode", ["RGB", "RGBA", "LA", "L", "P", "1", "CMYK", "F"])
 def test_every_mode_is_read_as_rgb(tmp_path, mode):
     grey = np.tile(np.linspace(0, 255, 32).astype(np.uint8), (16, 1))
-    if mode in ("I;16", "F"):
-        image = Image.fromarray(grey.astype(np.uint16) * 257 if mode == "I;16" else grey.astype(np.float32))
-    else:
-        image = Image.fromarray(grey).convert(mode)
-    image.save(tmp_path / "a.tif")
+    Image.fromarray(grey).convert(mode).save(tmp_path / "a.tif")
     pixels = read_image(tmp_path / "a.tif")
     assert pixels.shape == (16, 32, 3) and pixels.dtype == np.uint8
     assert abs(pixels[..., 0].astype(int) - grey).max() <= (255 if mode == "1" else 1)
 
 
-# How EXIF orientations store an upright image: transposed, then reversed vertically, horizontally.
-@pytest.mark.parametrize(("orientation", "stored"), [*enumerate(["", "h", "vh", "v", "t", "tv", "tvh", "th"], 1)])
-def test_exif_orientation_is_applied(tmp_path, orientation, stored):
-    upright = pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
-    pixels = pixels.transpose(1, 0, 2) if "t" in stored else pixels
-    pixels = pixels[:: -1 if "v" in stored else 1, :: -1 if "h" in stored else 1]
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(np.ascontiguousarray(pixels)).save(tmp_path / "a.png", exif=exif)
+def test_exif_orientation_is_applied(tmp_path):
+    upright, exif = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8), Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    Image.fromarray(np.rot90(upright).copy()).save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(read_image(tmp_path / "a.png"), upright)
 
 
@@ -107,8 +95,6 @@ def test_opacity_is_kept_for_cut_outs(tmp_path):
     Image.fromarray(rgba).save(tmp_path / "a.png")
     pixels, opacity = read_picture(tmp_path / "a.png")
     assert np.array_equal(opacity, rgba[..., 3]) and (pixels[opacity == 0] == 255).all()
-    Image.fromarray(rgba[..., :3]).save(tmp_path / "b.png")
-    assert read_picture(tmp_path / "b.png")[1] is None
 
 
 def test_a_jpeg_may_lack_its_end_mark_but_no_pixels(tmp_path):
@@ -156,15 +142,7 @@ def test_unreadable_images_are_named_and_the_others_parsed(run, tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["a.png"]
 
 
-def test_a_name_too_long_for_a_file_stops_no_folder(run, tmp_path):
-    os.rename(tmp_path / "a.png", tmp_path / f"{'a' * 245}.png")
-    Image.new("RGB", (40, 30)).save(tmp_path / "b.png")
-    status, error = run("--input=. --whole --overlay")
-    assert status == 2 and "name too long" in error and error.count("\n") == 1
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"b.png", "b-overlay.png"}
-
-
-@pytest.mark.parametrize(
+@cases(
     ("flags", "error"),
     [
         ("--input=a.png --box=1,2,3", "x,y,w,h"),
@@ -186,13 +164,12 @@ def test_invalid_arguments_are_one_line_and_status_2(run, tmp_path, flags, error
     assert (tmp_path / "a.png").stat().st_size == content
 
 
-@pytest.mark.parametrize(
+@cases(
     ("change", "error"),
     [
         ({"size": 65}, "another kind"),
         ({"state_dict": {"a": 1}}, "another kind"),
         ({"model": "other"}, "unknown network"),
-        ({"model_args": {"wings": 2}}, "does not fit"),
         ({"model": "microsegformer"}, "does not fit"),
         ({"state_dict": {name: w / 0 for name, w in build("microunet").state_dict().items()}}, "not finite"),
     ],
@@ -201,13 +178,6 @@ def test_altered_checkpoints_are_refused(weights, tmp_path, change, error):
     torch.save(checkpoint.load(weights / "a.pt") | change, tmp_path / "bad.pt")
     with pytest.raises(UserError, match=error):
         checkpoint.load_model(tmp_path / "bad.pt")
-
-
-@pytest.mark.parametrize("length", [0, 10, 100_000])
-def test_truncated_checkpoints_are_refused(weights, tmp_path, length):
-    (tmp_path / "bad.pt").write_bytes((weights / "a.pt").read_bytes()[:length])
-    with pytest.raises(UserError, match="damaged"):
-        checkpoint.load(tmp_path / "bad.pt")
 
 
 def test_code_in_a_checkpoint_does_not_run(weights, tmp_path):
@@ -266,14 +236,4 @@ def test_as_a_library_predict_changes_nothing_of_its_host():
     subprocess.run([sys.executable, "-c", script], check=True)
     blocked = "import sys; sys.modules['torch'] = None; sys.modules['numpy'] = None\nimport predict"
     done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True)
-    assert done.returncode == 1 and "ImportError" in done.stderr or "ModuleNotFoundError" in done.stderr
-
-
-def test_a_full_disk_is_one_error_for_all_images(run, tmp_path, monkeypatch):
-    def full(*_):
-        raise UserError("cannot write out/a.png: No space left on device")
-
-    Image.new("RGB", (40, 30)).save(tmp_path / "b.png")
-    monkeypatch.setattr(predict, "write_results", full)
-    status, error = run("--input=. --whole")
-    assert status == 2 and error.count("No space left") == 1
+    assert done.returncode == 1 and "ModuleNotFoundError" in done.stderr

@@ -173,7 +173,7 @@ def convert(task):
         if (image.format, image.mode, image.size) == ("JPEG", "RGB", (size, size)):
             buffer.write(content)
         else:
-            image = Image.fromarray(images.rgb_pixels(image)).resize((size, size), Image.Resampling.LANCZOS)
+            image = Image.fromarray(images.picture_pixels(image)[0]).resize((size, size), Image.Resampling.LANCZOS)
             image.save(buffer, "JPEG", quality=95)
     else:
         mask = Image.fromarray(paint(raw, source)) if isinstance(source, dict) else read(raw, source)[1]
