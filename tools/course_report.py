@@ -131,7 +131,7 @@ def draft(folder, author, matric, views="", data=None):
     texts |= {"settings": ", ".join(f"{key} {getattr(args, key) or 'none'}" for key in SETTINGS)}
     texts |= {"changes": rows[0][2]}
     texts = {key: escape(str(text)) for key, text in texts.items()}
-    charts = report.find_scripts(report.TEMPLATE.read_text(encoding="utf-8"))[0]
+    charts = re.search('<script id="charts">(.*?)</script>', report.TEMPLATE.read_text(encoding="utf-8"), re.DOTALL)[1]
     content = {"runs": [run], "labels": NAMES, "colours": HEX_COLOURS, "experiments": rows[:ROWS]}
     content["pictures"] = (report.read_pictures(folder) or {"pictures": []})["pictures"]
     page = Template(PAGE.read_text(encoding="utf-8")).substitute(texts, charts=charts)
