@@ -8,6 +8,7 @@ The page and runs/*/pictures.json contain images of the dataset: git ignores the
 """
 
 import base64
+import contextlib
 import functools
 import io
 import json
@@ -203,25 +204,20 @@ def panels(pixels, true, predicted):
     uris = []
     for content in (pixels, true, predicted, errors):
         photo, file = content.ndim == 3, io.BytesIO()
-        image = Image.fromarray(content) if photo else mask_image(content)
+        image, kind = (Image.fromarray(content), "jpeg") if photo else (mask_image(content), "png")
         image = image.resize((SIDE, SIDE), Image.BOX if photo else Image.NEAREST)
-        image.save(file, "JPEG", quality=82) if photo else image.save(file, "PNG", optimize=True)
-        kind = "jpeg" if photo else "png"
+        image.save(file, kind, quality=82, optimize=True)
         uris.append(f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}")
     return uris
 
 
 def read_pictures(folder):
     """pictures.json of a run; None if it is missing, damaged or of other weights."""
-    try:
+    with contextlib.suppress(UserError, LookupError, TypeError):
         content = read_json(folder / "pictures.json")
-        pictures = content["pictures"]
-        figures = [content[key] for key in ("images", "reversed", "score_without_reversed")]
-        inside = all(uri.startswith("data:image/") for p in pictures for uri in p["panels"])
-        list(map(number, [*figures, *(p["score"] for p in pictures), *(f for p in pictures for _, f in p["lowest"])]))
-        return content if inside and content["version"] == weights_version(folder) else None
-    except (UserError, LookupError, TypeError, ValueError, AttributeError):
-        return None
+        if content["version"] == weights_version(folder):
+            return content
+    return None
 
 
 def weights_version(folder):
@@ -244,8 +240,7 @@ def draw_pictures(folder, device, data=None):
     order = sorted(scores, key=scores.get)
     flawed = [name for name in order if reversed_sides(read_mask(pairs[name][1]))]
     sound = [name for name in order if name not in flawed]
-    each = min(EACH, (len(sound) + 1) // 2)
-    groups = {"lowest": sound[:each], "highest": sound[each:][::-1][:EACH], "reversed": flawed[:EACH]}
+    groups = {"lowest": sound[:EACH], "highest": sound[::-1][:EACH], "reversed": flawed[:EACH]}
     model, info = load_model(scored_weights(folder), device)
     content = {"version": version, "images": len(order), "reversed": len(flawed), "pictures": []}
     for group, name in ((group, name) for group, names in groups.items() for name in names):
@@ -269,16 +264,14 @@ def write_page(runs, name=None, device="auto", data=None):
     left = PICTURED
     for run in found:
         folder, chosen = Path(run["folder"]), run["folder"] == str(Path(runs, name or ""))
-        run["pictures"] = read_pictures(folder)
-        if run["best"] and weights_version(folder) and (chosen or not name and left) and not run["pictures"]:
+        pictures = read_pictures(folder)
+        if not pictures and run["best"] and weights_version(folder) and (chosen or not name and left > 0):
             try:
-                run["pictures"] = draw_pictures(folder, select_device(device), data)
+                pictures = draw_pictures(folder, select_device(device), data)
             except UserError as error:
                 print_message(f"no images of {folder.name}: {error}")
-        if run["pictures"] and left:
-            left -= 1
-        elif not (run["running"] or chosen):
-            run["pictures"] = None
+        run["pictures"] = pictures if chosen or left > 0 else None
+        left -= bool(pictures)
     content = {"runs": found, "unreadable": unreadable, "labels": NAMES, "colours": HEX_COLOURS}
     content["written"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     path = Path(runs, "index.html")
