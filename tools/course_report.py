@@ -124,12 +124,11 @@ def draft(folder, author, matric, views="", data=None):
     texts |= {"images": len(scores), "source": f"the views {views}, averaged" if views else "one view per image"}
     texts |= {"seen": seen if row["weights"] == "all pairs" else "", "held": f"{args.val_split:.0%}"}
     texts |= {"faces": "synthetic faces, which say nothing about real ones" if row["synthetic"] else "CelebAMask-HQ"}
-    texts |= {"start": start if args.start_from else "from scratch", "runs": len(rows), "seed": args.seed}
-    texts |= {"augmentation": ", ".join(augmentation) or "none", "split_seed": args.split_seed}
+    texts |= {"start": start if args.start_from else "from scratch", "runs": len(rows), "changes": rows[0][2]}
+    texts |= {"augmentation": ", ".join(augmentation) or "none"}
     texts |= {"over": "the labels present in the image" if args.dice_over == "present" else "all labels"}
     texts |= {"phases": ", then ".join(f"{length} at {size} pixels" for size, length in run["phases"])}
     texts |= {"settings": ", ".join(f"{key} {getattr(args, key) or 'none'}" for key in SETTINGS)}
-    texts |= {"changes": rows[0][2]}
     texts = {key: escape(str(text)) for key, text in texts.items()}
     charts = re.search('<script id="charts">(.*?)</script>', report.TEMPLATE.read_text(encoding="utf-8"), re.DOTALL)[1]
     content = {"runs": [run], "labels": NAMES, "colours": HEX_COLOURS, "experiments": rows[:ROWS]}
