@@ -132,7 +132,7 @@ def draft(folder, author, matric, views="", data=None):
     texts = {key: escape(str(text)) for key, text in texts.items()}
     charts = re.search('<script id="charts">(.*?)</script>', report.TEMPLATE.read_text(encoding="utf-8"), re.DOTALL)[1]
     content = {"runs": [run], "labels": NAMES, "colours": HEX_COLOURS, "experiments": rows[:ROWS]}
-    content["pictures"] = (report.read_pictures(folder) or {"pictures": []})["pictures"]
+    content["pictures"] = (report.find_pictures(folder, data=data) or {"pictures": []})["pictures"]
     page = Template(PAGE.read_text(encoding="utf-8")).substitute(texts, charts=charts)
     return report.fill_template(page, content)
 
@@ -152,8 +152,7 @@ def browse(*flags):
 
 
 def make_draft(folder, author=None, matric=None, data=None):
-    """Write report.html, with the score of the views in the run's Codabench zip, and the page of all runs."""
-    report.write_page(folder.parent, folder.name, data=data)
+    """Write report.html, with the score of the views in the run's Codabench zip."""
     write_text(folder / "report.html", draft(folder, author, matric, sent_views(folder), data))
 
 

@@ -211,13 +211,22 @@ def panels(pixels, true, predicted):
     return uris
 
 
-def read_pictures(folder):
-    """pictures.json of a run; None if it is missing, damaged or of other weights."""
+def find_pictures(folder, device="auto", data=None):
+    """pictures.json of a run, drawn if it is missing, damaged or of other weights; None without weights or data.
+
+    `data`: the data folder with the images; default that of the run.
+    """
+    if not (version := weights_version(folder)):
+        return None
     with contextlib.suppress(UserError, LookupError, TypeError):
         content = read_json(folder / "pictures.json")
-        if content["version"] == weights_version(folder):
+        if content["version"] == version:
             return content
-    return None
+    try:
+        return draw_pictures(folder, select_device(device), data)
+    except UserError as error:
+        print_message(f"no images of {folder.name}: {error}")
+        return None
 
 
 def weights_version(folder):
@@ -255,23 +264,13 @@ def draw_pictures(folder, device, data=None):
     return content
 
 
-def write_page(runs, name=None, device="auto", data=None):
-    """Write runs/index.html, after predicting missing images of run `name`, else of the best runs; returns its path.
-
-    `data`: the data folder with the images; default that of each run.
-    """
+def write_page(runs, device="auto", data=None):
+    """Write runs/index.html, with images of the best runs; returns its path."""
     found, unreadable = survey(runs)
     left = PICTURED
     for run in found:
-        folder, chosen = Path(run["folder"]), run["folder"] == str(Path(runs, name or ""))
-        pictures = read_pictures(folder)
-        if not pictures and run["best"] and weights_version(folder) and (chosen or not name and left > 0):
-            try:
-                pictures = draw_pictures(folder, select_device(device), data)
-            except UserError as error:
-                print_message(f"no images of {folder.name}: {error}")
-        run["pictures"] = pictures if chosen or left > 0 else None
-        left -= bool(pictures)
+        run["pictures"] = find_pictures(Path(run["folder"]), device, data) if run["best"] and left else None
+        left -= bool(run["pictures"])
     content = {"runs": found, "unreadable": unreadable, "labels": NAMES, "colours": HEX_COLOURS}
     content["written"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     path = Path(runs, "index.html")
@@ -296,7 +295,7 @@ def main():
     args = parser.parse_args()
     options.load_recipes()  # an error in it is no error of the runs
     if not (args.table or args.recipes):
-        page = write_page(args.runs, device=args.device, data=args.data)
+        page = write_page(args.runs, args.device, args.data)
         print(f"{page}: open it in a browser; never publish it (dataset's images)")
         return
     runs, unreadable = survey(args.runs, args.all or args.recipes)
