@@ -235,7 +235,7 @@ def weights_version(folder):
     return [FORMAT, path.stat().st_mtime_ns, path.stat().st_size] if path.is_file() else None
 
 
-def draw_pictures(folder, device, data=None):
+def draw_pictures(folder, device, data):
     """Predict a scored run's images with its weights; returns the content of pictures.json. UserError without data.
 
     Images whose mask has left and right reversed form their own group: their scores are errors of the mask.
