@@ -107,13 +107,10 @@ def test_masks_are_read_by_their_palette(form, tmp_path):
     if " " in form:
         with pytest.raises(UserError, match=form):
             read_mask(raw / "train/masks/a.png")
-        assert prepare.inspect(raw / "train/masks/a.png")[0][0].startswith("file contains ")
         return
     run_prepare(raw, tmp_path / "out")
     with Image.open(tmp_path / "out/train/masks/a.png") as image:
         assert image.mode == "P" and np.array_equal(image, LABELS)
-    if form not in ("colours", "large"):
-        assert prepare.inspect(raw / "train/masks/a.png")[0] == ["not 512 x 512"]
 
 
 @cases("raw", ["folder", "raw.zip"])
@@ -173,7 +170,6 @@ AUDITED = [
     ("train/images/a.webp", jpeg(9, 512), "name of another file"),
     ("train/images/b.jpg", jpeg(1, 512)[:-200], "cannot read image file: the file is truncated"),
     ("train/images/b.jpg", encoded(Image.open(io.BytesIO(jpeg(1, 512))), exif=TURNED), "EXIF orientation"),
-    ("dev/images/d.jpg", jpeg(2, 256), "not 512 x 512"),
     ("train/masks/b.png", encoded(mask_image(MASK[:, :500].copy())), "not 512 x 512"),
     ("train/masks/b.png", encoded(mask_image(MASK).convert("RGB")), "file contains the labels' colours, not labels"),
     ("train/masks/b.png", encoded(Image.fromarray(MASK), "JPEG"), "file is a JPEG, which destroys labels"),

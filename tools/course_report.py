@@ -124,16 +124,15 @@ def draft(folder, author, matric, views="", data=None):
     texts |= {"images": len(scores), "source": f"the views {views}, averaged" if views else "one view per image"}
     texts |= {"seen": seen if row["weights"] == "all pairs" else "", "held": f"{args.val_split:.0%}"}
     texts |= {"faces": "synthetic faces, which say nothing about real ones" if row["synthetic"] else "CelebAMask-HQ"}
-    texts |= {"start": start if args.start_from else "from scratch", "runs": len(rows), "seed": args.seed}
-    texts |= {"augmentation": ", ".join(augmentation) or "none", "split_seed": args.split_seed}
+    texts |= {"start": start if args.start_from else "from scratch", "runs": len(rows), "changes": rows[0][2]}
+    texts |= {"augmentation": ", ".join(augmentation) or "none"}
     texts |= {"over": "the labels present in the image" if args.dice_over == "present" else "all labels"}
     texts |= {"phases": ", then ".join(f"{length} at {size} pixels" for size, length in run["phases"])}
     texts |= {"settings": ", ".join(f"{key} {getattr(args, key) or 'none'}" for key in SETTINGS)}
-    texts |= {"changes": rows[0][2]}
     texts = {key: escape(str(text)) for key, text in texts.items()}
-    charts = report.find_scripts(report.TEMPLATE.read_text(encoding="utf-8"))[0]
+    charts = re.search('<script id="charts">(.*?)</script>', report.TEMPLATE.read_text(encoding="utf-8"), re.DOTALL)[1]
     content = {"runs": [run], "labels": NAMES, "colours": HEX_COLOURS, "experiments": rows[:ROWS]}
-    content["pictures"] = (report.read_pictures(folder) or {"pictures": []})["pictures"]
+    content["pictures"] = (report.find_pictures(folder, data=data) or {"pictures": []})["pictures"]
     page = Template(PAGE.read_text(encoding="utf-8")).substitute(texts, charts=charts)
     return report.fill_template(page, content)
 
@@ -153,8 +152,7 @@ def browse(*flags):
 
 
 def make_draft(folder, author=None, matric=None, data=None):
-    """Write report.html, with the score of the views in the run's Codabench zip, and the page of all runs."""
-    report.write_page(folder.parent, folder.name, data=data)
+    """Write report.html, with the score of the views in the run's Codabench zip."""
     write_text(folder / "report.html", draft(folder, author, matric, sent_views(folder), data))
 
 

@@ -194,8 +194,7 @@ def require_same_source(raw, data, paths, size):
         return
     if any(path.exists() for path in paths):
         raise UserError(f"{data} was made from another RAW than {raw} is now; give another DATA, or remove it first")
-    with atomic(marker) as temporary:
-        temporary.write_text(digest)
+    common.write_text(marker, digest)
 
 
 def prepare(raw, data, count=None, size=SIZE, workers=None):
@@ -256,7 +255,7 @@ def audit(data, workers=None):
 def main():
     parser = ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--raw", help="downloaded data: a zip or folder")
-    parser.add_argument("--data", help="folder to create or complete, or to check; default data")
+    parser.add_argument("--data", default="data", help="folder to create or complete, or to check")
     parser.add_argument("--count", type=positive, help="use only the first COUNT training pairs")
     parser.switch("--check", help="check the folder instead")
     parser.switch("--list", help="with --check: name every file, not only the first of each fault")
@@ -264,7 +263,7 @@ def main():
     if args.check:
         if args.raw or args.count:
             raise UserError("RAW= and COUNT= are for `make data`; a check is of DATA, as it is")
-        data = find_data(args.data or "data")
+        data = find_data(args.data)
         found = audit(data)
         for fault, paths in found.items():
             for path in paths if args.list else paths[:1]:
@@ -275,11 +274,10 @@ def main():
         return int(bool(found))
     if not args.raw:
         raise UserError("give the downloaded zip or folder as RAW (--raw)")
-    data = args.data or "data"
-    jobs, written = prepare(args.raw, data, args.count)
+    jobs, written = prepare(args.raw, args.data, args.count)
     pairs, dev, test = (sum(name.startswith(key) for name in jobs) for key in ("train/masks", "dev/", "test/"))
     made = f"{pairs} training pairs, {dev} dev and {test} test images"
-    print(f"{data}: {made}; {written} of {len(jobs)} files written")
+    print(f"{args.data}: {made}; {written} of {len(jobs)} files written")
     return 0
 
 

@@ -8,11 +8,10 @@ The page and runs/*/pictures.json contain images of the dataset: git ignores the
 """
 
 import base64
+import contextlib
 import functools
-import hashlib
 import io
 import json
-import re
 import shlex
 import textwrap
 import time
@@ -205,24 +204,28 @@ def panels(pixels, true, predicted):
     uris = []
     for content in (pixels, true, predicted, errors):
         photo, file = content.ndim == 3, io.BytesIO()
-        image = Image.fromarray(content) if photo else mask_image(content)
+        image, kind = (Image.fromarray(content), "jpeg") if photo else (mask_image(content), "png")
         image = image.resize((SIDE, SIDE), Image.BOX if photo else Image.NEAREST)
-        image.save(file, "JPEG", quality=82) if photo else image.save(file, "PNG", optimize=True)
-        kind = "jpeg" if photo else "png"
+        image.save(file, kind, quality=82, optimize=True)
         uris.append(f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}")
     return uris
 
 
-def read_pictures(folder):
-    """pictures.json of a run; None if it is missing, damaged or of other weights."""
-    try:
+def find_pictures(folder, device="auto", data=None):
+    """pictures.json of a run, drawn if it is missing, damaged or of other weights; None without weights or data.
+
+    `data`: the data folder with the images; default that of the run.
+    """
+    if not (version := weights_version(folder)):
+        return None
+    with contextlib.suppress(UserError, LookupError, TypeError):
         content = read_json(folder / "pictures.json")
-        pictures = content["pictures"]
-        figures = [content[key] for key in ("images", "reversed", "score_without_reversed")]
-        inside = all(uri.startswith("data:image/") for p in pictures for uri in p["panels"])
-        list(map(number, [*figures, *(p["score"] for p in pictures), *(f for p in pictures for _, f in p["lowest"])]))
-        return content if inside and content["version"] == weights_version(folder) else None
-    except (UserError, LookupError, TypeError, ValueError, AttributeError):
+        if content["version"] == version:
+            return content
+    try:
+        return draw_pictures(folder, select_device(device), data)
+    except UserError as error:
+        print_message(f"no images of {folder.name}: {error}")
         return None
 
 
@@ -232,7 +235,7 @@ def weights_version(folder):
     return [FORMAT, path.stat().st_mtime_ns, path.stat().st_size] if path.is_file() else None
 
 
-def draw_pictures(folder, device, data=None):
+def draw_pictures(folder, device, data):
     """Predict a scored run's images with its weights; returns the content of pictures.json. UserError without data.
 
     Images whose mask has left and right reversed form their own group: their scores are errors of the mask.
@@ -246,8 +249,7 @@ def draw_pictures(folder, device, data=None):
     order = sorted(scores, key=scores.get)
     flawed = [name for name in order if reversed_sides(read_mask(pairs[name][1]))]
     sound = [name for name in order if name not in flawed]
-    each = min(EACH, (len(sound) + 1) // 2)
-    groups = {"lowest": sound[:each], "highest": sound[each:][::-1][:EACH], "reversed": flawed[:EACH]}
+    groups = {"lowest": sound[:EACH], "highest": sound[::-1][:EACH], "reversed": flawed[:EACH]}
     model, info = load_model(scored_weights(folder), device)
     content = {"version": version, "images": len(order), "reversed": len(flawed), "pictures": []}
     for group, name in ((group, name) for group, names in groups.items() for name in names):
@@ -262,25 +264,13 @@ def draw_pictures(folder, device, data=None):
     return content
 
 
-def write_page(runs, name=None, device="auto", data=None):
-    """Write runs/index.html, after predicting missing images of run `name`, else of the best runs; returns its path.
-
-    `data`: the data folder with the images; default that of each run.
-    """
+def write_page(runs, device="auto", data=None):
+    """Write runs/index.html, with images of the best runs; returns its path."""
     found, unreadable = survey(runs)
     left = PICTURED
     for run in found:
-        folder, chosen = Path(run["folder"]), run["folder"] == str(Path(runs, name or ""))
-        run["pictures"] = read_pictures(folder)
-        if run["best"] and weights_version(folder) and (chosen or not name and left) and not run["pictures"]:
-            try:
-                run["pictures"] = draw_pictures(folder, select_device(device), data)
-            except UserError as error:
-                print_message(f"no images of {folder.name}: {error}")
-        if run["pictures"] and left:
-            left -= 1
-        elif not (run["running"] or chosen):
-            run["pictures"] = None
+        run["pictures"] = find_pictures(Path(run["folder"]), device, data) if run["best"] and left else None
+        left -= bool(run["pictures"])
     content = {"runs": found, "unreadable": unreadable, "labels": NAMES, "colours": HEX_COLOURS}
     content["written"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     path = Path(runs, "index.html")
@@ -290,21 +280,8 @@ def write_page(runs, name=None, device="auto", data=None):
 
 
 def fill_template(template, data):
-    """The template with `data` as JSON in place of <!--DATA-->; without "<", no text in it can end the script.
-
-    <!--POLICY--> becomes a content security policy: the template's scripts, known by their hashes, and images inside
-    the page.
-    """
-    hashes = (hashlib.sha256(script.encode()).digest() for script in find_scripts(template))
-    allowed = " ".join(f"'sha256-{base64.b64encode(value).decode()}'" for value in hashes)
-    rules = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
-    page = template.replace("<!--POLICY-->", f'<meta http-equiv="Content-Security-Policy" content="{rules}">', 1)
-    return page.replace("<!--DATA-->", json.dumps(data).replace("<", "\\u003c"), 1)
-
-
-def find_scripts(template):
-    """The text of each script in our own template, without its data."""
-    return re.findall(r'<script(?: id="charts")?>(.*?)</script>', template, re.DOTALL)
+    """The template with `data` as JSON in place of <!--DATA-->; without "<", no text in it can end the script."""
+    return template.replace("<!--DATA-->", json.dumps(data).replace("<", "\\u003c"), 1)
 
 
 def main():
@@ -318,7 +295,7 @@ def main():
     args = parser.parse_args()
     options.load_recipes()  # an error in it is no error of the runs
     if not (args.table or args.recipes):
-        page = write_page(args.runs, device=args.device, data=args.data)
+        page = write_page(args.runs, args.device, args.data)
         print(f"{page}: open it in a browser; never publish it (dataset's images)")
         return
     runs, unreadable = survey(args.runs, args.all or args.recipes)

@@ -47,18 +47,16 @@ def read_submission(path, images, own, remedy):
     return files, content.get("views", "")
 
 
-def describe_score(weights, content, data, views):
-    """The official score of a loaded checkpoint with these views, or why it is unknown, as text."""
-    scored, known = register.scored_weights(weights.parent), ""
-    if not checkpoint.is_validated(content) and scored.name == "validated.pt":
-        weights, content = scored, checkpoint.load(scored)
-        known = "; it is of a training without these pairs, the weights handed in are of one on all pairs"
-    if checkpoint.is_validated(content):
+def describe_score(folder, views, data):
+    """The official score of a run with these views, or why it is unknown, as text."""
+    weights = register.scored_weights(folder)
+    if checkpoint.is_validated(checkpoint.load(weights)):
         scores, doubt = score(weights, views, data)
-        known += f" ({weights.name} {doubt})" if doubt else ""
-        pairs = f"the {len(scores)} pairs held out"
-        return f"{scores.mean():.4f}, the official score on {pairs}, from the views below{known}"
-    best = register.best_score(weights.parent)
+        about = f"the official score on the {len(scores)} pairs held out, from the views below"
+        if weights.name == "validated.pt":
+            about += "; it is of a training without these pairs, the weights handed in are of one on all pairs"
+        return f"{scores.mean():.4f}, {about}" + (f" ({weights.name} {doubt})" if doubt else "")
+    best = register.best_score(folder)
     known = f"the run in run/ has {best:.4f}, from one view per image" if best >= 0 else "not measured"
     return f"unknown, since the weights were trained on all pairs; {known}"
 
@@ -78,8 +76,7 @@ def main():
     target = args.out / f"{args.matric or 'report-zip'}.zip"
     check_target(target, ZIP)
     if not report.is_file() and (args.report or args.matric):
-        first = "" if draft.is_file() else f"`make report NAME={name}`, then "
-        raise UserError(f"no {report}: {first}`make report-pdf NAME={name}`; or REPORT=FILE")
+        raise UserError(f"no {report}: `make report-pdf NAME={name}` prints the draft of `make report`; or REPORT=FILE")
     if not args.report and draft.is_file() and report.is_file() and draft.stat().st_mtime > report.stat().st_mtime:
         raise UserError(f"{draft} is newer than {report}: print it again, `make report-pdf NAME={name}`")
     if not submission.is_file():
@@ -93,13 +90,11 @@ def main():
     if args.matric and "________" in page:
         again = f'make report NAME={name} AUTHOR="A. Author" MATRIC={args.matric} OVERWRITE=1'
         raise UserError(f"{draft} has blanks: edit and print it, or `{again}`")
-    if args.matric and 'class="screen"' in page:
-        print_message(f"{draft} has the line of a draft: complete it, delete the line, `make report-pdf NAME={name}`")
     content = checkpoint.load(weights)
     remedy = f"`make submit NAME={name}` (and VIEWS=) creates a new one"
     sent, views = read_submission(submission, images, content["state_dict"], remedy)
     masks = {name: data for name, data in sent.items() if name.startswith("masks/")}
-    known = describe_score(weights, content, data, views)
+    known = describe_score(folder, views, data)
     stated = re.search(r"official score\) is (0\.\d+)", page)
     if stated and known.startswith("0.") and abs(float(stated[1]) - float(known[:6])) > 0.0005:
         print_message(f"{draft} states {stated[1]}, but the masks handed in have {known[:6]}: correct it")

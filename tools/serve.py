@@ -87,8 +87,7 @@ def make_server(parser, port):
     page = PAGE.read_text(encoding="utf-8").replace("<!--LABELS-->", labels).encode()
     handler = type("Handler", (Handler,), {"parser": staticmethod(parser), "page": page})
     try:
-        # The longer queue spares many connections at once from being reset.
-        return type("Server", (ThreadingHTTPServer,), {"request_queue_size": 128})(("127.0.0.1", port), handler)
+        return ThreadingHTTPServer(("127.0.0.1", port), handler)
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot serve on port {port} ({error}); choose another, PORT=8001") from None
 
