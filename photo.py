@@ -136,8 +136,10 @@ def crop(pixels, window):
     if angle:
         margin = math.ceil((math.hypot(width, height) - min(width, height)) / 2)
         around = crop(pixels, Window(left - margin, top - margin, width + 2 * margin, height + 2 * margin))
-        turned = Image.fromarray(around).rotate(angle, Image.Resampling.BILINEAR)
+        turned = Image.fromarray(np.ascontiguousarray(around)).rotate(angle, Image.Resampling.BILINEAR)
         return np.asarray(turned)[margin : margin + height, margin : margin + width]
+    if 0 <= left <= pixels.shape[1] - width and 0 <= top <= pixels.shape[0] - height:  # a view, for large photos
+        return pixels[top : top + height, left : left + width]
     rows = np.arange(top, top + height).clip(0, pixels.shape[0] - 1)
     columns = np.arange(left, left + width).clip(0, pixels.shape[1] - 1)
     return pixels[np.ix_(rows, columns)]

@@ -17,11 +17,24 @@ import argparse
 import json
 import os
 import re
+import sys
 import time
 from numbers import Integral
 from pathlib import Path
 
-from common import ArgumentParser, UserError, atomic, make_folder, natural, print_message, run_main, show_progress
+from common import (
+    ArgumentParser,
+    UserError,
+    atomic,
+    duration,
+    make_folder,
+    natural,
+    print_message,
+    printable,
+    run_main,
+    show_line,
+    show_progress,
+)
 
 import numpy as np
 from PIL import Image
@@ -170,24 +183,35 @@ def predict_all(parser, args):
         raise UserError("--crop crops the cut-out: add --cutout head")
     files = files_to_parse(args)
     make_folder(args.output)
-    written, begin = 0, time.monotonic()
-    for done, path in enumerate(files, 1):
-        try:
-            pixels, opacity = read_picture(path)
-            parsed = parser(pixels, whole=args.whole, box=args.box, cutout=args.cutout)
-        except UserError as error:
-            print_message(error if str(path) in str(error) else f"{path}: {error}", "error")
-            continue
-        write_results(args, path, pixels, opacity, parsed)
-        written += 1
-        if parsed.missed:
-            how = "parsed as one portrait, perhaps wrongly" if parsed.mask.any() else "all background"
-            print_message(f"no face found in {path}: {how}; WHOLE=1 (--whole) or BOX=x,y,w,h (--box) parses it")
-        show_progress("predicting", done, len(files), time.monotonic() - begin)
-    seconds = time.monotonic() - begin
-    pace = f"{seconds:.1f} s ({seconds / max(1, written):.2f} s per image)"
-    print(f"{written} of {len(files)} masks in {args.output}, {pace}")
-    return 0 if written == len(files) else 2
+    failed, written, begin = 0, 0, time.monotonic()
+    try:
+        for done, path in enumerate(files, 1):
+            show_line(f"parsing {printable(path.name)}", sys.stderr)
+            start, parsed = time.monotonic(), None
+            try:
+                pixels, opacity = read_picture(path)
+                parsed = parser(pixels, whole=args.whole, box=args.box, cutout=args.cutout)
+                write_results(args, path, pixels, opacity, parsed)
+            except UserError as error:
+                if parsed and "name too long" not in str(error):  # a full disk fails for every image
+                    raise
+                failed += 1
+                print_message(error if str(path) in str(error) else f"{path}: {error}", "error")
+                continue
+            written += 1
+            if parsed.missed:
+                how = "parsed as one portrait, perhaps wrongly" if parsed.mask.any() else "all background"
+                print_message(f"no face found in {path}: {how}; WHOLE=1 (--whole) or BOX=x,y,w,h (--box) parses it")
+            elif not sys.stderr.isatty():
+                faces = f"{len(parsed.faces)} face{'s' * (len(parsed.faces) != 1)}"
+                print(f"{printable(path.name)}: {faces}, {time.monotonic() - start:.1f} s", flush=True)
+            show_progress("predicting", done, len(files), time.monotonic() - begin)
+    finally:  # also after Ctrl-C
+        seconds = time.monotonic() - begin
+        pace = f"{duration(seconds)} ({seconds / max(1, written + failed):.2f} s per image)"
+        show_line("", sys.stderr)
+        print(f"{written} of {len(files)} masks in {args.output}, {pace}", flush=True)
+    return 2 if failed else 0
 
 
 def main():

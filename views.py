@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from labels import FLIP
 from model import upsample
 
+MAX_WEIGHTS = 1 << 24  # of `area` in one dimension: images longer than that are averaged over whole pixels
 VIEW_PIXELS = 1 << 18  # pixels a CPU processes at once: more would leave its cache
 
 
@@ -59,6 +60,8 @@ def input_size(height, width, size, scale=1.0):
 
 def area(x, size):
     """Resize maps (B, C, H, W) to `size` = (h, w): the exact average over each new pixel's area."""
+    if max(old * new for old, new in zip(x.shape[2:], size, strict=True)) > MAX_WEIGHTS:
+        return F.interpolate(x, tuple(size), mode="area")
     down, across = (area_weights(old, new, x.device) for old, new in zip(x.shape[2:], size, strict=True))
     return down @ (x @ across.T)
 

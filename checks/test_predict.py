@@ -237,3 +237,21 @@ def test_as_a_library_predict_changes_nothing_of_its_host():
     blocked = "import sys; sys.modules['torch'] = None; sys.modules['numpy'] = None\nimport predict"
     done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True)
     assert done.returncode == 1 and "ModuleNotFoundError" in done.stderr
+
+
+def test_a_name_too_long_for_a_file_stops_no_folder(run, tmp_path):
+    os.rename(tmp_path / "a.png", tmp_path / f"{'a' * 245}.png")
+    Image.new("RGB", (40, 30)).save(tmp_path / "b.png")
+    status, error = run("--input=. --whole --overlay")
+    assert status == 2 and "name too long" in error and error.count("\n") == 1
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"b.png", "b-overlay.png"}
+
+
+def test_a_full_disk_is_one_error_for_all_images(run, tmp_path, monkeypatch):
+    def full(*_):
+        raise UserError("cannot write out/a.png: No space left on device")
+
+    Image.new("RGB", (40, 30)).save(tmp_path / "b.png")
+    monkeypatch.setattr(predict, "write_results", full)
+    status, error = run("--input=. --whole")
+    assert status == 2 and error.count("No space left") == 1
