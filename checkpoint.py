@@ -104,11 +104,6 @@ def load_model(path, device="cpu"):
     return model, {key: value for key, value in content.items() if key != "state_dict"}
 
 
-def is_validated(content):
-    """True if the checkpoint's training held out pairs, so that its score is of unseen images."""
-    return content.get("validated", content.get("official") is not None)
-
-
 def pairs_in(content, key):
     """[(name, hash of the image), ...] of the pairs under `key` of a loaded checkpoint. UserError if it has others."""
     try:

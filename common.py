@@ -212,13 +212,10 @@ def read_json(path):
         raise UserError(f"cannot read {path}: {error}") from None
 
 
-def in_parallel(function, tasks, workers=None, label="working"):
-    """Yield function(task) for every task in order, from `workers` processes (default: one per core we may use).
-
-    UserError if a worker process was killed.
-    """
+def in_parallel(function, tasks, label):
+    """Yield function(task) for every task in order, from one process per core; UserError if one was killed."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    pool = ProcessPoolExecutor(workers or cores, initializer=_start_worker)
+    pool = ProcessPoolExecutor(cores, initializer=_start_worker)
     start = time.monotonic()
     try:
         for done, result in enumerate(pool.map(function, tasks, chunksize=8), 1):

@@ -88,12 +88,6 @@ def make_name(folder):
     return shlex.quote(folder.name if folder.parent.resolve() == Path("runs").resolve() else str(folder))
 
 
-def best_score(folder):
-    """Best official score of a run, -1 if it was never validated."""
-    scores = (line.get("official") for line in read_metrics(folder))
-    return max((score for score in scores if type(score) in (int, float) and 0 <= score <= 1), default=-1.0)
-
-
 def read_metrics(folder):
     """The lines of metrics.jsonl as dicts; a line cut off by a crash ends the list."""
     metrics = []

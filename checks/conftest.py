@@ -32,7 +32,7 @@ def pytest_runtest_setup():
 def place(tmp_path_factory):
     """A folder with data/, ten pairs, and a finished training runs/whole; tests add runs, but change nothing."""
     root = tmp_path_factory.mktemp("place")
-    make_dataset(root / "data", train=10, dev=1, test=1, workers=1)
+    make_dataset(root / "data", train=10, dev=1, test=1)
     train_here(root, f"--name=whole {FLAGS}")
     return root
 

@@ -118,7 +118,7 @@ class Place:
         self.short, self.root, self.data, self.cache = short, root, root / "data", root / "cache"
         self.runs, self.whole, self.images = root / "runs", root / "runs/whole", root / "data/test/images"
         self.weights = root / "weights.pt"
-        make_dataset(self.data, train=14, dev=1, test=3, workers=1)
+        make_dataset(self.data, train=14, dev=1, test=3)
         torch.manual_seed(0)
         model = build("microunet", **TINY)
         torch.nn.init.normal_(model.classifier.weight, std=1.0)

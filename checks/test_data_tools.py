@@ -57,7 +57,7 @@ def pack(files, path):
 
 
 def run_prepare(raw, out, count=None):
-    return prepare.prepare(raw, out, count, SIZE, workers=1)[1]
+    return prepare.prepare(raw, out, count, SIZE)[1]
 
 
 @cases("raw", ["folder", "raw.zip"])
@@ -181,9 +181,9 @@ AUDITED = [
 
 @cases(("name", "content", "fault"), AUDITED, ids=range(len(AUDITED)))
 def test_audit_finds_one_fault(name, content, fault, command, data):
-    assert prepare.audit(data, workers=1) == {}
+    assert prepare.audit(data) == {}
     write({name: content}, data)
-    assert prepare.audit(data, workers=1) == {fault.format(data): [data / name]}
+    assert prepare.audit(data) == {fault.format(data): [data / name]}
     status, out, _ = command(prepare.main, "--check", "--data", data, "--list=1")
     assert status == int(fault != prepare.REVERSED) and f"{fault.format(data)} (1): {data / name}" in out
 
@@ -227,14 +227,14 @@ def test_synth_resumes(command, tmp_path):
     assert len(made) == 2 * 3 + 8 + 8 + 1 and SYNTHETIC_MARKER in made
     (root / "train/masks/train_00001.png").unlink()
     assert "1 new faces" in command(*flags)[1] and contents(root) == made
-    synth.make_dataset(tmp_path / "again", 3, size=64, workers=2)
+    synth.make_dataset(tmp_path / "again", 3, size=64)
     assert contents(tmp_path / "again") == made
 
 
 def test_mistakes_are_refused(refused, tmp_path):
     raw, other = write(challenge(), tmp_path / "raw"), write({"train/images/mine.jpg": b""}, tmp_path / "other")
     text, new, faces = write({"text.zip": b"no zip"}, tmp_path) / "text.zip", tmp_path / "new", tmp_path / "faces"
-    synth.make_dataset(faces, 1, 1, 1, size=64, workers=1)
+    synth.make_dataset(faces, 1, 1, 1, size=64)
     for tool, flags, reason in (
         (prepare, ("--raw", tmp_path / "missing", "--data", new), "No such file"),
         (prepare, ("--raw", text, "--data", new), "cannot read"),

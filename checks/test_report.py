@@ -80,7 +80,7 @@ def page_data(runs):
 
 
 def test_leaderboard_has_real_faces_by_best_score_then_synthetic_ones(runs):
-    untrained(runs / "low/best.pt", official=0.5)
+    untrained(runs / "low/best.pt", validated=True)
     untrained(runs / "high/best.pt", validated=False)
     with open(runs / "high/metrics.jsonl", "a") as file:
         file.write('{"epoch": 4, "offi')  # a crash while writing
@@ -166,7 +166,6 @@ def test_damaged_runs_are_named_and_the_others_shown(runs, command, refused):
         path = write_run(runs, f"bad-{i:02}", [0.1]) / file
         whole = isinstance(content, str)
         path.write_text(content if whole else json.dumps(json.loads(path.read_text()) | content))
-        assert register.best_score(runs / f"bad-{i:02}") <= 0.5
     (write_run(runs, "cut", [0.1]) / "metrics.jsonl").write_text("[" * 100_000)  # as if cut off
     data = page_data(runs)
     page = (runs / "index.html").read_text()

@@ -197,7 +197,7 @@ def require_same_source(raw, data, paths, size):
     common.write_text(marker, digest)
 
 
-def prepare(raw, data, count=None, size=SIZE, workers=None):
+def prepare(raw, data, count=None, size=SIZE):
     """Make the folder `data` from `raw` (a folder or zip of either form); existing files are kept.
 
     Returns ({path below data: source}, number of files written). UserError for bad input and other files in `data`.
@@ -216,7 +216,7 @@ def prepare(raw, data, count=None, size=SIZE, workers=None):
         if others:
             raise UserError(f"{folder} has {len(others)} files not from {raw}, such as {others[0]}; give another DATA")
     require_same_source(raw, data, paths, size)
-    return jobs, sum(in_parallel(convert, tasks, workers, "preparing"))
+    return jobs, sum(in_parallel(convert, tasks, "preparing"))
 
 
 def inspect(path):
@@ -234,7 +234,7 @@ def inspect(path):
     return faults, None if is_mask else images.image_hash(pixels)
 
 
-def audit(data, workers=None):
+def audit(data):
     """{fault: [path, ...]} of DATA/train and, if they exist, DATA/dev and DATA/test. UserError if a folder is empty."""
     photos, masks = (images.image_files(Path(data, "train", kind)) for kind in ("images", "masks"))
     found, first = defaultdict(list), {}
@@ -244,7 +244,7 @@ def audit(data, workers=None):
         found["name of another file"] += [path for path in files if seen.setdefault(path.stem, path) != path]
     others = [Path(data, split, "images") for split in ("dev", "test") if Path(data, split).is_dir()]
     files = photos + masks + [path for folder in others for path in images.image_files(folder)]
-    for path, (faults, known) in zip(files, in_parallel(inspect, files, workers, "checking"), strict=True):
+    for path, (faults, known) in zip(files, in_parallel(inspect, files, "checking"), strict=True):
         if known and first.setdefault(known, path) != path:
             faults.append(f"same pixels as {first[known]}")
         for fault in faults:

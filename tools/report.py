@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 import options
-from checkpoint import is_validated, load, load_model
+from checkpoint import load, load_model
 from data import find_data_of, find_pairs, reversed_sides
 from device import select_device
 from images import mask_image, read_image, read_mask
@@ -85,7 +85,7 @@ def read_run(folder, files):
         row |= {"name": folder.name, "model": args["model"], "recipe": args["recipe"], "line": make_line(args)}
         row |= {"date": str(record.get("started", "-"))[:10], "synthetic": bool(pairs.get("drawn"))}
         row["lmsa"] = ("no", "yes")[args["lmsa"]] if args["model"] == "microsegformer" else "-"
-        row["weights"] = ("yes" if is_validated(load(path)) else "all pairs") if path.is_file() else "-"
+        row["weights"] = ("yes" if load(path).get("validated") else "all pairs") if path.is_file() else "-"
         run["row"] = row
     run["remark"] = remark(folder, args, run)
     json.dumps(run, allow_nan=False)  # ValueError if not valid JSON
@@ -258,7 +258,7 @@ def draw_pictures(folder, device, data):
         lowest = sorted((f, NAMES[i]) for i, f in enumerate(rows[name]) if f is not None)[:3]
         picture = {"group": group, "name": name, "score": scores[name], "lowest": [[label, f] for f, label in lowest]}
         content["pictures"].append(picture | {"panels": panels(pixels, true, predicted)})
-    content["seen"] = not is_validated(info)
+    content["seen"] = not info.get("validated")
     content["score_without_reversed"] = float(np.mean([scores[name] for name in sound])) if sound else 0.0
     write_text(folder / "pictures.json", json.dumps(content))
     return content

@@ -123,7 +123,7 @@ def write_face(task):
     return True
 
 
-def make_dataset(out, train=200, dev=8, test=8, size=512, workers=None):
+def make_dataset(out, train=200, dev=8, test=8, size=512):
     """Write out/{train,dev,test}/images, out/train/masks and the marker file; existing files are kept.
 
     Returns the number of faces written. UserError if `out` contains other files or faces of another size.
@@ -139,7 +139,7 @@ def make_dataset(out, train=200, dev=8, test=8, size=512, workers=None):
         make_folder(out / folder)
     splits = enumerate((("train", train), ("dev", dev), ("test", test)))
     tasks = [(out, split, index, number, size) for index, (split, count) in splits for number in range(count)]
-    return sum(in_parallel(write_face, tasks, workers, "generating"))
+    return sum(in_parallel(write_face, tasks, "generating"))
 
 
 def main():
