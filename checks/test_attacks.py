@@ -215,9 +215,13 @@ def test_scores_and_counts_are_of_what_was_asked(copy, command, refused):
         options.parse(['--model-args={"dropout": 0.9}'])
 
 
-def test_a_record_names_the_places_of_a_resumed_run(copy):
+def test_a_record_names_the_places_of_a_resumed_run_and_settings_that_are_gone(copy):
     path = copy / "runs/whole/args.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"device_name": "A40"}))
+    record = json.loads(path.read_text()) | {"device_name": "A40"}
+    path.write_text(json.dumps(record | {"args": record["args"] | {"lovasz": 1.0}}))
+    with pytest.raises(UserError, match="lovasz, which this version no longer has"):
+        set_up(copy, "--resume=whole")
+    path.write_text(json.dumps(record))
     set_up(copy, "--resume=whole")
     assert json.loads(path.read_text())["device_name"] == f"A40 then {train.device_name(torch.device('cpu'))}"
 
