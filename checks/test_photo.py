@@ -137,7 +137,7 @@ def test_tilted_face_is_found_and_parsed(faces, roll):
 
 
 def test_a_face_whose_roll_was_misjudged_is_found_level(group):
-    parsed = parse(group, near(WINDOWS, roll=50, heat=0.35))
+    parsed = parse(group, near(WINDOWS, roll=50, heat=0.4))
     assert len(parsed.faces) == 3 and all(abs(face.angle) < 9 for face in parsed.faces)
 
 
@@ -146,6 +146,15 @@ def test_windows_around_a_portrait_are_concentric(faces):
     around, _ = photo.parse_face(oracle(), painted(np.pad(faces[0], 90)), window)
     centres = [(w.left + w.width / 2, w.top + w.height / 2) for w in (window, around)]
     assert around.width > window.width and centres[0] == centres[1]
+
+
+@cases(("side", "size"), [(96, 384), (104, 512)])
+def test_small_portraits_are_parsed_at_a_lower_resolution(faces, monkeypatch, side, size):
+    parse_window, sizes = photo.parse_window, []
+    monkeypatch.setattr(photo, "parse_window", lambda *args: sizes.append(args[-1]) or parse_window(*args))
+    parser = SimpleNamespace(**vars(oracle()) | {"size": 512})
+    photo.parse_face(parser, painted(faces[0]), Window(100, 100, side, side))
+    assert sizes[0] == size
 
 
 def test_a_face_far_from_the_candidate_is_not_its(group):
