@@ -25,6 +25,8 @@ EMPTY := $(firstword $(foreach v,$(SETTINGS),$(if $(value $(v)),,$(v))))
 $(if $(EMPTY),$(error $(EMPTY) is empty: give a value, or leave it out))
 FIXED := $(firstword $(filter help install demo test clean,$(MAKECMDGOALS)))
 $(if $(and $(FIXED),$(SETTINGS)),$(error $(firstword $(SETTINGS)) has no effect on `make $(FIXED)`))
+ODD := $(shell printf %s '$(subst ','\'',$(SETTINGS))' | tr -d 'A-Za-z0-9_ ')
+$(if $(ODD),$(error $(ODD) is in the name of no setting; names have letters, digits and _))
 # Values reach the script as typed, whatever quotes, dollars or line breaks they contain: in variables of the shell,
 # each as it is; make would expand what it exports itself.
 $(foreach v,$(SETTINGS),$(eval export typed_$(v) := $$(value $(v)))$(eval unexport $(v)))

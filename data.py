@@ -176,6 +176,8 @@ def split(count, val_split=0.1, seed=42, hashes=None):
     copies = np.array([hashes[i] in unseen for i in train])
     if copies.any():
         print_message(f"{copies.sum()} copies of held-out images are held out too; `make check-data LIST=1` lists them")
+    if copies.all():
+        raise UserError("no images are left to train on")
     return train[~copies], np.concatenate([validation, train[copies]])
 
 
@@ -184,7 +186,7 @@ def load_pairs(data, cache="build/cache"):
     files = find_pairs(data)
     digest = _digest(files)
     path = Path(cache, f"{digest}.pairs")
-    if not path.is_file() or path.stat().st_size != len(files) * PAIR.itemsize:
+    if not is_complete(path, files):
         _build_cache(path, files)
     whole = np.memmap(path, PAIR, "r")
     names, hashes = [p.stem for p, _ in files], [known.tobytes() for known in whole["hashes"]]
@@ -205,16 +207,25 @@ def _digest(files):
     return digest.hexdigest()[:16]
 
 
+def is_complete(path, files):
+    """True if the cache file `path` has the size of these pairs."""
+    return path.is_file() and path.stat().st_size == len(files) * PAIR.itemsize
+
+
 def _build_cache(path, files):
     """Decode all pairs into the cache file `path`, atomically; one process at a time."""
     make_folder(path.parent)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
+        if is_complete(path, files):  # another process has built it meanwhile
+            return
         remove_unfinished(path.parent, {path.name})  # of a killed process: a live one has the lock
         with atomic(path) as temporary, open(temporary, "wb") as file:
             for pair in in_parallel(_decode, files, label="decoding"):
                 file.write(pair)
+            if path.stem != _digest(files):
+                raise UserError(f"files of {files[0][0].parent.parent} changed while they were read; run it again")
     finally:
         os.close(folder)
 

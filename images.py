@@ -62,7 +62,7 @@ def decode_picture(source, name):
             try:
                 return picture_pixels(image)
             except OSError:
-                if image.format != "JPEG":
+                if image.format != "JPEG" or not image.fp:  # which Pillow closes after the last byte
                     raise
                 return _unended_jpeg(image.fp)
     except UnidentifiedImageError:

@@ -15,7 +15,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from common import ArgumentParser, UserError, make_folder, natural, positive, run_main, show_progress
+from common import ArgumentParser, UserError, duration, make_folder, natural, positive, run_main, show_progress
 
 import numpy as np
 import torch
@@ -395,6 +395,7 @@ def train(locator, scenes, steps):
         schedule.step()
         mean += (loss.item() - mean) / min(step + 1, 100)
         show_progress(f"loss {mean:.3f}, step", step + 1, steps, time.monotonic() - begin)
+    print(f"loss {mean:.3f} after {steps} steps, {duration(time.monotonic() - begin)}")
     locator.eval()
 
 

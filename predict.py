@@ -91,10 +91,11 @@ class FaceParser:
 def _pixels(image):
     if isinstance(image, (str, os.PathLike)):
         return read_image(image)
-    pixels = picture_pixels(image)[0] if isinstance(image, Image.Image) else np.asarray(image)
+    pixels = picture_pixels(image)[0] if isinstance(image, Image.Image) else image
+    if not isinstance(pixels, np.ndarray):
+        raise UserError(f"an image is a path, a PIL image or a uint8 array, not a {type(image).__name__}")
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
-        what = f"{type(image).__name__} of {pixels.dtype} {pixels.shape}"
-        raise UserError(f"an image is a path, a PIL image or a uint8 array (H, W, 3), not {what}")
+        raise UserError(f"an image array must be uint8 (H, W, 3), not {pixels.dtype} {pixels.shape}")
     return pixels
 
 
@@ -182,6 +183,8 @@ def predict_all(parser, args):
     if args.crop and not args.cutout:
         raise UserError("--crop crops the cut-out: add --cutout head")
     files = files_to_parse(args)
+    if not files:
+        return 0
     make_folder(args.output)
     failed, written, begin = 0, 0, time.monotonic()
     try:

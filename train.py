@@ -159,6 +159,8 @@ class Training:
         self.args, self.device = args, select_device(args.device, args.threads)
         torch.backends.cudnn.benchmark = self.device.type == "cuda"
         if IN_GROUP:
+            if self.device.type != "cuda":
+                raise UserError("several processes need GPUs; on a CPU use one process with threads")
             dist.init_process_group("nccl")
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if IN_GROUP else (0, 1)
 
@@ -181,6 +183,8 @@ class Training:
         self.sizes = [size for size, length in self.phases for _ in range(length)]
         self.batch = batch_size(args, len(indices), self.processes, self.strength)
         self.steps = len(indices) // self.batch
+        if self.batch == 1 and min(self.sizes) == 32:
+            raise UserError("batch norm cannot train on one 32-pixel image; raise --batch or --sizes")
 
         if source:
             start_from(self, source)

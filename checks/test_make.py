@@ -58,6 +58,7 @@ def test_environment_sets_nothing():
 
 MISTAKES = [
     *[("train DCIE=2", "--dcie"), ("trian", "trian"), ("predict OUT=d", "IN="), ("train LR=", "LR is empty")],
+    *[("train x;id=1", ";"), ("train x`id`=1", "`")],
     *[("install LR=1", "LR has no effect"), ("help PYTHON=a b", "PYTHON")],
 ]
 

@@ -105,6 +105,9 @@ def test_a_jpeg_may_lack_its_end_mark_but_no_pixels(tmp_path):
     (tmp_path / "b.jpg").write_bytes(whole[:-200])
     with pytest.raises(UserError, match="truncated"):
         read_image(tmp_path / "b.jpg")
+    (tmp_path / "b.jpg").write_bytes(whole.replace(b"\xff\xc4\x00\x1f\x00", b"\xff\xc4\x00\x1f\xff", 1))  # a table
+    with pytest.raises(UserError, match="broken data stream"):
+        read_image(tmp_path / "b.jpg")
 
 
 def test_crop_shows_only_the_cut_out_which_keeps_the_images_opacity(run, tmp_path):

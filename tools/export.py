@@ -154,9 +154,11 @@ def write_release(weights, folder, overwrite=False):
 
 
 def halve(path):
-    """A checkpoint with its weights in half precision."""
+    """A checkpoint with its weights in half precision. UserError if they exceed its range."""
     content = checkpoint.load(path)
     state = {key: v.half() if v.is_floating_point() else v for key, v in content["state_dict"].items()}
+    if not all(bool(value.isfinite().all()) for value in state.values()):
+        raise UserError(f"some weights of {path} exceed half precision; release another run")
     return {**content, "state_dict": state}
 
 
@@ -170,7 +172,7 @@ def main():
     parser.switch("--release", help="create runs/release instead; needs --name")
     parser.switch("--overwrite", help="with --release: deletes and replaces it, its report and zip")
     args = parser.parse_args()
-    if bool(args.out) == args.release or (args.release and not args.name):
+    if bool(args.out) == args.release or (args.release and (args.int8 or not args.name)):
         raise UserError("give the file to write, OUT=parser.onnx; `make release NAME=a` creates runs/release")
     weights = register.find_weights(args.weights or args.name)
     if args.release:

@@ -21,7 +21,7 @@ from data import find_data_of, is_synthetic
 from images import image_files
 from model import PARAM_LIMIT, count_parameters
 from tools.check_submission import PYTHON, judge, show
-from views import parse_views
+from views import ONE_VIEW, parse_views
 
 ROOT = Path(__file__).resolve().parent.parent
 ZIP = rb"\APK\x03\x04....\x08\x00\x00\x00!\x00"  # how the zips of `write_zip` begin: dated 1980-01-01
@@ -59,7 +59,7 @@ def make_submission(weights, images, phase, target, views="", run=5):
     parameters = count_parameters(checkpoint.restore(content, weights))
     if parameters >= PARAM_LIMIT:
         raise UserError(f"{weights} has {parameters:,} parameters; a submission must have fewer than {PARAM_LIMIT:,}")
-    parse_views(views)
+    views = views if parse_views(views) != ONE_VIEW else ""
     images, target = Path(images).resolve(), Path(target)
     check_target(target, ZIP)
     count = len(image_files(images))

@@ -47,13 +47,14 @@ def read_submission(path, images, own, remedy):
     return files, content.get("views", "")
 
 
-def describe_score(folder, views, data):
-    """The official score of a run with these views, or why it is unknown, as text."""
-    weights = register.scored_weights(folder)
+def describe_score(own, views, data):
+    """The official score of a run's weights with these views, or why it is unknown, as text."""
+    twin = own.with_name("validated.pt")
+    weights = twin if twin.is_file() and not checkpoint.load(own).get("validated") else own
     if checkpoint.load(weights).get("validated"):
         scores, doubt = score(weights, views, data)
         about = f"the official score on the {len(scores)} pairs held out, from the views below"
-        if weights.name == "validated.pt":
+        if weights != own:
             about += "; it is of a training without these pairs, the weights handed in are of one on all pairs"
         return f"{scores.mean():.4f}, {about}" + (f" ({weights.name} {doubt})" if doubt else "")
     return "unknown, since the weights were trained on all pairs"
@@ -92,7 +93,7 @@ def main():
     remedy = f"`make submit NAME={name}` (and VIEWS=) creates a new one"
     sent, views = read_submission(submission, images, content["state_dict"], remedy)
     masks = {name: data for name, data in sent.items() if name.startswith("masks/")}
-    known = describe_score(folder, views, data)
+    known = describe_score(weights, views, data)
     stated = re.search(r"official score\) is (0\.\d+)", page)
     if stated and known.startswith("0.") and abs(float(stated[1]) - float(known[:6])) > 0.0005:
         print_message(f"{draft} states {stated[1]}, but the masks handed in have {known[:6]}: correct it")
