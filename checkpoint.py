@@ -105,9 +105,13 @@ def load_model(path, device="cpu"):
 
 
 def pairs_in(content, key):
-    """[(name, hash of the image), ...] of the pairs under `key` of a loaded checkpoint. UserError if it has others."""
+    """[(name, hash of the image), ...] of the pairs under `key` of a loaded checkpoint. UserError if it has others.
+
+    The hash is "" in checkpoints of older versions, which had only names.
+    """
     try:
-        return [(str(name), str(known)) for name, known in content.get(key, ())]
+        pairs = ((entry, "") if isinstance(entry, str) else entry for entry in content.get(key, ()))
+        return [(str(name), str(known)) for name, known in pairs]
     except (TypeError, ValueError):
         raise UserError(f"the checkpoint is damaged: its {key} contains no pairs") from None
 

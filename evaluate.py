@@ -115,10 +115,11 @@ def held_out(content, path, keys):
     If there are none, or the checkpoint does not name them: those that the reference held out.
     """
     index = {}
-    for i, (_, known) in enumerate(keys):
-        index.setdefault(known, []).append(i)
+    for i, pair in enumerate(keys):
+        for key in pair:
+            index.setdefault(key, []).append(i)
     pairs = checkpoint.pairs_in(content, "held_out")
-    found = [index.get(known, []) for _, known in pairs]
+    found = [index.get(known or name, []) for name, known in pairs]
     if missing := found.count([]):
         print_message(f"{missing} of the {len(pairs)} pairs held out from {path} are missing: a score of the others")
     held = list(dict.fromkeys(sum(found, [])))

@@ -55,6 +55,7 @@ def test_weights_are_scored_on_the_pairs_their_training_held_out():
     keys = [(f"name {i}", f"hash {i}") for i in range(40)]
     for content, expected in [
         ({"held_out": [keys[7], ("name 5", "gone"), ("renamed", "hash 3")], "trained_on": keys[1:2]}, [7, 3]),
+        ({"held_out": ["name 9", "name 8"], "trained_on": ["name 1"]}, [9, 8]),  # of an older version
         ({"held_out": [], "trained_on": keys[2:]}, [0, 1]),
         ({"held_out": [], "trained_on": keys}, split(40)[1].tolist()),
         ({}, split(40)[1].tolist()),
