@@ -16,7 +16,18 @@ from PIL import Image
 
 from checks.conftest import cases, encoded, write
 from checks.test_data_tools import TURNED
-from data import SYNTHETIC, Batches, find_data, find_data_of, find_pairs, load_pairs, reversed_sides, split, swap_sides
+from data import (
+    SYNTHETIC,
+    Batches,
+    _build_cache,
+    find_data,
+    find_data_of,
+    find_pairs,
+    load_pairs,
+    reversed_sides,
+    split,
+    swap_sides,
+)
 from images import image_hash, mask_image, read_image, read_mask
 
 FACE = np.zeros((512, 512), np.uint8)  # eyes and nose
@@ -42,6 +53,8 @@ def test_split_equals_the_reference():
     order = np.random.permutation(900)
     train, validation = split(900)
     assert train.tolist() == order[:810].tolist() and validation.tolist() == order[810:].tolist()
+    with pytest.raises(UserError, match="no images are left"):
+        split(4, 0.5, hashes=["same"] * 4)
 
 
 def test_cache_contains_the_pixels_of_the_files(data):
@@ -62,6 +75,16 @@ def test_cache_is_built_again_only_if_files_change_or_it_is_truncated(data):
     assert cache.read_bytes() == content
     mask_image(np.full((512, 512), 3, np.uint8)).save(find_pairs(data)[0][1])
     assert (load(data).masks[0] == 3).all()
+
+
+def test_cache_is_of_files_that_stay_the_same_and_built_by_one_process(data, monkeypatch):
+    path, digests = load(data).path, iter(["before", "after"])
+    built = path.stat().st_mtime_ns
+    _build_cache(path, find_pairs(data))  # after another process, for which it waited
+    assert path.stat().st_mtime_ns == built
+    monkeypatch.setattr("data._digest", lambda files: next(digests))
+    with pytest.raises(UserError, match="changed while they were read"):
+        load(data)
 
 
 @cases("start", [0, 3 * 512**2, 4 * 512**2])  # an image, a mask, the flag of a reversed mask

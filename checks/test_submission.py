@@ -86,13 +86,15 @@ def sound(place):
     return read_zip(place / "runs" / "a" / "submission-test.zip")[0]
 
 
-def test_submission_contains_the_required_files_and_no_unused_module(sound):
+def test_submission_contains_the_required_files_and_no_unused_module(place, sound):
     command = [sys.executable, "-c", "import sys, tools.run; print(*sys.modules)"]
     loaded = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert {f"{name}.py" for name in loaded if (ROOT / f"{name}.py").is_file()} == set(package.MODULES)
     masks = {f"masks/{name}.png" for name in "abc"}
     assert sound.keys() == masks | {f"solution/{name}" for name in (*check_submission.FILES, *package.MODULES)}
     assert torch.load(io.BytesIO(sound[CKPT]), weights_only=True)["views"] == "flip"
+    make_submission(place / WEIGHTS, place / IMAGES, "test", place / "plain.zip", "none", run=0)
+    assert torch.load(io.BytesIO(read_zip(place / "plain.zip")[0][CKPT]), weights_only=True)["views"] == ""
     assert all(len(np.unique(Image.open(io.BytesIO(sound[name])))) > 2 for name in masks)
 
 
@@ -226,6 +228,17 @@ def test_course_zip_is_complete_and_its_readme_reproduces_the_masks(place, sound
     for name in ("a.png", "b.png", "c.png"):
         again = (tmp_path / "masks-again" / name).read_bytes()
         assert again == (tmp_path / "masks" / name).read_bytes() == sound[f"masks/{name}"]
+
+
+def test_course_zip_states_the_score_of_its_weights_or_of_their_twin(tmp_path, monkeypatch):
+    monkeypatch.setattr(report_zip, "score", lambda weights, *_: (np.array([0.5]), ""))
+    for name, validated in (("best", True), ("last", False), ("validated", True)):
+        untrained(tmp_path / f"{name}.pt", validated=validated)
+    known = [report_zip.describe_score(tmp_path / f"{name}.pt", "", None) for name in ("best", "last")]
+    assert all(text.startswith("0.5000") for text in known) and ["without these" in text for text in known] == [
+        False,
+        True,
+    ]
 
 
 @cases("script", [package, report_zip])

@@ -253,6 +253,7 @@ MISTAKES = [
     *[("--name=x --model=microunet --no-lmsa", "--lmsa"), ("--name=x --ce=0 --dice=0", "no loss")],
     *[("--name=x --val-split=0.001", "--val-split"), ("--name=x --val-split=0 --target=0.8", "--target")],
     *[("--name=x --mixup=0.6 --cutmix=0.6", "--mixup and"), ("--name=x --class-weights=1,2", "--class-weights")],
+    ("--name=x --model=microunet --batch=1 --sizes=32:1", "one 32-pixel image"),
     *[("--name=x --lr=-1", "--lr -1"), ("--resume=whole --name=x", "--name x differs")],
 ]
 
