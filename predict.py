@@ -81,7 +81,7 @@ class FaceParser:
         several = isinstance(image, (list, tuple))
         photos = list(map(_pixels, image if several else [image]))
         if len({pixels.shape for pixels in photos}) > 1:
-            raise UserError("a list of images is parsed as one batch: they must have one size")
+            raise UserError("the images of a list must have one size")
         if self.locator is None and not (whole or box):
             self.locator = load_locator(self.device)
         parsed = parse_photos(self, photos, whole, box, cutout)

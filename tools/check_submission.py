@@ -22,7 +22,7 @@ import torch
 
 from checkpoint import leaves
 from data import find_data_of
-from images import DECODE_ERRORS, image_files, open_image, read_image
+from images import DECODE_ERRORS, image_files, open_image, read_image, require_file
 from labels import NUM_CLASSES, PALETTE
 from model import PARAM_LIMIT
 
@@ -205,6 +205,7 @@ def main():
     parser.add_argument("--phase", choices=("test", "dev"), default="test", help="dev: only masks are needed")
     parser.add_argument("--run", type=natural, default=0, help="number of images on which to EXECUTE the zip's run.py")
     args = parser.parse_args()
+    require_file(args.zip)
     valid = show(judge(args.zip, find_data_of(args.zip, args.data) / args.phase / "images", args.phase, args.run))
     print(f"{args.zip}: {'valid' if valid else 'NOT valid'} for the {args.phase} phase")
     return 0 if valid else 1

@@ -125,6 +125,8 @@ def draft(folder, author, matric, views="", data=None):
     texts |= {"seen": seen if row["weights"] == "all pairs" else "", "held": f"{args.val_split:.0%}"}
     texts |= {"faces": "synthetic faces, which say nothing about real ones" if row["synthetic"] else "CelebAMask-HQ"}
     texts |= {"start": start if args.start_from else "from scratch", "runs": len(rows), "changes": rows[0][2]}
+    muon = "Muon for the matrices of hidden layers and AdamW for all other parameters"
+    texts |= {"optimiser": muon if args.optimiser == "muon" else "AdamW"}
     texts |= {"augmentation": ", ".join(augmentation) or "none"}
     texts |= {"over": "the labels present in the image" if args.dice_over == "present" else "all labels"}
     texts |= {"phases": ", then ".join(f"{length} at {size} pixels" for size, length in run["phases"])}
