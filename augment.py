@@ -136,13 +136,13 @@ def send(params, device):
     return {name: part.view(value.shape) for (name, value), part in zip(params.items(), parts, strict=True)}
 
 
-def warp(images, masks, theta, size, surround):
+def warp(images, masks, theta, size, surround=None):
     """Flip, rotate, scale and shift in one resampling.
 
-    uint8 images (B, 3, S, S), uint8 masks (B, M, M), S and M >= size, theta (B, 2, 3), surround (B, 3) -> float images
-    (B, 3, size, size), values 0..1, and uint8 masks (B, size, size). Images are sampled bilinearly from twice the size,
-    so that the identity is the area average of prediction; masks at full resolution, to the nearest pixel. Outside the
-    image lies its reflection if `surround` is negative, else this colour, which is background.
+    uint8 images (B, 3, S, S), uint8 masks (B, M, M), S and M >= size, theta (B, 2, 3) -> float images (B, 3, size,
+    size), values 0..1, and uint8 masks (B, size, size). Images are sampled bilinearly from twice the size, so that the
+    identity is the area average of prediction; masks at full resolution, to the nearest pixel. Outside the image lies
+    its reflection, or the colour in `surround` (B, 3), if not negative, which is background.
     """
     device, count = images.device, len(images)
     across, down, shift = theta[..., None, None].unbind(2)  # (B, 2, 1, 1): x and y
@@ -160,6 +160,8 @@ def warp(images, masks, theta, size, surround):
     side = masks.shape[-1]
     x, y = place.mul_(side).floor_().clamp_(max=side - 1).unbind(1)
     labels = masks.flatten(1).gather(1, (y * side + x).long().flatten(1)).view(count, size, size)
+    if surround is None:
+        return warped, labels
     empty = (points.abs() > 1).any(1) & (surround[:, :1, None] >= 0)  # (B, size, size)
     return torch.where(empty[:, None], surround[:, :, None, None], warped), labels.masked_fill_(empty, 0)
 
@@ -288,7 +290,8 @@ def augment(images, masks, params, size, stride=1, exchange_sides=True):
     for start in range(0, len(images), step):
         part = slice(start, start + step)
         own, values = slice_batch(params, start, start + step), slice_batch(sent, start, start + step)
-        warped, labels = warp(images[part], masks[part], values["theta"], size, values["surround"])
+        surround = values["surround"] if (own["surround"] >= 0).any() else None
+        warped, labels = warp(images[part], masks[part], values["theta"], size, surround)
         if exchange_sides and own["flip"].any():
             labels = exchange(labels, values["flip"])
         changed.append((degrade(colour(warped, values), own), labels))

@@ -57,6 +57,7 @@ def test_warp_equals_grid_sample():
     # Far outside the image, rounding moves a point by a fraction of a pixel.
     assert torch.allclose(warped, expected, atol=1e-3)
     assert (labels != nearest).float().mean() < 1e-3
+    assert torch.equal(augment(images, masks, params, 64, exchange_sides=False)[1], labels.long())
 
 
 def test_colour_equals_its_three_steps():
