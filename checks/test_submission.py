@@ -279,6 +279,27 @@ def test_sweep_expands_every_combination():
             dict(sweep.expand(flags))
 
 
+def test_sweep_trains_as_its_first_run_does_and_continues(tmp_path, monkeypatch, command):
+    started = []
+
+    def start(line):
+        started.append(line[2:])
+        write({"args.json": b'{"amp": "bf16", "threads": 3}'}, tmp_path / "runs" / line[-1].partition("=")[2])
+        return SimpleNamespace(wait=lambda: int("--dice=2" in line))
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    flags = [f"--runs={tmp_path / 'runs'}", "--dice=1 1.5 2 3"]
+    assert command(sweep.main, *flags)[0] == 1
+    own, same = [[flags[0], f"--dice={dice}"] for dice in ("1", "1.5", "2")], ["--amp=bf16", "--threads=3"]
+    assert started == [
+        [*own[0], "--name=sweep-dice1"],
+        [*same, *own[1], "--name=sweep-dice1.5"],
+        [*same, *own[2], "--name=sweep-dice2"],  # fails: the fourth does not start
+    ]
+    assert command(sweep.main, *flags)[0] == 1
+    assert started[3:] == [[*own[i], f"--resume=sweep-dice{dice}"] for i, dice in enumerate(("1", "1.5", "2"))]
+
+
 @pytest.fixture
 def run(tmp_path):
     """A run with the checkpoint of an untrained network: its folder."""

@@ -113,7 +113,8 @@ def main():
     print(f"{target}: {pages}, {len(masks)} masks, {len(files)} other files")
     if not args.matric:
         remedy = f"`make report-pdf NAME={name}`, and `make report-zip NAME={name} MATRIC=A12345678B`"
-        print(f"to hand in: fill in author, matriculation number and your own text in {draft}, then {remedy}")
+        blanks = "author, matriculation number and " * ("________" in page or not page)
+        print(f"to hand in: fill in {blanks}your own text in {draft}, then {remedy}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import UserError, run_main
+from common import UserError, read_json, run_main
 
 from options import parse
 from tools.report import leaderboard, survey
@@ -45,6 +45,9 @@ def main():
         names.append(name)
         print(f"--- {i} of {len(runs)}: {name}", flush=True)
         flags = [flag for flag in flags if not flag.startswith("--name=")]
+        if i > 1 and not resumes:  # the precision and threads that the first run chose
+            first = read_json(Path(args.runs, names[0], "args.json"))
+            flags = [f"--{key}={first[key]}" for key in ("amp", "threads")] + flags
         child = subprocess.Popen([sys.executable, "train.py", *flags, f"--{'resume' if resumes else 'name'}={name}"])
         try:
             status = child.wait()
