@@ -58,7 +58,7 @@ def amp_dtype(amp, device):
     "auto": bf16 if the device multiplies it natively, else fp16 on CUDA, else none. UserError for fp16 on a CPU.
     """
     if amp == "fp16" and device.type == "cpu":
-        raise UserError("--amp fp16 is very slow on a CPU; use auto, bf16 or off")
+        raise UserError("--amp fp16, here or in the run resumed, is very slow on a CPU; use auto, bf16 or off")
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif amp == "auto":
@@ -127,9 +127,10 @@ def start_processes(count, device="auto"):
     """
     if count <= 1 or IN_GROUP:
         return
-    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
-    if count > gpus:
-        raise UserError(f"NPROC={count} needs as many GPUs of DEVICE=auto, there are {gpus}; NPROC=1 needs none")
+    if device not in ("auto", "cuda"):
+        raise UserError(f"NPROC={count} is for that many GPUs: leave DEVICE={device} out, or NPROC")
+    if count > (gpus := torch.cuda.device_count()):
+        raise UserError(f"NPROC={count} needs as many GPUs, there are {gpus}; NPROC=1 needs none")
     with socket.create_server(("localhost", 0)) as probe:
         port = probe.getsockname()[1]
     processes = []

@@ -20,7 +20,7 @@ import torch
 import checkpoint
 import register
 from data import find_data_of, is_synthetic, load_pairs, split
-from device import amp_dtype, autocast, select_device, to_device
+from device import select_device, to_device
 from images import image_files, read_mask
 from labels import NAMES, NUM_CLASSES
 from losses import segmentation_loss, soft_labels
@@ -79,22 +79,20 @@ def evaluate(model, pairs, indices, size, device, *, views=ONE_VIEW, batch=0, ra
     """Confusions (N, 19, 19) int64 of a network on pairs[indices] resized to `size`, and the mean CE + Dice loss.
 
     With ranks = (rank, processes) each process adds only its own rows, so that the sum over processes is the whole.
-    Reversed masks are not corrected. `batch` 0 is 32 images on a GPU, which also uses mixed precision, else 4. Returns
-    early once `stop()` is true, the rest 0.
+    In float32, as masks are predicted. Reversed masks are not corrected. `batch` 0 is 32 images on a GPU, else 4.
+    Returns early once `stop()` is true, the rest 0.
     """
     was_training = model.training
     model.eval()
     confusions, loss = np.zeros((len(indices), NUM_CLASSES, NUM_CLASSES), np.int64), torch.zeros((), device=device)
-    gpu = device.type == "cuda"
-    batch, dtype = batch or (32 if gpu else 4), amp_dtype("auto", device) if gpu else None
+    batch = batch or (32 if device.type == "cuda" else 4)
     rows, begin = np.arange(len(indices))[ranks[0] :: ranks[1]], time.monotonic()
     for start in range(0, len(rows), batch):
         if stop():
             break
         chosen = rows[start : start + batch]
         images, masks = (to_device(part, device) for part in pairs.batch(indices[chosen], fix_sides=False))
-        with autocast(device, dtype):
-            log_p = log_probabilities([model], images, size, views)
+        log_p = log_probabilities([model], images, size, views)
         # The loss is taken on the logit grid, which need not divide the mask: reduce by a power of two, then average.
         ratio = max(1, masks.shape[-1] // log_p.shape[-1])
         stride = 2 ** (ratio.bit_length() - 1)

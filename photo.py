@@ -227,7 +227,7 @@ def parse_photos(parser, photos, whole=False, box=None, cutout=None):
         batch = parse_window(parser, photos, window, parser.size).split(1)
         return [paste(height, width, [(None, window, window, log_p)], cutout) for log_p in batch]
     parsed = [paste(height, width, search(parser, pixels, window), cutout) for pixels in photos]
-    return [replace(one, missed=one.faces[0].score is None) for one in parsed]
+    return [replace(one, missed=not one.faces or one.faces[0].score is None) for one in parsed]
 
 
 def search(parser, pixels, everything):
@@ -238,7 +238,8 @@ def search(parser, pixels, everything):
         return [(filling[0][0], everything, everything, parse_window(parser, [pixels], everything, parser.size))]
     if faces:
         faces.sort(key=lambda face: face[1].left)
-        return ((score, window, *parse_face(parser, pixels, window)) for score, window in faces)
+        parsed = ((score, window, *parse_face(parser, pixels, window)) for score, window in faces)
+        return (face for face in parsed if face[3].argmax(1).any())  # a network for small images may show none there
     height, width = pixels.shape[:2]
     sideways, options = Window((width - height) // 2, (height - width) // 2, height, width), []
     for window, angle in [(everything, 0.0), (sideways, 90.0), (everything, 180.0), (sideways, 270.0)]:

@@ -632,12 +632,12 @@ def train(training):
                     at = f"epoch {epoch + 1}, step {step + 1 - len(unread)}"
                     raise UserError(f"loss {loss}, gradient norm {norm} in {at}; {LOWER}")
                 progress["loss"] += loss
-            if training.rank == 0:
+            if training.rank == 0 and (read := step + 1 - len(unread)):
                 now, spent = time.monotonic(), pixels(epoch + (step + 1) / training.steps)
                 left = (total - spent) * (now - begin) / (spent - before)
                 show_line(
                     f"epoch {epoch + 1}/{epochs} {line['size']}px step {step + 1}/{training.steps} "
-                    f"loss {progress['loss'] / max(1, step + 1 - len(unread)):.4f} "
+                    f"loss {progress['loss'] / read:.4f} "
                     f"{(step + 1 - first) * training.batch / (now - start):.1f} images/s "
                     f"{spent / total:.0%} {duration(left)} left",
                     sys.stdout,

@@ -13,6 +13,7 @@ from common import UserError
 import torch
 import torch.nn.functional as F
 
+from device import to_device
 from labels import FLIP
 from model import upsample
 
@@ -71,9 +72,7 @@ def area_weights(old, new, device):
     """(new, old): the fraction of each new pixel that each old one covers."""
     edges, pixels = torch.arange(new + 1, dtype=torch.float64) * old / new, torch.arange(old)
     covered = torch.minimum(edges[1:, None], pixels + 1) - torch.maximum(edges[:-1, None], pixels)
-    weights = (covered.clamp_min(0) * new / old).float()
-    # A GPU need not be waited for: training reduces images to hundreds of sizes.
-    return (weights.pin_memory() if device.type == "cuda" else weights).to(device, non_blocking=True)
+    return to_device((covered.clamp_min(0) * new / old).float(), device)
 
 
 def resize(images, height, width):

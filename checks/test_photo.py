@@ -162,6 +162,12 @@ def test_a_face_far_from_the_candidate_is_not_its(group):
     assert parse(group, near(WINDOWS, heat=0.5, factor=3)).missed
 
 
+def test_a_face_without_a_pixel_of_its_own_is_none(group, monkeypatch):
+    monkeypatch.setattr(photo, "confine", lambda log_p, *_: log_p - 999 * (torch.arange(19) > 0)[:, None, None])
+    parsed = parse(group, near(WINDOWS))
+    assert parsed.missed and not parsed.faces and photo.describe(parsed)["face_found"] is False
+
+
 def test_hair_is_parsed_until_it_ends(faces):
     canvas = np.zeros((900, 900), np.uint8)
     canvas[300:812, 200:712] = faces[2]
