@@ -110,8 +110,10 @@ def run_main(main):
 
     Ctrl-C exits with status 130, SIGTERM with 143. Any other exception is a bug and keeps its traceback.
     """
+    null = open(os.devnull, "w")  # noqa: SIM115 - for closed streams
+    sys.stdout, sys.stderr = sys.stdout or null, sys.stderr or null
     with contextlib.suppress(OSError):  # of a stream whose file was replaced
-        for stream in filter(None, (sys.stdout, sys.stderr)):  # a name that the terminal's encoding lacks is no error
+        for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is no error
             stream.reconfigure(errors="backslashreplace")
     # Pillow warns about damaged metadata in lines of its own source; the pixels are still readable.
     warnings.filterwarnings("ignore", module="PIL")
@@ -160,7 +162,8 @@ def atomic(path):
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         os.close(handle)
-        os.chmod(temporary, 0o644)
+        os.umask(mask := os.umask(0))  # which can only be read by setting it
+        os.chmod(temporary, 0o666 & ~mask)
         yield Path(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())

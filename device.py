@@ -35,8 +35,9 @@ def select_device(name="auto", threads=0):
     try:
         device = torch.device(name)
         torch.empty(1, device=device).item()  # "meta" has no values
-    except (RuntimeError, AssertionError, ImportError):
-        raise UserError(f"--device {name} is not available here; use auto or cpu") from None
+    except (RuntimeError, AssertionError, ImportError) as error:
+        why = str(error).partition("\n")[0]
+        raise UserError(f"--device {name} is not available here ({why}); use auto or cpu") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32

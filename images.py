@@ -17,7 +17,7 @@ from labels import COLOURS, NUM_CLASSES, PALETTE
 
 _MASK = b"PLTE" + re.escape(bytes(PALETTE))  # in the first bytes of our masks
 # Pillow cannot read the last two; listed, so that such files are an error instead of being skipped.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".heif")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".heif")
 # What Pillow's decoders raise for damaged bytes.
 DECODE_ERRORS = (
     *(OSError, SyntaxError, ValueError, EOFError, RuntimeError, TypeError, struct.error, zlib.error),
@@ -124,8 +124,9 @@ def is_turned(source):
 def _scale_grey(values):
     """Integer or float greys (H, W) as uint8 RGB. The maximum decides the range: 8 to 16 bits, 0..1, or itself."""
     limits = (1, 255) if values.dtype.kind == "f" else (255, 1023, 4095, 16383, 65535)
-    values = np.nan_to_num(values.astype(np.float64))
-    top = values.max(initial=0)
+    values = values.astype(np.float64)
+    top = values[np.isfinite(values)].max(initial=0)
+    values = np.nan_to_num(values, posinf=top, neginf=0)
     white = next((limit for limit in limits if top <= limit), top)
     grey = (values * (255 / white)).round().clip(0, 255).astype(np.uint8)
     return np.repeat(grey[..., None], 3, 2)

@@ -133,6 +133,10 @@ def match_layout(parts):
 def crop(pixels, window):
     """Pixels (height, width, 3) of a Window; the edge repeats beyond the photo."""
     left, top, width, height, angle = window
+    if angle and angle % 90 == 0:  # a long strip needs no square around it
+        wide, high = (height, width) if angle % 180 else (width, height)
+        level = Window(left - (wide - width) // 2, top - (high - height) // 2, wide, high)
+        return np.rot90(crop(pixels, level), angle // 90)
     if angle:
         margin = math.ceil((math.hypot(width, height) - min(width, height)) / 2)
         around = crop(pixels, Window(left - margin, top - margin, width + 2 * margin, height + 2 * margin))

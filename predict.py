@@ -26,6 +26,7 @@ from common import (
     ArgumentParser,
     UserError,
     atomic,
+    check_target,
     duration,
     make_folder,
     natural,
@@ -38,6 +39,7 @@ from common import (
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from checkpoint import load_model
 from device import select_device
@@ -47,6 +49,8 @@ from locate import load_locator
 from photo import cut_out, describe, overlay, parse_labels, parse_photos
 from register import find_weights
 from views import check_size, parse_views
+
+TITLE = "face parsing"  # of the pictures that we write: such files may be replaced
 
 
 class FaceParser:
@@ -71,13 +75,15 @@ class FaceParser:
     def __call__(self, image, *, whole=False, box=None, cutout=None):
         """Parse a path, a PIL image or a uint8 RGB array (H, W, 3); a list of images of one size gives a list.
 
-        `whole` treats the image as one portrait; `box` (left, top, width, height) is the only portrait in it. UserError
-        if an image cannot be read, or for both or a wrong box.
+        `whole` treats the image as one portrait; `box` (left, top, width, height) is the only portrait in it; the
+        probability of the labels `cutout`, as "hair,hat" or "head", becomes the `alpha` of the result. UserError if an
+        image cannot be read, for both or a wrong box, or for an unknown label.
         """
         if box is not None:
             if whole or len(box) != 4 or not all(isinstance(value, Integral) for value in box) or min(box[2:]) < 1:
                 raise UserError(f"box {box}: give (left, top, width, height) in whole pixels, without whole=True")
             box = tuple(map(int, box))
+        cutout = parse_labels(cutout) if isinstance(cutout, str) else cutout
         several = isinstance(image, (list, tuple))
         photos = list(map(_pixels, image if several else [image]))
         if len({pixels.shape for pixels in photos}) > 1:
@@ -138,6 +144,8 @@ def targets(args, path):
 
 def write_results(args, path, pixels, opacity, parsed):
     """Write the files of the image file `path`."""
+    mark = PngInfo()
+    mark.add_text("Title", TITLE)
     for ending, target in targets(args, path).items():
         with atomic(target) as temporary:
             if ending == ".json":
@@ -145,11 +153,11 @@ def write_results(args, path, pixels, opacity, parsed):
                 record = json.dumps({"image": name, **describe(parsed)}, ensure_ascii=False)
                 temporary.write_text(record + "\n", encoding="utf-8")
             elif ending == "-overlay.png":
-                Image.fromarray(overlay(pixels, parsed.mask)).save(temporary, "PNG")
+                Image.fromarray(overlay(pixels, parsed.mask)).save(temporary, "PNG", pnginfo=mark)
             elif ending == "-cutout.png":
                 image = Image.fromarray(cut_out(pixels, parsed.alpha, opacity))
                 image = image.crop(image.getchannel("A").getbbox()) if args.crop else image
-                image.save(temporary, "PNG")
+                image.save(temporary, "PNG", pnginfo=mark)
             else:
                 mask_image(parsed.mask).save(temporary, "PNG")
 
@@ -161,18 +169,18 @@ def files_to_parse(args):
     """
     files, made, left = image_files(args.input), {}, []
     for path in files:
-        outputs = targets(args, path).values()
-        for target in outputs:
+        outputs = targets(args, path)
+        for target in outputs.values():
             if (first := made.setdefault(target, path)) != path:
                 raise UserError(f"{path} and {first} would both become {target.name}; rename one")
             if os.path.realpath(path) == os.path.realpath(target):
                 raise UserError(f"the mask of {path} would replace it; choose another OUT (--out)")
-        if args.skip and all(map(os.path.isfile, outputs)):
+        if args.skip and all(map(os.path.isfile, outputs.values())):
             continue
         left.append(path)
-        mask = args.output / f"{path.stem}.png"  # if it is ours, so are the files beside it
-        for target in filter(os.path.exists, outputs):
-            check_mask_target(mask if mask.exists() else target)
+        check_mask_target(outputs.pop(".png"))
+        for ending, target in outputs.items():
+            check_target(target, rb'\{"image": "' if ending == ".json" else TITLE.encode())
     if args.skip:
         print(f"{len(files) - len(left)} of {len(files)} skipped: their files are in {args.output}")
     return left

@@ -3,6 +3,7 @@
 One model applied to several views is still one model by the challenge's rules.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -13,7 +14,6 @@ from common import UserError
 import torch
 import torch.nn.functional as F
 
-from device import to_device
 from labels import FLIP
 from model import upsample
 
@@ -72,7 +72,10 @@ def area_weights(old, new, device):
     """(new, old): the fraction of each new pixel that each old one covers."""
     edges, pixels = torch.arange(new + 1, dtype=torch.float64) * old / new, torch.arange(old)
     covered = torch.minimum(edges[1:, None], pixels + 1) - torch.maximum(edges[:-1, None], pixels)
-    return to_device((covered.clamp_min(0) * new / old).float(), device)
+    weights = (covered.clamp_min(0) * new / old).float()
+    with contextlib.suppress(RuntimeError):  # pinned, training does not wait for the copies of hundreds of sizes
+        weights = weights.pin_memory() if device.type == "cuda" else weights
+    return weights.to(device, non_blocking=True)
 
 
 def resize(images, height, width):

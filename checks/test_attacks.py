@@ -131,6 +131,8 @@ def test_predictions_replace_only_predictions(copy, command, name):
     flags = f"--input={copy}/x.jpg --weights={copy}/runs/whole/best.pt --whole --overlay --cutout=hair --json".split()
     outs = [command(predict.main, *flags, f"--output={copy}/{out}")[0] for out in ("o", "o", "photos")]
     assert outs == [0, 0, 2] and contents(copy / "photos") == before
+    before = contents(write(before, copy / "o"))  # beside predictions
+    assert command(predict.main, *flags, f"--output={copy}/o")[0] == 2 and contents(copy / "o") == before
 
 
 def test_other_files_are_not_replaced(copy, monkeypatch, refused):

@@ -3,11 +3,12 @@
 import io
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from augment import PRESETS, Strength, augment, colour, degrade, draw, jpeg, mix, warp
+from augment import PRESETS, Strength, augment, blur, colour, degrade, draw, jpeg, mix, warp
 from checks.conftest import cases, encoded
 from images import read_image
 from labels import COLOURS, FLIP
@@ -30,6 +31,7 @@ def test_flip_mirrors_the_image_and_exchanges_sides(exchange):
     images, masks = painted()
     flipped, labels = augment(images, masks, draw(4, Strength(flip=1.0), (0, 0, 0)), 64, exchange_sides=exchange)
     assert torch.allclose(flipped, images.flip(3).float() / 255, atol=1e-5)
+    assert [0, 1, 2, 3, 5, 4, 7, 6, 9, 8, *range(10, 19)] == FLIP
     mirrored = masks.flip(2)
     assert torch.equal(labels, torch.tensor(FLIP)[mirrored.long()] if exchange else mirrored.long())
 
@@ -60,6 +62,15 @@ def test_warp_equals_grid_sample():
     assert torch.equal(augment(images, masks, params, 64, exchange_sides=False)[1], labels.long())
 
 
+def test_faces_are_turned_enlarged_and_shifted_by_the_strength_both_ways_without_shear():
+    theta = draw(999, Strength(flip=0.5, rotate=20, scale=0.3, shift=0.1), (0,))["theta"]
+    square = theta[:, :, :2] @ theta[:, :, :2].mT
+    assert torch.allclose(square, square[:, :1, :1] * torch.eye(2), atol=1e-6)
+    turn, zoom = torch.atan2(theta[:, 1, 0], theta[:, 1, 1]).rad2deg(), square[:, 0, 0].log() / 2
+    for found, limit in ((turn, 20), (zoom, 0.3), (theta[:, :, 2] / 2, 0.1)):
+        assert [found.min(), found.max()] == [pytest.approx(-limit, rel=0.05), pytest.approx(limit, rel=0.05)]
+
+
 def test_colour_equals_its_three_steps():
     images = torch.rand(4, 3, 32, 32)
     params = draw(4, Strength(brightness=0.3, contrast=0.3, saturation=0.3), (3, 2, 1))
@@ -85,6 +96,7 @@ def test_low_quality_changes_neither_the_other_images_nor_the_other_numbers():
     plain, params = (draw(64, Strength(**PRESETS["basic"] | change), (1, 2, 3)) for change in ({}, low))
     changed = {name for name in plain if not torch.equal(plain[name], params[name])}
     assert changed == {"saturation", "brightness", "gamma", "reduce", "defocus", "grain", "jpeg"}
+    assert (params["brightness"] <= 1.2).all() and (params["brightness"] < 0.5).any()
     assert not ((params["reduce"] < 1) & (params["defocus"] > 0)).any()
     images = torch.rand(64, 3, 64, 64)
     same = (degrade(images.clone(), params) == images).flatten(1).all(1)
@@ -98,6 +110,7 @@ def test_a_reduced_image_keeps_only_its_cells():
     params = draw(1, Strength(), (0,)) | {"reduce": torch.tensor([0.125]), "bicubic": torch.tensor([0.0])}
     expected = F.interpolate(F.avg_pool2d(images, 8), 64, mode="bilinear")
     assert torch.allclose(degrade(images.clone(), params), expected, atol=1e-6)
+    assert torch.allclose(blur(torch.full((3, 16, 16), 0.5), 2.0), torch.tensor(0.5))
 
 
 @cases("stride", [1, 2, 4])

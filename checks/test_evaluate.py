@@ -40,15 +40,15 @@ def test_batch_and_label_scores_by_hand():
 @cases("scale", [0.5, 2])  # logits coarser and finer than the masks
 def test_perfect_network_scores_1(scale):
     masks = np.zeros((3, 64, 64), np.uint8)
-    masks[:, 10:40, 10:40], masks[:, 44:60, 44:60] = 1, 15
+    masks[:, 10:40, 10:40], masks[:, 44:60, 44:60] = 1, 4
     resized = F.interpolate(torch.from_numpy(masks)[None], scale_factor=scale)[0]
     batches = iter((20.0 * F.one_hot(resized.long(), 19).permute(0, 3, 1, 2)).split(2))
     oracle = torch.nn.Identity()
     oracle.forward = lambda images, full_size: next(batches)
     images, names = np.zeros((3, 64, 64, 3), np.uint8), list("abc")
-    pairs = Pairs(images, masks, np.zeros(3, bool), names, "", None, hashes=[], verified={0, 1, 2})
+    pairs = Pairs(images, masks, np.ones(3, bool), names, "", None, hashes=[], verified={0, 1, 2})
     confusions, loss = evaluate(oracle, pairs, np.arange(3), 64, torch.device("cpu"), batch=2)
-    assert official_score(confusions) > 0.98 and loss < 0.2
+    assert official_score(confusions) > 0.98 and loss < 0.2 and oracle.training
 
 
 def test_weights_are_scored_on_the_pairs_their_training_held_out():
@@ -98,6 +98,10 @@ def test_flipped_view_of_a_mirrored_image_is_mirrored():
 
 def test_input_has_the_aspect_ratio_of_the_image():
     assert input_size(512, 512, 256, 1.25) == (320, 320) and input_size(200, 800, 256) == (128, 512)
+    widths, image = [], torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    network = lambda x, full_size: widths.append(x.shape[3]) or torch.zeros(1, 19, 8, 8)  # noqa: E731
+    log_probabilities([network], image, 64, Views(scales=(0.5, 2.0)))
+    assert widths == [128, 32]
 
 
 @cases("size", [(4, 4), (12, 12), (5, 7), (24, 30)])

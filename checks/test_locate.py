@@ -21,18 +21,20 @@ def scenes():
     return locate.Scenes(SimpleNamespace(images=images, masks=masks), [0, 1, 2], 0)
 
 
-def test_search_inverts_the_training_targets(scenes, monkeypatch):
+@pytest.mark.parametrize("look", [0, 1])  # the second sees the photo reduced four times
+def test_search_inverts_the_training_targets(scenes, monkeypatch, look):
     faces = [(40.3, 60.7, 64.0, 0.5), (130.0, 120.2, 100.0, -2.8)]
     monkeypatch.setattr(scenes, "scene", lambda: (np.zeros((192, 192, 3), np.uint8), faces))
     _, targets = scenes.batch(1)
-    outputs = iter([torch.cat([targets[:, :1].clamp(1e-6, 1 - 1e-6).logit(), targets[:, 1:]], 1)])
     nothing = torch.full((1, 6, 1, 1), -9.0)
+    outputs = iter([nothing] * look + [torch.cat([targets[:, :1].clamp(1e-6, 1 - 1e-6).logit(), targets[:, 1:]], 1)])
     monkeypatch.setattr(locate, "MAX_PIXELS", 192 * 192)
     monkeypatch.setattr(locate, "AGAIN", ())
     levels, scale = locate.pyramid(np.zeros((384, 384, 3), np.uint8), "cpu")
     heats, places = locate.find_candidates(lambda images: next(outputs, nothing), levels)
     assert scale == 2 and (heats > 0.99).all()
     for (x, y, side, roll), (fx, fy, true_side, true_roll) in zip(sorted(places.tolist()), faces, strict=True):
+        x, y, side = (value / 4**look for value in (x, y, side))
         below = (locate.CENTRE - 0.5) * true_side  # from the portrait's centre to the face's
         assert abs(side - true_side) < 0.05 and abs(math.radians(roll) - true_roll) < 1e-3
         assert math.dist((x, y), (fx + below * math.sin(true_roll), fy - below * math.cos(true_roll))) < 0.1
@@ -66,13 +68,17 @@ def test_a_large_candidate_hides_no_small_one():
 
 def test_pasted_portraits_lie_where_the_scene_says(scenes, monkeypatch):
     monkeypatch.setattr(scenes, "chance", lambda probability: False)  # upright unless rolled, not mirrored
+    upper = locate.Image.new("RGBA", (256, 256))  # opaque in its upper half
+    upper.paste("white", (0, 0, 256, 128))
+    monkeypatch.setattr(scenes, "portraits", [(upper, None)])
     faces = []
     while not faces or not (40 < faces[0][0] < 150 and 40 < faces[0][1] < 150 and faces[0][2] < 80):
         canvas, faces = locate.Image.new("RGB", (192, 192)), []
         scenes.paste(canvas, faces)
-    x, y, side, *_ = faces[0]
+    x, y, side, roll, _ = faces[0]
     rows, columns = np.nonzero(np.asarray(canvas).any(2))
-    assert math.dist((columns.mean(), rows.mean()), (x, y)) < 0.25 * side
+    above = (locate.CENTRE - 0.25) * side  # from the face's centre to that of the upper half
+    assert math.dist((columns.mean(), rows.mean()), (x + above * math.sin(roll), y - above * math.cos(roll))) < 2
     assert 0.4 * side < max(np.ptp(columns), np.ptp(rows)) < 1.5 * side
 
 

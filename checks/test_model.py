@@ -75,6 +75,8 @@ def test_parts_of_the_unet_equal_the_plain_layers():
     assert torch.allclose(block(x), F.relu(x + gate * branch), atol=1e-5)
     places = F.affine_grid(torch.eye(2, 3).expand(2, 2, 3), (2, 1, 4, 6), align_corners=False)
     assert torch.allclose(networks.coordinates(x), places.permute(0, 3, 1, 2))
+    blocks = [block for stage in networks.build("microunet").encoder[1:4] for block in stage[1:]]
+    assert [block.conv1[0].dilation[0] for block in blocks] == [1, 1, 1, 1, 1, 1, 2, 4, 1]
 
 
 def test_parameters_of_a_network_are_counted_shown_and_limited(command):

@@ -5,6 +5,7 @@ error is then one of the search or the arithmetic, never of a network.
 """
 
 import json
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -120,13 +121,24 @@ def test_group_is_found_parsed_and_described(group):
         assert face.mask.any(0)[[0, -1]].all() and face.mask.any(1)[[0, -1]].all()
     record = json.loads(json.dumps(photo.describe(parsed)))
     assert (record["width"], record["height"], len(record["faces"]), record["face_found"]) == (1100, 700, 3, True)
+    for (left, top, side, _), part in zip(WINDOWS, record["faces"], strict=True):
+        x, y = part["labels"]["nose"]["centroid"]
+        assert left < x < left + side and top < y < top + side
     for label, name in enumerate(NAMES[1:], 1):
         areas = [part["labels"].get(name, {"area": 0})["area"] for part in (record, *record["faces"])]
         assert areas[0] == sum(areas[1:]) == (parsed.mask == label).sum()
 
 
+def test_faces_that_were_found_in_a_reduced_photo_are_parsed_in_the_whole_one(group, monkeypatch):
+    monkeypatch.setattr(locate, "MAX_PIXELS", 550_000)
+    parsed = parse(group, near((np.array(WINDOWS) / 1.183).tolist()))
+    assert all(overlap(face.window, w) > 0.6 for face, w in zip(parsed.faces, WINDOWS, strict=True))
+
+
 @cases("roll", [-150, 60, 180])
-def test_tilted_face_is_found_and_parsed(faces, roll):
+@cases("pixels", [1 << 22, 200 * 200])
+def test_tilted_face_is_found_and_parsed(faces, monkeypatch, roll, pixels):
+    monkeypatch.setattr(photo, "MAX_PIXELS", pixels)
     canvas = Image.new("L", (700, 600))
     canvas.paste(Image.fromarray(faces[2]).resize((300, 300), Image.Resampling.NEAREST), (200, 150))
     canvas = np.asarray(canvas.rotate(-roll, center=(350, 300)))  # clockwise by `roll`
@@ -189,6 +201,22 @@ def test_portrait_that_is_not_found_is_parsed_at_its_roll(faces, turns):
     portrait = np.rot90(faces[0][:, 20:480], -turns)  # clockwise
     parsed = parse(portrait)
     assert parsed.missed and parsed.faces[0].angle == 90 * turns and (parsed.mask == portrait).mean() > 0.95
+
+
+def test_a_strip_is_turned_without_a_square_around_it():
+    strip = np.random.default_rng(0).integers(0, 256, (8, 20001, 3), dtype=np.uint8)
+    window = Window((20001 - 8) // 2, (8 - 20001) // 2, 8, 20001, 90.0)
+    tracemalloc.start()
+    assert np.array_equal(photo.crop(strip, window), np.rot90(strip))
+    assert tracemalloc.get_traced_memory()[1] < 10 * strip.nbytes
+    tracemalloc.stop()
+
+
+def test_points_of_a_turned_window_are_where_its_cells_are():
+    window = Window(-20, 10, 60, 90, 30.0)
+    rows, columns, _ = photo._inside(window, np.s_[40:70, 5:25])
+    x, y = window.photo_points((columns + 0.5) / 60, (rows + 0.5) / 90)
+    assert abs(x - np.arange(5.5, 25)).max() < 1 and abs(y - np.arange(40.5, 70)[:, None]).max() < 1
 
 
 def test_photo_without_a_face_is_background_unless_whole():

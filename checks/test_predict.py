@@ -78,6 +78,8 @@ def test_ten_to_sixteen_bits_are_scaled_by_what_they_use(tmp_path):
         grey = np.linspace(0, 2**bits - 1, 512).astype(np.uint16).reshape(16, 32)
         Image.fromarray(grey).save(tmp_path / "a.png")
         assert abs(read_image(tmp_path / "a.png")[..., 0] - grey / (2**bits - 1) * 255).max() < 1, bits
+    Image.fromarray(np.float32([[0, 0.5, 1, np.inf, -np.inf, np.nan]])).save(tmp_path / "a.tif")
+    assert read_image(tmp_path / "a.tif")[0, :, 0].tolist() == [0, 128, 255, 255, 0, 0]
 
 
 def test_colours_are_converted_to_srgb(tmp_path):
@@ -207,6 +209,7 @@ def test_ensemble_averages_predictions_and_warns_that_it_may_not_be_submitted(ru
 
 
 def test_face_parser_takes_paths_images_and_arrays(run, weights):
+    assert predict.FaceParser(weights / "a.pt", device="cpu", size=96).size == 96
     parser = predict.FaceParser(weights / "a.pt", device="cpu")
     with Image.open("a.png") as image:
         masks = [parser(given, whole=True).mask for given in ("a.png", image, np.array(image))]

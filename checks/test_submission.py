@@ -117,9 +117,10 @@ class Hostile:
         return print, ("executed",)
 
 
-UNSAFE = ("../masks/a.png", "masks/../../a.png", "/masks/a.png", "masks\\a.png", "C:/masks/a.png")
+UNSAFE = "../masks/a.png", "masks/../a.png", "/masks/a.png", "masks\\a.png", "C:/masks/a.png", "masks/./a.png", "a//b"
 FAULTS = {
-    **{f"members: {path} has an absolute path, a backslash or ..": (path, b"") for path in UNSAFE},
+    **{f"members: {path} has an absolute path, a backslash, . or ..": (path, b"") for path in UNSAFE},
+    "members: solution/run.py/x lies in a file": ("solution/run.py/x", b""),
     "folders: a.png does not belong at the top": ("a.png", b""),
     "masks: masks/b.png is missing": ("masks/b.png", None),
     "masks: masks/d.png belongs to no image": ("masks/d.png", b""),
@@ -177,6 +178,13 @@ def test_links_duplicates_other_compression_and_macos_files(place, sound):
         archive.writestr("solution/b", b"", zipfile.ZIP_BZIP2)
     expected = ("link is a link", "masks/a.png occurs twice", "b is a link, or not compressed by deflate")
     assert all(text in line for text, line in zip(expected, faults(place).splitlines(), strict=True))
+
+
+def test_images_that_would_share_a_mask_are_refused(place, tmp_path):
+    images = write(dict.fromkeys(["t.jpg", "t.jpeg"], encoded(Image.new("RGB", (8, 8)))), tmp_path)
+    write_zip(place / "judged.zip", {"masks/t.png": b""})
+    with pytest.raises(UserError, match="two images of one name"):
+        judge(place / "judged.zip", images, "dev")
 
 
 def test_bombs_are_not_unpacked(place, sound, tmp_path, monkeypatch):

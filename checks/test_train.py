@@ -89,9 +89,9 @@ def test_second_ctrl_c_ends_at_once_but_no_repeat_of_the_first():
 
 
 def test_ema_moves_by_its_decay_which_warms_up(start):
-    run = start("--ema=0.2")
+    run = start("--ema=0.2 --lmsa")
     for step, decay in enumerate([0.1, 2 / 11, 0.2]):  # (1 + step) / (10 + step), at most 0.2
-        kept, new = (next(model.parameters()) for model in (run.average, run.model))
+        kept, new = (model.state_dict()["lmsa.norm.running_mean"] for model in (run.average, run.model))
         old, _ = kept.clone(), take_step(run, *divmod(step, 2))
         assert torch.allclose(kept, decay * old + (1 - decay) * new, atol=1e-6)
 
@@ -156,12 +156,16 @@ def test_decay_shrinks_biases_and_norms_only_if_asked(start, monkeypatch, flags,
         assert torch.allclose(p, v * (0.95 if p.dim() > 1 else kept))
 
 
-@cases(("flags", "scores", "end"), [("", [0.2, 0.1, 0.5, 0.5, 0.4], (5, 3)), ("--val-every=3", [0.2, 0.1], (6, 3))])
+ENDS = [("", [0.2, 0.1, 0.5, 0.5, 0.4], (5, 3)), ("--val-every=3", [0.2, 0.1], (6, 3)), ("--target=.2", [0.2], (1, 1))]
+
+
+@cases(("flags", "scores", "end"), ENDS)
 def test_patience_counts_epochs_since_the_last_gain(start, monkeypatch, flags, scores, end):
     scores = iter(scores)
     monkeypatch.setattr("train.official_score", lambda confusions: next(scores))
-    train.train(run := start(f"--patience=2 {flags}"))
+    train.train(run := start(f"--patience=2 --sizes=32:8,64:1 {flags}"))
     assert (run.progress["epoch"], run.progress["best_epoch"]) == end
+    assert checkpoint.load(run.folder / "best.pt")["size"] == 32 and start("--no-fix-sides").batches.fix_sides is False
 
 
 def test_steps_use_the_network_compiled_for_each_size(start, monkeypatch):
@@ -177,6 +181,33 @@ def test_augmentation_depends_on_seed_epoch_and_step_alone(start):
     one, again, other = (start(f"--augment=basic --seed={seed}") for seed in (1, 1, 2))
     images = [take_step(*which)[0] for which in [(one,), (again,), (other,), (one, 1), (one, 0, 1)]]
     assert [torch.equal(images[0], changed) for changed in images[1:]] == [True, False, False, False]
+
+
+def test_an_epoch_takes_each_training_pair_at_most_once_in_a_new_order(start, monkeypatch):
+    run, read = start("--sizes=32:3 --lr=1e-9"), []
+    real = run.batches.read
+    monkeypatch.setattr(run.batches, "read", lambda places: read.extend(run.batches.indices[places]) or real(places))
+    train.train(run)
+    epochs = [tuple(read[start : start + 4]) for start in (0, 4, 8)]
+    assert [len({*epoch} - {*run.val_indices}) for epoch in epochs] == [4, 4, 4] and len(set(epochs)) == 3
+    losses = [line["loss"] for line in metrics(run.folder)]  # of an epoch, not of all so far
+    assert max(losses) < 1.2 * min(losses)
+
+
+def test_the_gradient_is_that_of_one_step(start):
+    run = start("--lr=1e-9")
+    norms = [take_step(run, 0, 0)[2][1].item() for _ in range(2)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+def test_dropout_differs_from_step_to_step(start):
+    run = start("--dropout=0.5 --lr=1e-9")
+    assert len({round(float(take_step(run, *at)[2][0]), 4) for at in ((0, 0), (0, 1), (1, 0))}) == 3
+
+
+@cases("flags", ["--dice-over=all", "--smoothing=0.1", "--focal=2", "--loss-grid=logits", "--no-exchange-sides"])
+def test_flags_of_the_loss_and_of_its_target_change_it(start, flags):
+    assert take_step(start(f"--flip=1 {flags}"))[2][0] != take_step(start("--flip=1"))[2][0]
 
 
 def normal(*shape):
@@ -203,6 +234,16 @@ def test_first_step_of_muon_by_hand():
     assert torch.equal(bias, expected_bias)
 
 
+def test_second_step_of_muon_adds_nesterovs_momentum():
+    conv, first, second = nn.Parameter(torch.zeros(4, 18)), normal(4, 18), normal(4, 18).roll(1)
+    optimiser = Muon([{"params": [conv], "orthogonal": True}], lr=0.1, weight_decay=0)
+    for conv.grad in (first, second):
+        before, _ = conv.detach().clone(), optimiser.step()
+    momentum = 0.05 * (0.95 * first + second)
+    step = orthogonalise([0.05 * second + 0.95 * momentum])[0]
+    assert torch.allclose(conv, before - 0.1 * 0.2 * 18**0.5 * step, atol=1e-4)
+
+
 def test_hidden_matrices_alone_take_muons_step():
     hidden = nn.Conv2d(8, 19, 1), nn.Linear(19, 8)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), *hidden, nn.Conv2d(8, 19, 1))
@@ -215,11 +256,14 @@ def test_hidden_matrices_alone_take_muons_step():
 def test_evaluation_equals_the_score_of_training(place, command):
     flags = f"--weights={place}/runs/whole", f"--cache={place}/cache", "--device=cpu", "--threads=1"
     official = max(line["official"] for line in metrics(place / "runs/whole"))
-    assert f"official score {official:.4f}" in command(evaluate.main, *flags)[1]
+    tables = [command(evaluate.main, *flags, *more)[1] for more in ([], ["--views=flip"], ["--size=96"])]
+    assert f"official score {official:.4f}" in tables[0] and len(set(tables)) == 3
 
 
 def test_last_epoch_keeps_a_fraction_of_the_first_weights(place):
-    train_here(place, f"--name=kept {FLAGS} --from=whole --keep=0.25 --sizes=32:1 --lr=1e-2 --patience=0")
+    set_up(place, f"--name=kept {FLAGS} --from=whole --keep=0.25 --sizes=32:1 --lr=1e-2 --patience=0")
+    register._locks.clear()
+    train_here(place, "--resume=kept")
     names = "whole/best.pt", "kept/best.pt", "kept/last.pt"
     first, best, last = (torch.load(place / "runs" / name) for name in names)
     for name, value in best["state_dict"].items():
@@ -238,7 +282,9 @@ def test_weights_that_have_seen_the_held_out_pairs_are_refused(place):
             set_up(place, f"--name=x --from={place / name}.pt {FLAGS}")
     checkpoint.save(place / "other.pt", content | {"trained_on": [("x", "y")]})
     run = set_up(place, f"--name=after-other --from={place / 'other'}.pt {FLAGS}")
-    assert ("x", "y") in checkpoint.load(run.folder / "last.pt")["trained_on"]
+    assert ("x", "y") in run.pair_keys["trained_on"]
+    register._locks.clear()
+    assert ("x", "y") in set_up(place, "--resume=after-other").pair_keys["trained_on"]
 
 
 MISTAKES = [

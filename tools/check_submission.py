@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from common import ArgumentParser, UserError, natural, printable, run_main
 
@@ -52,18 +52,19 @@ def read_zip(source):
             if len(infos) > MAX_MEMBERS or sum(info.file_size for info in infos) > MAX_BYTES:
                 return {}, [f"more than {MAX_MEMBERS:,} files or {MAX_BYTES:,} bytes unpacked"]
             for info in infos:
-                name, parts = info.filename, info.filename.split("/")
+                name, parts = info.filename, info.filename.removesuffix("/").split("/")
                 if stat.S_ISLNK(info.external_attr >> 16) or info.compress_type not in COMPRESSIONS:
                     faults.append(f"{name} is a link, or not compressed by deflate")
-                elif ".." in parts or not parts[0] or ":" in parts[0] or "\\" in name:
-                    faults.append(f"{name} has an absolute path, a backslash or .. in its path")
+                elif {"", ".", ".."} & set(parts) or ":" in parts[0] or "\\" in name:
+                    faults.append(f"{name} has an absolute path, a backslash, . or .. in its path")
                 elif name in files:
                     faults.append(f"{name} occurs twice")
-                elif not info.is_dir() and not {"__MACOSX", ".DS_Store"} & set(parts):
+                elif not info.is_dir() and parts[0] != "__MACOSX" and parts[-1] != ".DS_Store":
                     with archive.open(info) as file:
                         files[name] = file.read(info.file_size)  # never more than it declares
     except (*DECODE_ERRORS, zipfile.BadZipFile) as error:
         raise UserError(f"{source} is not a readable zip: {error}") from None
+    faults += [f"{name} lies in a file" for name in files if files.keys() & set(map(str, PurePosixPath(name).parents))]
     return files, faults
 
 
@@ -99,6 +100,8 @@ def read_labels(data, height, width):
 def check_masks(files, images):
     """({image: labels} of the valid masks, findings): one mask per image and no other file."""
     expected = {f"masks/{path.stem}.png": path for path in images}
+    if len(expected) < len(images):
+        raise UserError(f"{images[0].parent} has two images of one name, which would share a mask; rename one")
     extra = sorted(files.keys() - expected.keys())
     masks, faults = {}, [f"{name} belongs to no image" for name in extra if name.startswith("masks/")]
     for name, path in expected.items():
@@ -165,9 +168,12 @@ def check_run(files, masks, images, run):
     chosen = [images[i] for i in sorted(set(np.linspace(0, len(images) - 1, run).round().astype(int)))]
     faults = []
     with tempfile.TemporaryDirectory(prefix="solution-") as folder:
-        for name in (name for name in files if name.startswith("solution/")):
-            Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
-            Path(folder, name).write_bytes(files[name])
+        try:
+            for name in (name for name in files if name.startswith("solution/")):
+                Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
+                Path(folder, name).write_bytes(files[name])
+        except OSError as error:
+            return verdict("run", [f"solution/ cannot be unpacked: {error.strerror}"])
         for path in chosen:
             try:
                 labels = execute(Path(folder, "solution"), path)

@@ -85,7 +85,7 @@ def main():
             make_draft(folder, None, None, data)
         report = draft
     pages = f"report of {count_pages(report)} pages" if report != draft else "report.html, to be printed as PDF"
-    page = draft.read_text(encoding="utf-8") if not args.report and draft.is_file() else ""
+    page = draft.read_text(encoding="utf-8", errors="replace") if not args.report and draft.is_file() else ""
     if args.matric and "________" in page:
         again = f'make report NAME={name} AUTHOR="A. Author" MATRIC={args.matric} OVERWRITE=1'
         raise UserError(f"{draft} has blanks: edit and print it, or `{again}`")

@@ -51,9 +51,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def respond(self):
         """(HTTP status, bytes of the page or the mask, number of faces in the mask); the reason as str if refused."""
-        port, host = self.server.server_address[1], self.headers.get("Host")
+        port, host = self.server.server_address[1], self.headers.get("Host", "").lower()
         # Pages of other sites, also those whose name was made to resolve to this machine (DNS rebinding).
-        if host not in (f"127.0.0.1:{port}", f"localhost:{port}"):
+        if host not in (f"{name}:{port}".removesuffix(":80") for name in ("127.0.0.1", "localhost")):
             return 403, f"other hosts are refused; open http://127.0.0.1:{port} on this machine", ""
         if self.headers.get("Origin") not in (None, f"http://{host}"):
             return 403, "requests of other sites are refused", ""
