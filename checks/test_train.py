@@ -33,7 +33,7 @@ from train import COEFFICIENTS, Muon, orthogonalise
 def start(place):
     """A function that sets up a training, two steps an epoch, with further flags."""
     usual = "--batch=2 --val-split=0.5 --sizes=32:9 --augment=none --warmup=0 --schedule=constant --dropout=0"
-    return lambda flags: set_up(place, f"{usual} --no-lmsa {flags}")
+    return lambda flags: set_up(place, f"{usual} {'' if 'microunet' in flags else '--no-lmsa'} {flags}")
 
 
 def take_step(run, epoch=0, step=0):
@@ -200,8 +200,9 @@ def test_the_gradient_is_that_of_one_step(start):
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
-def test_dropout_differs_from_step_to_step(start):
-    run = start("--dropout=0.5 --lr=1e-9")
+@cases("network", ["--no-lmsa", "--model=microunet"])
+def test_dropout_differs_from_step_to_step(start, network):
+    run = start(f"--dropout=0.5 --lr=1e-9 {network}")
     assert len({round(float(take_step(run, *at)[2][0]), 4) for at in ((0, 0), (0, 1), (1, 0))}) == 3
 
 
