@@ -68,6 +68,7 @@ def test_a_large_candidate_hides_no_small_one():
 
 def test_pasted_portraits_lie_where_the_scene_says(scenes, monkeypatch):
     monkeypatch.setattr(scenes, "chance", lambda probability: False)  # upright unless rolled, not mirrored
+    assert all(np.array_equal(np.asarray(image)[..., 3] > 0, mask > 0) for image, mask in scenes.portraits)
     upper = locate.Image.new("RGBA", (256, 256))  # opaque in its upper half
     upper.paste("white", (0, 0, 256, 128))
     monkeypatch.setattr(scenes, "portraits", [(upper, None)])
