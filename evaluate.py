@@ -148,10 +148,10 @@ def compare_folders(predicted, truth):
 def record_views(path, views, names, confusions):
     """Add the scores of some views to a run's best.json. UserError unless that file is of the same images."""
     record = read_json(path)
-    if set(record.get("image_scores", {})) != names:
+    if not isinstance(record, dict) or set(record.get("image_scores") or ()) != names:
         raise UserError(f"{path} has no scores of these {len(names)} images; --record is for the weights of a run")
     scores = {"official": official_score(confusions), "batch32": batch_score(confusions)}
-    record["views"] = record.get("views", {}) | {views: scores}
+    record["views"] = (record.get("views") or {}) | {views: scores}
     write_text(path, json.dumps(record) + "\n")
 
 

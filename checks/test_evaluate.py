@@ -121,8 +121,10 @@ def test_scores_of_views_are_kept_with_the_run(tmp_path):
     kept = json.loads(path.read_text())
     assert kept["official"] == 0.5 and kept["views"].keys() == {"flip", "none"}
     assert kept["views"]["flip"] == {"official": pytest.approx(1), "batch32": pytest.approx(1)}
-    with pytest.raises(UserError, match="no scores of these 2 images"):
-        record_views(path, "flip", {"a", "b"}, confusions)
+    for damaged in path.read_text(), "[]", '{"image_scores": null}':
+        path.write_text(damaged)
+        with pytest.raises(UserError, match="no scores of these 2 images"):
+            record_views(path, "flip", {"a", "b"}, confusions)
 
 
 WEIGHTS = torch.linspace(0.1, 2, 19)
