@@ -30,6 +30,7 @@ from checks.references import TINY
 from images import mask_image
 from labels import PALETTE
 from model import build
+from options import parse
 from tools import check_submission, course_report, export, package, report_zip, sweep
 from tools.check_submission import judge, read_zip
 from tools.package import make_submission, write_zip
@@ -292,7 +293,8 @@ def test_sweep_trains_as_its_first_run_does_and_continues(tmp_path, monkeypatch,
 
     def start(line):
         started.append(line[2:])
-        write({"args.json": b'{"amp": "bf16", "threads": 3}'}, tmp_path / "runs" / line[-1].partition("=")[2])
+        args = json.dumps({"args": vars(parse(line[2:])[0]) | {"amp": "bf16", "threads": 3}}).encode()
+        write({"args.json": args}, tmp_path / "runs" / line[-1].partition("=")[2])
         return SimpleNamespace(wait=lambda: int("--dice=2" in line))
 
     monkeypatch.setattr(subprocess, "Popen", start)
@@ -301,8 +303,8 @@ def test_sweep_trains_as_its_first_run_does_and_continues(tmp_path, monkeypatch,
     own, same = [[flags[0], f"--dice={dice}"] for dice in ("1", "1.5", "2")], ["--amp=bf16", "--threads=3"]
     assert started == [
         [*own[0], "--name=sweep-dice1"],
-        [*same, *own[1], "--name=sweep-dice1.5"],
-        [*same, *own[2], "--name=sweep-dice2"],  # fails: the fourth does not start
+        [*own[1], *same, "--name=sweep-dice1.5"],
+        [*own[2], *same, "--name=sweep-dice2"],  # fails: the fourth does not start
     ]
     assert command(sweep.main, *flags)[0] == 1
     assert started[3:] == [[*own[i], f"--resume=sweep-dice{dice}"] for i, dice in enumerate(("1", "1.5", "2"))]

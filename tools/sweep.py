@@ -11,9 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import UserError, read_json, run_main
+from common import UserError, run_main
 
 from options import parse
+from register import run_arguments
 from tools.report import leaderboard, survey
 
 SINGLE = {"--name", "--data", "--from", "--runs", "--cache", "--model-args"}  # values may contain spaces
@@ -45,9 +46,9 @@ def main():
         names.append(name)
         print(f"--- {i} of {len(runs)}: {name}", flush=True)
         flags = [flag for flag in flags if not flag.startswith("--name=")]
-        if i > 1 and not resumes:  # the precision and threads that the first run chose
-            first = read_json(Path(args.runs, names[0], "args.json"))
-            flags = [f"--{key}={first[key]}" for key in ("amp", "threads")] + flags
+        if i > 1 and not resumes:  # what the first run chose where it was left open
+            first, unset = run_arguments(Path(args.runs, names[0])), {"amp": "auto", "threads": 0}
+            flags += [f"--{key}={first[key]}" for key, value in unset.items() if getattr(args, key) == value]
         child = subprocess.Popen([sys.executable, "train.py", *flags, f"--{'resume' if resumes else 'name'}={name}"])
         try:
             status = child.wait()
