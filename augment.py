@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from device import constant, to_device
+from device import constant
 from labels import FLIP
 from losses import soft_labels
-from views import area, resize
+from views import area, resize, to_device
 
 Probability = Annotated[float, "probability"]
 Factor = Annotated[float, "factor 1 +- this"]

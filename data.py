@@ -13,10 +13,10 @@ from common import UserError, atomic, in_parallel, make_folder, print_message, r
 import numpy as np
 import torch
 
-from device import to_device
 from images import image_files, image_hash, is_turned, read_image, read_mask, require_file
 from labels import FLIP, NUM_CLASSES, SIDES
 from register import run_record
+from views import to_device
 
 SIZE = 512  # side of every stored image and mask
 # A pair in the cache; `hashes` are 16 bytes of the image, 16 of the mask and `reversed`.

@@ -1,4 +1,4 @@
-"""The device: choose it, its precision and threads, copy to it without waiting, run one process per GPU."""
+"""The device: choose it, its precision and threads, run one process per GPU."""
 
 import contextlib
 import copy
@@ -104,15 +104,6 @@ def _seconds(model, images, threads, dtype):
         loss = model(images, full_size=False).float().mean()
     loss.backward()
     return time.perf_counter() - begin
-
-
-def to_device(tensor, device):
-    """Copy a CPU tensor to the device; to a GPU from pinned memory, so that neither waits for the other."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    with contextlib.suppress(RuntimeError):  # without pinned memory left, the copy waits
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 @functools.cache

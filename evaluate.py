@@ -20,11 +20,11 @@ import torch
 import checkpoint
 import register
 from data import find_data_of, is_synthetic, load_pairs, split
-from device import select_device, to_device
+from device import select_device
 from images import image_files, read_mask
 from labels import NAMES, NUM_CLASSES
 from losses import segmentation_loss, soft_labels
-from views import ONE_VIEW, area, check_size, label_map, log_probabilities, parse_views
+from views import ONE_VIEW, area, check_size, label_map, log_probabilities, parse_views, to_device
 
 
 def confusion(pred, true):

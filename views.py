@@ -59,6 +59,15 @@ def input_size(height, width, size, scale=1.0):
     return tuple(max(32, round(size * scale * side / 32) * 32) for side in (aspect, 1 / aspect))
 
 
+def to_device(tensor, device):
+    """Copy a CPU tensor to the device; to a GPU from pinned memory, so that neither waits for the other."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    with contextlib.suppress(RuntimeError):  # without pinned memory left, the copy waits
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def area(x, size):
     """Resize maps (B, C, H, W) to `size` = (h, w): the exact average over each new pixel's area."""
     if max(old * new for old, new in zip(x.shape[2:], size, strict=True)) > MAX_WEIGHTS:
@@ -72,10 +81,7 @@ def area_weights(old, new, device):
     """(new, old): the fraction of each new pixel that each old one covers."""
     edges, pixels = torch.arange(new + 1, dtype=torch.float64) * old / new, torch.arange(old)
     covered = torch.minimum(edges[1:, None], pixels + 1) - torch.maximum(edges[:-1, None], pixels)
-    weights = (covered.clamp_min(0) * new / old).float()
-    with contextlib.suppress(RuntimeError):  # pinned, training does not wait for the copies of hundreds of sizes
-        weights = weights.pin_memory() if device.type == "cuda" else weights
-    return weights.to(device, non_blocking=True)
+    return to_device((covered.clamp_min(0) * new / old).float(), device)
 
 
 def resize(images, height, width):

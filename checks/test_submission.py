@@ -118,9 +118,9 @@ class Hostile:
         return print, ("executed",)
 
 
-UNSAFE = "../masks/a.png", "masks/../a.png", "/masks/a.png", "masks\\a.png", "C:/masks/a.png", "masks/./a.png", "a//b"
+UNSAFE = ("../masks/a.png", "masks/../../a.png", "/masks/a.png", "masks\\a.png", "C:/masks/a.png", "masks/./a.png")
 FAULTS = {
-    **{f"members: {path} has an absolute path, a backslash, . or ..": (path, b"") for path in UNSAFE},
+    **{f"members: {p} has an absolute path, a backslash, . or ..": (p, b"") for p in (*UNSAFE, "a//b")},
     "members: solution/run.py/x lies in a file": ("solution/run.py/x", b""),
     "folders: a.png does not belong at the top": ("a.png", b""),
     "masks: masks/b.png is missing": ("masks/b.png", None),
@@ -244,10 +244,8 @@ def test_course_zip_states_the_score_of_its_weights_or_of_their_twin(tmp_path, m
     for name, validated in (("best", True), ("last", False), ("validated", True)):
         untrained(tmp_path / f"{name}.pt", validated=validated)
     known = [report_zip.describe_score(tmp_path / f"{name}.pt", "", None) for name in ("best", "last")]
-    assert all(text.startswith("0.5000") for text in known) and ["without these" in text for text in known] == [
-        False,
-        True,
-    ]
+    assert all(text.startswith("0.5000") for text in known)
+    assert ["without these" in text for text in known] == [False, True]
 
 
 @cases("script", [package, report_zip])
