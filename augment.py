@@ -71,7 +71,8 @@ def draw(count, strength, seed):
 
     `seed`: a sequence of integers >= 0, here (seed, epoch, step). `theta` (count, 2, 3) maps output to input
     coordinates in -1..1, as F.affine_grid expects; `box` (count, 4) is CutMix's x0, y0, x1, y1 as fractions;
-    `surround` (count, 3) is the colour around the image, 0..1, or -1 for its reflection.
+    `surround` (count, 4) is the colour around the image, 0..1, or -1 for its reflection, and the angle (radians) of the
+    square that it surrounds: a turned picture has lost its corners.
     """
     rng = np.random.default_rng(seed)
 
@@ -118,7 +119,9 @@ def draw(count, strength, seed):
     params["jpeg"] = np.exp(chance(strength.jpeg, math.log(5), math.log(50), -math.inf))  # 0: none
     # Half are black, as the corners of a turned picture usually are.
     colours = rng.uniform(0, 1, (count, 3)) * (rng.random(count) < 0.5)[:, None]
-    params["surround"] = np.where((rng.random(count) < strength.empty)[:, None], colours, -1)
+    colours = np.where((rng.random(count) < strength.empty)[:, None], colours, -1)
+    roll = rng.uniform(-math.pi / 4, math.pi / 4, count) * (rng.random(count) < 0.5)
+    params["surround"] = np.concatenate([colours, roll[:, None]], 1)
     return {name: torch.from_numpy(np.asarray(value, np.float32)) for name, value in params.items()}
 
 
@@ -142,7 +145,8 @@ def warp(images, masks, theta, size, surround=None):
     uint8 images (B, 3, S, S), uint8 masks (B, M, M), S and M >= size, theta (B, 2, 3) -> float images (B, 3, size,
     size), values 0..1, and uint8 masks (B, size, size). Images are sampled bilinearly from twice the size, so that the
     identity is the area average of prediction; masks at full resolution, to the nearest pixel. Outside the image lies
-    its reflection, or the colour in `surround` (B, 3), if not negative, which is background.
+    its reflection, or the colour in `surround` (B, 4), if not negative, which is background, as are then the corners that
+    a square turned by the angle in `surround` cuts off.
     """
     device, count = images.device, len(images)
     across, down, shift = theta[..., None, None].unbind(2)  # (B, 2, 1, 1): x and y
@@ -162,8 +166,11 @@ def warp(images, masks, theta, size, surround=None):
     labels = masks.flatten(1).gather(1, (y * side + x).long().flatten(1)).view(count, size, size)
     if surround is None:
         return warped, labels
-    empty = (points.abs() > 1).any(1) & (surround[:, :1, None] >= 0)  # (B, size, size)
-    return torch.where(empty[:, None], surround[:, :, None, None], warped), labels.masked_fill_(empty, 0)
+    *tint, roll = surround[..., None, None].unbind(1)  # (B, 1, 1) each
+    x, y = points.unbind(1)
+    turned = torch.stack([roll.cos() * x + roll.sin() * y, roll.cos() * y - roll.sin() * x], 1)
+    empty = torch.maximum(points.abs(), turned.abs()).gt(1).any(1) & (tint[0] >= 0)  # (B, size, size)
+    return torch.where(empty[:, None], torch.stack(tint, 1), warped), labels.masked_fill_(empty, 0)
 
 
 def exchange(masks, flip):
