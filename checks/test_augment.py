@@ -40,6 +40,7 @@ def test_flip_mirrors_the_image_and_exchanges_sides(exchange):
 def test_no_augmentation_equals_the_resizing_of_prediction(size):
     images, masks = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8), torch.zeros(2, 128, 128).byte()
     params = draw(2, Strength(empty=1), (0,))
+    params["surround"][:, 3] = 0
     warped, _ = warp(images, masks, params["theta"], size, params["surround"])
     assert torch.allclose(warped, resize(images, size, size), atol=1e-5)
 
@@ -49,13 +50,17 @@ def test_warp_equals_grid_sample():
     params = draw(8, Strength(flip=0.5, rotate=180, scale=1.5, shift=0.6, empty=0.5), (3, 2, 1))
     points = F.affine_grid(params["theta"], (8, 1, 64, 64), align_corners=False)
     settings = {"padding_mode": "reflection", "align_corners": False}
-    surround = params["surround"]
-    empty = (points.abs() > 1).any(3) & (surround[:, 0] >= 0)[:, None, None]
-    assert (surround[:, 0] < 0).any() and (surround[:, 0] > 0).any() and 0.05 < empty.float().mean() < 0.5
+    tint, roll = params["surround"].split([3, 1], 1)
+    roll = roll.double()
+    turn = torch.stack([roll.cos(), -roll.sin(), roll.sin(), roll.cos()], -1).view(8, 1, 2, 2)
+    turned = (points.double().view(8, -1, 2) @ turn[:, 0]).view(8, 64, 64, 2)
+    empty = ((points.abs() > 1) | (turned.abs() > 1)).any(3) & (tint[:, 0] >= 0)[:, None, None]
+    assert (tint[:, 0] < 0).any() and (tint[:, 0] > 0).any() and 0.05 < empty.float().mean() < 0.5
+    assert (roll == 0).any() and (roll[tint[:, 0] >= 0].abs() > 0.1).any()
     nearest = F.grid_sample(masks[:, None].float(), points, mode="nearest", **settings)[:, 0].byte() * ~empty
     expected = F.grid_sample(images.float() / 255, points, **settings)
-    expected = torch.where(empty[:, None], surround[:, :, None, None], expected)
-    warped, labels = warp(images, masks, params["theta"], 64, surround)
+    expected = torch.where(empty[:, None], tint[:, :, None, None], expected)
+    warped, labels = warp(images, masks, params["theta"], 64, params["surround"])
     # Far outside the image, rounding moves a point by a fraction of a pixel.
     assert torch.allclose(warped, expected, atol=1e-3)
     assert (labels != nearest).float().mean() < 1e-3
