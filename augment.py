@@ -145,7 +145,7 @@ def warp(images, masks, theta, size, surround=None):
     uint8 images (B, 3, S, S), uint8 masks (B, M, M), S and M >= size, theta (B, 2, 3) -> float images (B, 3, size,
     size), values 0..1, and uint8 masks (B, size, size). Images are sampled bilinearly from twice the size, so that the
     identity is the area average of prediction; masks at full resolution, to the nearest pixel. Outside the image lies
-    its reflection, or the colour in `surround` (B, 4), if not negative, which is background; so is then what lies outside
+    its reflection, or the colour in `surround` (B, 4), if not negative, which is background; so is then all outside
     the square turned by the angle in `surround`.
     """
     device, count = images.device, len(images)
