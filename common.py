@@ -124,7 +124,8 @@ def run_main(main):
     # As an exception, SIGTERM removes temporary files and ends worker processes.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        sys.exit(main())
+        with enough_memory():
+            sys.exit(main())
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -136,12 +137,18 @@ def run_main(main):
             time.sleep(2)  # if rank 0 has the same error, it prints it and ends this process
         print_message(error, "error")
         sys.exit(2)
+
+
+@contextlib.contextmanager
+def enough_memory():
+    """Make a lack of memory a UserError."""
+    try:
+        yield
     except (MemoryError, RuntimeError) as error:  # torch raises the latter
         signs = "out of memory|can't allocate memory|ALLOC_FAILED"
         if isinstance(error, RuntimeError) and not re.search(signs, str(error)):
             raise
-        print_message("out of memory: try a smaller BATCH, SIZES, SIZE or VIEWS", "error")
-        sys.exit(2)
+        raise UserError("out of memory: try a smaller BATCH, SIZES, SIZE or VIEWS") from None
 
 
 def print_message(message, kind="warning"):

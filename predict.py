@@ -28,6 +28,7 @@ from common import (
     atomic,
     check_target,
     duration,
+    enough_memory,
     make_folder,
     natural,
     print_message,
@@ -200,8 +201,9 @@ def predict_all(parser, args):
             show_line(f"parsing {printable(path.name)}", sys.stderr)
             start, parsed = time.monotonic(), None
             try:
-                pixels, opacity = read_picture(path)
-                parsed = parser(pixels, whole=args.whole, box=args.box, cutout=args.cutout)
+                with enough_memory():
+                    pixels, opacity = read_picture(path)
+                    parsed = parser(pixels, whole=args.whole, box=args.box, cutout=args.cutout)
                 write_results(args, path, pixels, opacity, parsed)
             except UserError as error:
                 if parsed and "name too long" not in str(error):  # a full disk fails for every image

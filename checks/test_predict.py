@@ -138,12 +138,15 @@ def test_a_name_that_is_not_utf8_is_no_obstacle(run, tmp_path):
     assert json.loads((tmp_path / "out/\udcff.json").read_text())["image"] == "\N{REPLACEMENT CHARACTER}.png"
 
 
-def test_unreadable_images_are_named_and_the_others_parsed(run, tmp_path):
-    for name in ("bad.jpg", "phone.heic"):
+def test_unreadable_images_are_named_and_the_others_parsed(run, tmp_path, monkeypatch):
+    for name in ("0.png", "bad.jpg", "phone.heic"):
         (tmp_path / name).write_bytes(b"no image")
+    read = predict.read_picture
+    monkeypatch.setattr(predict, "read_picture", lambda p: np.empty(1 << 50) if p.name == "0.png" else read(p))
     status, error = run("--input=. --whole")
-    first, second = error.splitlines()
-    assert status == 2 and "bad.jpg" in first and "convert it to JPEG" in second
+    first, second, third = error.splitlines()
+    assert "0.png: out of memory" in first
+    assert status == 2 and "bad.jpg" in second and "convert it to JPEG" in third
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["a.png"]
 
 
