@@ -166,11 +166,11 @@ def warp(images, masks, theta, size, surround=None):
     labels = masks.flatten(1).gather(1, (y * side + x).long().flatten(1)).view(count, size, size)
     if surround is None:
         return warped, labels
-    *tint, roll = surround[..., None, None].unbind(1)  # (B, 1, 1) each
+    tint, roll = surround[:, :3, None, None], surround[:, 3, None, None]
     x, y = points.unbind(1)
     turned = torch.stack([roll.cos() * x + roll.sin() * y, roll.cos() * y - roll.sin() * x], 1)
-    empty = torch.maximum(points.abs(), turned.abs()).gt(1).any(1) & (tint[0] >= 0)  # (B, size, size)
-    return torch.where(empty[:, None], torch.stack(tint, 1), warped), labels.masked_fill_(empty, 0)
+    empty = torch.maximum(points.abs(), turned.abs()).gt(1).any(1) & (tint[:, 0] >= 0)  # (B, size, size)
+    return torch.where(empty[:, None], tint, warped), labels.masked_fill_(empty, 0)
 
 
 def exchange(masks, flip):

@@ -52,8 +52,8 @@ def test_warp_equals_grid_sample():
     settings = {"padding_mode": "reflection", "align_corners": False}
     tint, roll = params["surround"].split([3, 1], 1)
     roll = roll.double()
-    turn = torch.stack([roll.cos(), -roll.sin(), roll.sin(), roll.cos()], -1).view(8, 1, 2, 2)
-    turned = (points.double().view(8, -1, 2) @ turn[:, 0]).view(8, 64, 64, 2)
+    turn = torch.stack([roll.cos(), -roll.sin(), roll.sin(), roll.cos()], -1).view(8, 2, 2)
+    turned = (points.double().view(8, -1, 2) @ turn).view(8, 64, 64, 2)
     empty = ((points.abs() > 1) | (turned.abs() > 1)).any(3) & (tint[:, 0] >= 0)[:, None, None]
     assert (tint[:, 0] < 0).any() and (tint[:, 0] > 0).any() and 0.05 < empty.float().mean() < 0.5
     assert (roll == 0).any() and (roll[tint[:, 0] >= 0].abs() > 0.1).any()
