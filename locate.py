@@ -39,7 +39,7 @@ HALVINGS = 2  # from one look to the next
 AGAIN = 96, 128  # portrait sides in the second looks
 CENTRE = 0.56  # height of a face's centre (the bridge of the nose to the lips) in its portrait, from the top
 MAX_PIXELS = 1_600_000  # of the first look: larger photos are reduced
-HEAT = 0.25  # minimum of a candidate
+HEAT = 0.25  # minimum of a candidate, also on average with the looks at it alone
 CANVAS = 192  # side of the training images
 BATCH = 16
 LEARNING_RATE = 2e-3
@@ -175,11 +175,12 @@ def find_candidates(locator, levels):
         found += zip(heat[rows, columns].tolist(), places.tolist(), strict=True)
     found = distinct(found, 3)  # a large place without a face must not hide small ones with one
     heats, places = ([item[i] for item in found] for i in (0, 1))
-    return look_again(locator, levels, levels[0].new_tensor(heats), levels[0].new_tensor(places).view(-1, 4))
+    heats, places = refine(locator, levels, levels[0].new_tensor(heats), levels[0].new_tensor(places).view(-1, 4))
+    return heats[heats > HEAT], places[heats > HEAT]
 
 
 @torch.inference_mode()
-def look_again(locator, levels, heats, places):
+def refine(locator, levels, heats, places):
     """Heats (N,) and places (N, 4) averaged with those seen in upright squares around the places, in AGAIN sizes."""
     total, moved = heats[:, None], heats[:, None] * places
     middle = (torch.arange(CANVAS // STRIDE, device=heats.device) + 0.5) * STRIDE - CANVAS / 2

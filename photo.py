@@ -42,14 +42,13 @@ PLACE_TOLERANCE = 0.06  # of a part's centre, as a fraction of the side
 SIZE_TOLERANCE = 0.7  # of the logarithm of a part's size
 FACE_SCORE = 0.47  # minimum score of a face
 FAR = 0.2, 0.5, 30  # shift in sides, logarithm of the scale and degrees of a match that is far from what was proposed
-TILTED = 60  # degrees of roll up to which a place without a face is parsed level too
-CANDIDATE = 0.25  # minimum heat of a place that is parsed
+CERTAIN = 0.5  # minimum heat of a place that is parsed level too, if no face was found there as it is turned
 LEVEL = 5  # degrees of roll that are taken for none: the network was trained on turned portraits
 LIKENESS = 0.3  # minimum IoU of face and usual face to parse a photo as a portrait; at least 0.37 in the data set
 TURNED_LIKENESS = 0.5  # the same for a portrait that lies on its side or upside down: a profile has 0.4
 SEARCH_SIDE = 384  # network input for candidates: fewer faces are confirmed at 256 than at 384 or 512
 BATCH = 4
-PORTRAIT = 0.48, 15  # minimum IoU of a photo and the portrait found in it, and its most degrees of roll, to parse all
+PORTRAIT = 0.48, 16.5  # minimum IoU of a photo and the portrait found in it, and its most degrees of roll, to parse all
 MAX_PIXELS = 1 << 22  # parsed at once: larger windows are reduced, which bounds memory
 SMALL_INPUT = 384  # least network input for the surroundings of a portrait, in which a larger one finds more clutter
 SMALL = 96  # pixels: portraits of at most this side gain nothing from a larger input either
@@ -149,7 +148,7 @@ def crop(pixels, window):
     return pixels[np.ix_(rows, columns)]
 
 
-def look(models, levels, places, size):
+def match_places(models, levels, places, size):
     """Parse the squares at places (N, 4) of a `pyramid`: the scores (N,) and the places (N, 4) of their matches.
 
     The score is lower for a match far from the square, which is one of chance or of a neighbour.
@@ -167,23 +166,22 @@ def look(models, levels, places, size):
     return found[:, 0], found[:, 1:]
 
 
-def find_faces(parser, pixels):
+def find_faces(face_parser, pixels):
     """The faces in uint8 pixels (H, W, 3): [(score, Window), ...], the best first.
 
     A window is where a portrait like those of the training would be cropped. The score is the mean of the locator's
     heat and of the parse's match.
     """
-    levels, scale = pyramid(pixels, parser.device)
-    heats, places = find_candidates(parser.locator, levels)
-    chosen, found = heats > CANDIDATE, []
+    levels, scale = pyramid(pixels, face_parser.device)
+    heats, places = find_candidates(face_parser.locator, levels)
+    found = []
     for _ in range(2):
-        heats, places = heats[chosen], places[chosen]
-        scores, matches = look(parser.models, levels, places, min(parser.size, SEARCH_SIDE))
+        scores, matches = match_places(face_parser.models, levels, places, min(face_parser.size, SEARCH_SIDE))
         scores, matches = (scores + heats) / 2, matches * matches.new_tensor([scale, scale, scale, 1])
         found += zip(scores.tolist(), matches.tolist(), strict=True)
         # The locator errs about the roll of heads that are turned to a side; most are level.
-        chosen = (scores < FACE_SCORE) & (places[:, 3].abs() < TILTED)
-        places = places * places.new_tensor([1, 1, 1, 0])
+        chosen = (scores < FACE_SCORE) & (heats > CERTAIN)
+        heats, places = heats[chosen], places[chosen] * places.new_tensor([1, 1, 1, 0])
     return [(score, square(*place)) for score, place in distinct(found) if score >= FACE_SCORE]
 
 
@@ -191,8 +189,8 @@ def find_faces(parser, pixels):
 class Face:
     """A face of a photo: its label map (h, w) uint8 inside `box` (left, top, w, h), 0 where the photo is not its own.
 
-    `window` (left, top, width, height) turned clockwise around its centre by `angle` degrees is the portrait that was
-    parsed, with its surroundings. `score` 0..1 is that of `find_faces`, None if not computed.
+    `window` (left, top, width, height) turned clockwise around its centre by `angle` degrees is the face's portrait;
+    what surrounds it was parsed too, so `box` may reach beyond it. `score` 0..1 is that of `find_faces`, or None.
     """
 
     mask: np.ndarray
@@ -200,6 +198,18 @@ class Face:
     window: tuple
     angle: float
     score: float | None
+
+
+class Portrait(NamedTuple):
+    """A parsed portrait: its score, its Window, the Window parsed around it and its log-probabilities (1, 19, h, w).
+
+    Without log-probabilities nothing of a person is there.
+    """
+
+    score: float | None
+    window: Window
+    around: Window
+    log_p: torch.Tensor | None
 
 
 @dataclass
@@ -213,7 +223,7 @@ class Parsed:
     alpha: np.ndarray | None = None  # uint8 (H, W): 255 times the probability of the labels asked for
 
 
-def parse_photos(parser, photos, whole=False, box=None, cutout=None):
+def parse_photos(face_parser, photos, whole=False, box=None, cutout=None):
     """Parse photos of one size, a list of uint8 pixels (H, W, 3), with a predict.FaceParser: [Parsed, ...].
 
     A photo that is one portrait, like those of the training, or any photo with `whole`, is parsed as one portrait;
@@ -228,49 +238,50 @@ def parse_photos(parser, photos, whole=False, box=None, cutout=None):
     if not overlap(window, (0, 0, width, height)) or max(window[2:4]) > 2 * max(height, width):
         raise UserError(f"box {box}: give one that overlaps the {width} x {height} pixels, at most twice as large")
     if box or whole:
-        batch = parse_window(parser, photos, window, parser.size).split(1)
-        return [paste(height, width, [(None, window, window, log_p)], cutout) for log_p in batch]
-    parsed = [paste(height, width, search(parser, pixels, window), cutout) for pixels in photos]
+        batch = parse_window(face_parser, photos, window, face_parser.size).split(1)
+        return [paste(height, width, [Portrait(None, window, window, log_p)], cutout) for log_p in batch]
+    parsed = [paste(height, width, find_portraits(face_parser, pixels, window), cutout) for pixels in photos]
     return [replace(one, missed=not one.faces or one.faces[0].score is None) for one in parsed]
 
 
-def search(parser, pixels, everything):
-    """The portraits in a photo and what they show, as `paste` takes them; `everything` is the photo as a Window."""
-    faces = find_faces(parser, pixels)
-    filling = [f for f in faces if overlap(f[1], everything) >= PORTRAIT[0] and abs(f[1].angle) <= PORTRAIT[1]]
-    if filling:
-        return [(filling[0][0], everything, everything, parse_window(parser, [pixels], everything, parser.size))]
+def find_portraits(face_parser, pixels, everything):
+    """The Portraits in a photo, from left to right; `everything` is the photo as a Window."""
+    faces = find_faces(face_parser, pixels)
+    for score, window in faces:
+        if overlap(window, everything) >= PORTRAIT[0] and abs(window.angle) <= PORTRAIT[1]:
+            log_p = parse_window(face_parser, [pixels], everything, face_parser.size)
+            return [Portrait(score, everything, everything, log_p)]
     if faces:
         faces.sort(key=lambda face: face[1].left)
-        parsed = ((score, window, *parse_face(parser, pixels, window)) for score, window in faces)
-        return (face for face in parsed if face[3].argmax(1).any())  # a network for small images may show none there
+        portraits = (Portrait(score, window, *parse_face(face_parser, pixels, window)) for score, window in faces)
+        return (p for p in portraits if p.log_p.argmax(1).any())  # a network for small images may show none there
     height, width = pixels.shape[:2]
     sideways, options = Window((width - height) // 2, (height - width) // 2, height, width), []
     for window, angle in [(everything, 0.0), (sideways, 90.0), (everything, 180.0), (sideways, 270.0)]:
         window = window._replace(angle=angle)
-        log_p = parse_window(parser, [pixels], window, parser.size)
+        log_p = parse_window(face_parser, [pixels], window, face_parser.size)
         likeness = portrait_likeness(log_p)
         options.append((likeness * (likeness >= (TURNED_LIKENESS if angle else LIKENESS)), window, log_p))
     likeness, window, log_p = max(options, key=lambda option: option[0])
-    return [(None, window, window, log_p if likeness else None)]
+    return [Portrait(None, window, window, log_p if likeness else None)]
 
 
-def parse_face(parser, pixels, window):
+def parse_face(face_parser, pixels, window):
     """Parse a portrait and its surroundings until nothing of the person reaches beyond them, or the photo ends.
 
     Returns the Window parsed and its log-probabilities (1, 19, h, w).
     """
 
     def parse(window, least):
-        side = min(parser.size, max(least, math.ceil(window.width / 32) * 32))
-        return parse_window(parser, [pixels], window, side)
+        side = min(face_parser.size, max(least, math.ceil(window.width / 32) * 32))
+        return parse_window(face_parser, [pixels], window, side)
 
-    log_p, side = parse(window, SMALL_INPUT if window.width <= SMALL else parser.size), window.width
+    log_p, side = parse(window, SMALL_INPUT if window.width <= SMALL else face_parser.size), window.width
     for growth in GROWTH:
         more = round(window.width * growth) - window.width
         window = Window(window.left - more // 2, window.top - more // 2, *[window.width + more] * 2, window.angle)
         around = parse(window, SMALL_INPUT)
-        log_p = surround(log_p, around, growth)
+        log_p = blend(log_p, around, growth)
         rounded = continues(around, window, *pixels.shape[:2])
         if not rounded:
             break
@@ -300,7 +311,7 @@ def confine(log_p, rounded, portrait):
             grown = F.max_pool2d(grown, 3, 1, 1) * coarse
     kept = F.interpolate(reached, scale_factor=4)[..., : len(along), : len(along)] * allowed
     log_p[:, 0] += 50 * (1 - kept[:, 0])
-    return log_p
+    return log_p.log_softmax(1)
 
 
 def continues(log_p, window, height, width):
@@ -334,17 +345,17 @@ def reduction(height, width):
     return max(1, math.ceil(math.sqrt(height * width / MAX_PIXELS)))
 
 
-def parse_window(parser, photos, window, size):
+def parse_window(face_parser, photos, window, size):
     """Log-probabilities (B, 19, h, w), on the logit grid, of a Window of B photos; `size` is the input's side."""
     factor = reduction(window.height, window.width)
     if factor > 1:
         photos = [np.asarray(Image.fromarray(pixels).reduce(factor)) for pixels in photos]
         window = Window(*(-(-value // factor) for value in window[:4]), window.angle)
     images = np.stack([crop(pixels, window) for pixels in photos])
-    return log_probabilities(parser.models, to_input(images, parser.device), size, parser.views)
+    return log_probabilities(face_parser.models, to_input(images, face_parser.device), size, face_parser.views)
 
 
-def surround(inner, outer, growth):
+def blend(inner, outer, growth):
     """Blend log-probabilities (1, 19, h, w) of a window into those of the window of `growth` times its sides.
 
     Returns (1, 19, growth * h, growth * w); h and w are multiples of 4. Hair and cloth continue where a portrait ends.
@@ -359,13 +370,13 @@ def surround(inner, outer, growth):
 
 
 def paste(height, width, portraits, cutout=None):
-    """Parsed of portraits [(score, Window, Window parsed around it, its log-probabilities, or None), ...].
+    """The Parsed of the Portraits in a photo, from left to right.
 
     In an overlap a pixel belongs to the portrait whose centre is nearer, relative to its side, of those in which it is
     not background, if there are any. Outside all windows the label is background and the owner -1.
     """
     mask, owner = np.zeros((height, width), np.uint8), np.full((height, width), -1, np.int16)
-    alpha = np.zeros((height, width), np.uint8) if cutout else None
+    alpha = np.full((height, width), 255 * (0 in cutout), np.uint8) if cutout else None
     nearest, found = np.full((height, width), np.inf, np.float32), []
     for index, (score, window, around, log_p) in enumerate(portraits):
         corners = np.stack(around.photo_points(np.array([0, 1, 0, 1]), np.array([0, 0, 1, 1])))

@@ -55,7 +55,7 @@ def test_a_candidate_is_seen_again_upright_and_the_looks_are_averaged(monkeypatc
         return output
 
     monkeypatch.setattr(locate, "AGAIN", (64,))
-    heats, places = locate.look_again(see, locate.pyramid(pixels, "cpu")[0], torch.tensor([0.5]), place)
+    heats, places = locate.refine(see, locate.pyramid(pixels, "cpu")[0], torch.tensor([0.5]), place)
     expected = [150, 150 + 2 / 3 * 96 * 8 / 64, 96 * (1 + 0.2 * 2 / 3), 90 + math.degrees(roll) * 2 / 3]
     assert abs(heats.item() - 0.75) < 1e-6 and torch.allclose(places, torch.tensor([expected]), atol=0.01)
 

@@ -149,7 +149,7 @@ def test_tilted_face_is_found_and_parsed(faces, monkeypatch, roll, pixels):
 
 
 def test_a_face_whose_roll_was_misjudged_is_found_level(group):
-    parsed = parse(group, near(WINDOWS, roll=50, heat=0.4))
+    parsed = parse(group, near(WINDOWS, roll=50, heat=0.6))
     assert len(parsed.faces) == 3 and all(abs(face.angle) < 9 for face in parsed.faces)
 
 
