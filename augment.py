@@ -130,15 +130,6 @@ def slice_batch(params, start, stop):
     return {name: value[start:stop] for name, value in params.items()}
 
 
-def send(params, device):
-    """The parameters on the device, in one copy."""
-    if device.type == "cpu":
-        return params
-    columns = [value.flatten(1) if value.dim() > 1 else value[:, None] for value in params.values()]
-    parts = to_device(torch.cat(columns, 1), device).split([column.shape[1] for column in columns], 1)
-    return {name: part.view(value.shape) for (name, value), part in zip(params.items(), parts, strict=True)}
-
-
 def warp(images, masks, theta, size, surround=None):
     """Flip, rotate, scale and shift in one resampling.
 
@@ -148,28 +139,19 @@ def warp(images, masks, theta, size, surround=None):
     its reflection, or the colour in `surround` (B, 4), if not negative, which is background; so is then all outside
     the square turned by the angle in `surround`.
     """
-    device, count = images.device, len(images)
-    across, down, shift = theta[..., None, None].unbind(2)  # (B, 2, 1, 1): x and y
-    centre = (2 * torch.arange(size, device=device) + 1) / size - 1
-    points = across * centre + (down * centre[:, None] + shift)  # (B, 2, size, size)
-    # Reflection at the edges -1 and 1: the distance from the nearest of ..., -5, -1, 3, ...
-    turns = (points + 1) / 4
-    place = (turns - turns.round()).abs_().mul_(2)  # 0..1 from the left and from the top
+    points = F.affine_grid(theta, (len(images), 1, size, size), align_corners=False)  # (B, size, size, 2)
     double = 2 * size if size < images.shape[-1] else size
     # Where `double` exceeds the image, `resize` would interpolate, and the identity would not be the area average.
     source = area(images / 255, (double, double)) if images.shape[-1] % double else resize(images, double, double)
-    where = (place * 2 - 1).permute(0, 2, 3, 1)
-    warped = F.grid_sample(source, where, padding_mode="border", align_corners=False)
-
-    side = masks.shape[-1]
-    x, y = place.mul_(side).floor_().clamp_(max=side - 1).unbind(1)
-    labels = masks.flatten(1).gather(1, (y * side + x).long().flatten(1)).view(count, size, size)
+    reflected = {"padding_mode": "reflection", "align_corners": False}
+    warped = F.grid_sample(source, points, **reflected)
+    labels = F.grid_sample(masks[:, None].float(), points, "nearest", **reflected)[:, 0].byte()
     if surround is None:
         return warped, labels
     tint, roll = surround[:, :3, None, None], surround[:, 3, None, None]
-    x, y = points.unbind(1)
-    turned = torch.stack([roll.cos() * x + roll.sin() * y, roll.cos() * y - roll.sin() * x], 1)
-    empty = torch.maximum(points.abs(), turned.abs()).gt(1).any(1) & (tint[:, 0] >= 0)  # (B, size, size)
+    x, y = points.unbind(3)
+    turned = torch.stack([roll.cos() * x + roll.sin() * y, roll.cos() * y - roll.sin() * x], 3)
+    empty = torch.maximum(points.abs(), turned.abs()).gt(1).any(3) & (tint[:, 0] >= 0)  # (B, size, size)
     return torch.where(empty[:, None], tint, warped), labels.masked_fill_(empty, 0)
 
 
@@ -291,7 +273,7 @@ def augment(images, masks, params, size, stride=1, exchange_sides=True):
 
     `params` stay on the CPU, where they decide what is done; a GPU receives a copy and is never waited for.
     """
-    sent, changed = send(params, images.device), []
+    sent, changed = {name: to_device(value, images.device) for name, value in params.items()}, []
     # One image at a time stays in a CPU's cache; a GPU processes them together.
     step = 1 if images.device.type == "cpu" else len(images)
     for start in range(0, len(images), step):
