@@ -216,33 +216,32 @@ def find_pictures(folder, device="auto", data=None):
 
     `data`: the data folder with the images; default that of the run.
     """
-    if not (version := weights_version(folder)):
+    weights = scored_weights(folder)
+    if not weights.is_file():
         return None
+    version = [FORMAT, weights.stat().st_mtime_ns, weights.stat().st_size]
     with contextlib.suppress(UserError, LookupError, TypeError):
         content = read_json(folder / "pictures.json")
         if content["version"] == version:
             return content
     try:
-        return draw_pictures(folder, select_device(device), data)
+        content = {"version": version} | draw_pictures(weights, select_device(device), data)
+        write_text(folder / "pictures.json", json.dumps(content))
+        return content
     except UserError as error:
         print_message(f"no images of {folder.name}: {error}")
         return None
 
 
-def weights_version(folder):
-    """A list that changes with the weights and with the format of pictures.json; None if there are no weights."""
-    path = scored_weights(folder)
-    return [FORMAT, path.stat().st_mtime_ns, path.stat().st_size] if path.is_file() else None
-
-
-def draw_pictures(folder, device, data):
-    """Predict a scored run's images with its weights; returns the content of pictures.json. UserError without data.
+def draw_pictures(weights, device, data):
+    """The content of pictures.json but its version: a scored run's images, parsed with its weights.
 
     Images whose mask has left and right reversed form their own group: their scores are errors of the mask.
+    UserError without the pairs.
     """
-    version, rows = weights_version(folder), check_best(read_json(folder / "best.json"))["image_scores"]
+    rows = check_best(read_json(weights.with_name("best.json")))["image_scores"]
     scores = {name: image_score(row) for name, row in rows.items()}
-    data = find_data_of(scored_weights(folder), data)
+    data = find_data_of(weights, data)
     pairs = {image.stem: (image, mask) for image, mask in find_pairs(data)}
     if not pairs.keys() >= scores.keys():
         raise UserError(f"{data} contains other pairs than the run was scored on")
@@ -250,18 +249,16 @@ def draw_pictures(folder, device, data):
     flawed = [name for name in order if reversed_sides(read_mask(pairs[name][1]))]
     sound = [name for name in order if name not in flawed]
     groups = {"lowest": sound[:EACH], "highest": sound[::-1][:EACH], "reversed": flawed[:EACH]}
-    model, info = load_model(scored_weights(folder), device)
-    content = {"version": version, "images": len(order), "reversed": len(flawed), "pictures": []}
+    model, info = load_model(weights, device)
+    content = {"images": len(order), "reversed": len(flawed), "pictures": []}
     for group, name in ((group, name) for group, names in groups.items() for name in names):
         pixels, true = (read(path) for read, path in zip((read_image, read_mask), pairs[name], strict=True))
         predicted = parse_whole(model, pixels, info["size"])
         lowest = sorted((f, NAMES[i]) for i, f in enumerate(rows[name]) if f is not None)[:3]
         picture = {"group": group, "name": name, "score": scores[name], "lowest": [[label, f] for f, label in lowest]}
         content["pictures"].append(picture | {"panels": panels(pixels, true, predicted)})
-    content["seen"] = not info.get("validated")
-    content["score_without_reversed"] = float(np.mean([scores[name] for name in sound])) if sound else 0.0
-    write_text(folder / "pictures.json", json.dumps(content))
-    return content
+    alone = float(np.mean([scores[name] for name in sound])) if sound else 0.0
+    return content | {"seen": not info.get("validated"), "score_without_reversed": alone}
 
 
 def write_page(runs, device="auto", data=None):
