@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 from common import ArgumentParser, UserError, atomic, check_target, make_folder, require_packages, run_main, write_text
 
@@ -93,18 +94,14 @@ def quantise(path, images):
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(quantization.CalibrationDataReader):
-        inputs = ({"image": image} for image in images)
-
-        def get_next(self):
-            return next(self.inputs, None)
-
+    inputs = ({"image": image} for image in images)
+    reader = SimpleNamespace(get_next=lambda: next(inputs, None))
     logging.getLogger().setLevel(logging.ERROR)  # it warns that it does not know Resize's names
     with tempfile.TemporaryDirectory() as folder:
         prepared = Path(folder, "prepared.onnx")
         quant_pre_process(path, prepared, skip_symbolic_shape=True)
         layers = ["Conv", "Add", "Relu"]
-        quantization.quantize_static(prepared, path, Reader(), per_channel=True, op_types_to_quantize=layers)
+        quantization.quantize_static(prepared, path, reader, per_channel=True, op_types_to_quantize=layers)
 
 
 def write_onnx(weights, out, int8=False, data=None):
