@@ -49,14 +49,13 @@ def read_submission(path, images, own, remedy):
 
 def describe_score(own, views, data):
     """The official score of a run's weights with these views, or why it is unknown, as text."""
-    twin = own.with_name("validated.pt")
-    weights = twin if twin.is_file() and not checkpoint.load(own).get("validated") else own
-    if checkpoint.load(weights).get("validated"):
-        scores, doubt = score(weights, views, data)
-        about = f"the official score on the {len(scores)} pairs held out, from the views below"
-        if weights != own:
-            about += "; it is of a training without these pairs, the weights handed in are of one on all pairs"
-        return f"{scores.mean():.4f}, {about}" + (f" ({weights.name} {doubt})" if doubt else "")
+    for weights in (own, own.with_name("validated.pt")):
+        if weights.is_file() and checkpoint.load(weights).get("validated"):
+            scores, doubt = score(weights, views, data)
+            about = f"the official score on the {len(scores)} pairs held out, from the views below"
+            if weights != own:
+                about += "; it is of a training without these pairs, the weights handed in are of one on all pairs"
+            return f"{scores.mean():.4f}, {about}" + (f" ({weights.name} {doubt})" if doubt else "")
     return "unknown, since the weights were trained on all pairs"
 
 
