@@ -57,30 +57,14 @@ def _dice(p, target, over):
 
 
 def _cross_entropy(log_p, p, target, focal, class_weights, smoothing):
-    if target.dim() == 3:
-        terms = log_p.gather(1, target[:, None])
-        if focal:
-            terms = terms * _focal_factor(p.gather(1, target[:, None]), focal)
-        if class_weights is not None:
-            terms = terms * class_weights[target][:, None]
-        loss = -terms.mean()
-    else:
-        terms = _weighted(log_p, p, focal, class_weights) * target
-        loss = -terms.sum() / target[:, :1].numel()
-    if smoothing:
-        loss = torch.lerp(loss, -_weighted(log_p, p, focal, class_weights).mean(), smoothing)
-    return loss
-
-
-def _focal_factor(p, focal):
-    """(1 - p)^focal, bounded away from 0, where an exponent below 1 has no finite slope."""
-    return (1 - p).clamp_min(1e-6) ** focal
-
-
-def _weighted(log_p, p, focal, class_weights):
-    """Every label's log-probability at every pixel, times its focal factor and class weight."""
-    terms = log_p * _focal_factor(p, focal) if focal else log_p
-    return terms if class_weights is None else terms * class_weights[:, None, None]
+    terms = log_p  # of every label at every pixel
+    if focal:  # bounded away from 0, where an exponent below 1 has no finite slope
+        terms = terms * (1 - p).clamp_min(1e-6) ** focal
+    if class_weights is not None:
+        terms = terms * class_weights[:, None, None]
+    hard = target.dim() == 3
+    loss = -terms.gather(1, target[:, None]).mean() if hard else -(terms * target).sum() / target[:, 0].numel()
+    return torch.lerp(loss, -terms.mean(), smoothing) if smoothing else loss
 
 
 def soft_labels(masks, stride=1, others=None, lam=None):
