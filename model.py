@@ -82,17 +82,13 @@ class Attention(nn.Module):
 class TransformerBlock(nn.Module):
     """Pre-norm residual attention and MLP (GELU)."""
 
-    def __init__(self, dim, ratio=1, mlp_ratio=2, dropout=0.0):
+    def __init__(self, dim, ratio=1, dropout=0.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attention = Attention(dim, ratio, dropout)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(
-            nn.Linear(dim, dim * mlp_ratio),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(dim * mlp_ratio, dim),
-            nn.Dropout(dropout),
+            nn.Linear(dim, 2 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * dim, dim), nn.Dropout(dropout)
         )
 
     def forward(self, x, height, width):
@@ -108,16 +104,13 @@ class LMSA(nn.Module):
 
     FOLDS = {"norm": "pointwise"}  # for `fold_batch_norm`
 
-    def __init__(self, dim, reduction=4):
+    def __init__(self, dim):
         super().__init__()
         self.depthwise = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
         self.pointwise = nn.Conv2d(dim, dim, 1, bias=False)
         self.norm = nn.BatchNorm2d(dim)
         self.gate = nn.Sequential(
-            nn.Linear(dim, dim // reduction, bias=False),
-            nn.ReLU(),
-            nn.Linear(dim // reduction, dim, bias=False),
-            nn.Sigmoid(),
+            nn.Linear(dim, dim // 4, bias=False), nn.ReLU(), nn.Linear(dim // 4, dim, bias=False), nn.Sigmoid()
         )
 
     def forward(self, x):
@@ -161,15 +154,13 @@ class MicroSegFormer(nn.Module):
     def features(self, image):
         """Four maps (B, C, H/s, W/s), s = 4, 8, 16, 32, of image (B, 3, H, W)."""
         x, maps = standardise(image), []
-        for embed, embed_norm, blocks, norm in zip(
-            self.embeddings, self.embedding_norms, self.stages, self.norms, strict=True
-        ):
+        stages = zip(self.embeddings, self.embedding_norms, self.stages, self.norms, strict=True)
+        for embed, embed_norm, blocks, norm in stages:
             x = embed(x)
-            height, width = x.shape[2:]
-            x = embed_norm(tokens(x))
+            size, x = x.shape[2:], embed_norm(tokens(x))
             for block in blocks:
-                x = block(x, height, width)
-            x = grid(norm(x), height, width)
+                x = block(x, *size)
+            x = grid(norm(x), *size)
             maps.append(x)
         return maps
 
@@ -210,20 +201,17 @@ class ConvNorm(nn.Sequential):
 
     def __init__(self, inputs, outputs, kernel=3, stride=1, dilation=1, act=True):
         padding = dilation * (kernel // 2)
-        layers = [
-            nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False),
-            nn.BatchNorm2d(outputs),
-        ]
+        layers = [nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, bias=False), nn.BatchNorm2d(outputs)]
         super().__init__(*layers, *([nn.ReLU(inplace=True)] if act else []))
 
 
 class Gate(nn.Module):
     """Squeeze-and-excitation (arXiv 1709.01507): a factor 0..1 per channel, (B, C, 1, 1), from the channel means."""
 
-    def __init__(self, dim, reduction=4):
+    def __init__(self, dim):
         super().__init__()
-        self.down = nn.Linear(dim, dim // reduction)
-        self.up = nn.Linear(dim // reduction, dim)
+        self.down = nn.Linear(dim, dim // 4)
+        self.up = nn.Linear(dim // 4, dim)
 
     def forward(self, x):
         return self.up(F.relu(self.down(channel_means(x)))).sigmoid()[:, :, None, None]
@@ -304,12 +292,10 @@ class MicroUNet(nn.Module):
         for stage in self.encoder:
             x = stage(x)
             skips.append(x)
-        if self.attention:
-            height, width = x.shape[2:]
-            sequence = tokens(x)
-            for block in self.attention:
-                sequence = block(sequence, height, width)
-            x = grid(sequence, height, width)
+        size, x = x.shape[2:], tokens(x)
+        for block in self.attention:
+            x = block(x, *size)
+        x = grid(x, *size)
         for (join,), skip in zip(self.decoder, skips[-2::-1], strict=True):
             x = join(x, skip)
         logits = pointwise(self.dropout(x), self.classifier)
