@@ -141,21 +141,18 @@ def find_data_of(weights, folder=None):
 
 def find_pairs(data):
     """[(image path, mask path), ...] of DATA/train, sorted by name. UserError if a file has no partner."""
-    for kind in ("images", "masks"):
+    images, masks = {}, {}  # by name
+    for kind, files in (("images", images), ("masks", masks)):
         if not Path(data, "train", kind).is_dir():
             raise UserError(f"no folder {data}/train/{kind}; `make data RAW=/path/to/download DATA={data}` creates it")
-    images, masks = (image_files(Path(data, "train", kind)) for kind in ("images", "masks"))
-    for files in (images, masks):
-        first = {}
-        for path in files:
-            if first.setdefault(path.stem, path) != path:
-                raise UserError(f"{first[path.stem]} and {path} would share a partner; rename or remove one")
-    masks = {p.stem: p for p in masks}
-    unpaired = [p.name for p in images if p.stem not in masks] + sorted(masks.keys() - {p.stem for p in images})
+        for path in image_files(Path(data, "train", kind)):
+            if (first := files.setdefault(path.stem, path)) != path:
+                raise UserError(f"{first} and {path} would share a partner; rename or remove one")
+    unpaired = [path.name for name, path in images.items() if name not in masks] + sorted(masks.keys() - images.keys())
     if unpaired:
         what = f"{len(unpaired)} files of {data}/train have no partner, such as {unpaired[0]}"
         raise UserError(f"{what}; `make check-data DATA={data} LIST=1` lists them")
-    return [(p, masks[p.stem]) for p in images]
+    return [(path, masks[name]) for name, path in images.items()]
 
 
 def split(count, val_split=0.1, seed=42, hashes=None):
