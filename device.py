@@ -68,11 +68,6 @@ def amp_dtype(amp, device):
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
-def autocast(device, dtype):
-    """The context of mixed precision in `dtype`; None for float32."""
-    return torch.autocast(device.type, dtype, enabled=dtype is not None)
-
-
 def choose_speed(args, model, device, size):
     """Set the CPU threads and return the dtype of mixed precision, or None; both replace `auto` in args, for a resume.
 
@@ -88,22 +83,17 @@ def choose_speed(args, model, device, size):
     if len(choices) > 1:
         model, images = copy.deepcopy(model), torch.zeros(2, 3, *[min(256, size)] * 2)
         for choice in choices * 3:
-            times[choice] = min(times[choice], _seconds(model, images, *choice))
+            torch.set_num_threads(choice[0])
+            begin = time.perf_counter()
+            with torch.autocast("cpu", choice[1], enabled=choice[1] is not None):
+                loss = model(images, full_size=False).float().mean()
+            loss.backward()
+            times[choice] = min(times[choice], time.perf_counter() - begin)
     # float32 needs twice the memory of bf16: only for a real gain.
     args.threads, dtype = min(choices, key=lambda choice: times[choice] * (1 if choice[1] else 1.2))
     args.amp = "bf16" if dtype else "off"
     torch.set_num_threads(args.threads)
     return dtype
-
-
-def _seconds(model, images, threads, dtype):
-    """Of a forward and a backward pass."""
-    torch.set_num_threads(threads)
-    begin = time.perf_counter()
-    with autocast(images.device, dtype):
-        loss = model(images, full_size=False).float().mean()
-    loss.backward()
-    return time.perf_counter() - begin
 
 
 @functools.cache

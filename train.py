@@ -35,7 +35,7 @@ import checkpoint
 import register
 from augment import Strength, augment, draw, slice_batch
 from data import Batches, Pairs, find_data, is_synthetic, load_pairs, split
-from device import all_sum, autocast, choose_speed, device_name, on_rank_0, select_device, start_processes
+from device import all_sum, choose_speed, device_name, on_rank_0, select_device, start_processes
 from evaluate import batch_score, evaluate, f_scores, label_scores, official_score
 from labels import NUM_CLASSES
 from losses import training_loss
@@ -166,7 +166,9 @@ class Training:
 
         # Mistakes that need no data come before the pairs are decoded.
         on_rank_0(self.rank, choose_folder, args)
-        source = find_start(args) if args.start_from and not args.resume else None
+        if (args.start_from or "").startswith("runs/NAME/"):
+            raise UserError(f"recipe {args.recipe} continues another run: add FROM={args.start_from} with its name")
+        source = find_weights(args.start_from, args.runs) if args.start_from and not args.resume else None
         torch.manual_seed(args.seed)
         self.model = build(args.model, **network_arguments(args)).to(self.device, memory_format=torch.channels_last)
         check_logits(self.model)
@@ -197,8 +199,7 @@ class Training:
         self.amp_dtype = choose_speed(args, self.model, self.device, self.sizes[0])
         self.network = torch.compile(self.model, dynamic=False) if args.compile else self.model
 
-        self.loss = dict(ce=args.ce, dice=args.dice, focal=args.focal, smoothing=args.smoothing)
-        self.loss |= dict(dice_over=args.dice_over, class_weights=None)
+        self.loss = {key: getattr(args, key) for key in ("ce", "dice", "focal", "smoothing", "dice_over")}
         if args.class_weights:
             sample = self.pairs.masks[indices[:: max(1, len(indices) // 100)]]
             self.loss["class_weights"] = label_weights(sample, self.device)
@@ -228,13 +229,6 @@ def batch_size(args, count, processes, strength):
     if not batch or batch % unit:
         raise UserError(f"--batch {args.batch} of {count} pairs is not a multiple of {unit}; try NPROC=1")
     return batch
-
-
-def find_start(args):
-    """The checkpoint of --from. UserError if it is missing, or still the recipe's placeholder."""
-    if args.start_from.startswith("runs/NAME/"):
-        raise UserError(f"recipe {args.recipe} continues another run: add FROM={args.start_from} with its name")
-    return find_weights(args.start_from, args.runs)
 
 
 def start_from(training, source):
@@ -482,7 +476,7 @@ def train_step(training, epoch, step, images, target):
         group["lr"] = learning_rate(args, training.phases, epoch + (step + 1) / training.steps)
     # Dropout draws from the step's own seed, so that a resumed run draws the same.
     torch.manual_seed(int(np.random.SeedSequence((args.seed, epoch, step, training.rank)).generate_state(1)[0]))
-    with autocast(training.device, training.amp_dtype):
+    with torch.autocast(training.device.type, training.amp_dtype, enabled=training.amp_dtype is not None):
         logits = training.network(images, full_size=False)
     loss = training_loss(logits.float(), target, **training.loss)
     training.optimiser.zero_grad(set_to_none=True)
