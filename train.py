@@ -367,22 +367,16 @@ def orthogonalise(matrices):
     """About U V^T of every float matrix (m, n) = U S V^T in a list: a Newton-Schulz iteration brings S near 1.
 
     Each step multiplies the matrix by a polynomial of its Gram matrix. The polynomials are accumulated on the short
-    side, so that the long side is read only twice. Matrices of one shape are stacked, Gram matrices of one side too.
+    side, so that the long side is read only twice; Gram matrices of one side are stacked.
     """
-    places, sides = {}, {}
-    for i, matrix in enumerate(matrices):
-        places.setdefault(tuple(matrix.shape), []).append(i)
-    stacks = {shape: torch.stack([matrices[i] for i in where]) for shape, where in places.items()}  # (N, m, n)
-    for shape in stacks:
-        sides.setdefault(min(shape), []).append(shape)
-    results = [None] * len(matrices)
-    for shapes in sides.values():
-        grams = [x @ x.mT if m <= n else x.mT @ x for (m, n), x in ((shape, stacks[shape]) for shape in shapes)]
-        products = _polynomials(torch.cat(grams)).split([len(stacks[shape]) for shape in shapes])
-        for (m, n), product in zip(shapes, products, strict=True):
-            x = stacks[m, n]
-            for i, result in zip(places[m, n], product @ x if m <= n else x @ product, strict=True):
-                results[i] = result
+    wide = [len(x) <= x.shape[1] for x in matrices]
+    grams = [x @ x.mT if is_wide else x.mT @ x for x, is_wide in zip(matrices, wide, strict=True)]
+    sides, results = {}, [None] * len(matrices)
+    for i, gram in enumerate(grams):
+        sides.setdefault(len(gram), []).append(i)
+    for places in sides.values():
+        for i, product in zip(places, _polynomials(torch.stack([grams[i] for i in places])), strict=True):
+            results[i] = product @ matrices[i] if wide[i] else matrices[i] @ product
     return results
 
 
