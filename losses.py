@@ -1,8 +1,4 @@
-"""Training losses: cross-entropy (or focal) and Dice, on hard or soft labels.
-
-python train.py --ce 1.0 --dice 1.5
-python train.py --focal 2 --dice 1 --dice-over all
-"""
+"""Training losses: cross-entropy (or focal) and Dice, on hard or soft labels."""
 
 import torch
 import torch.nn.functional as F

@@ -3,14 +3,8 @@
 python predict.py --input photo.jpg --output masks --overlay --cutout head --json
 python predict.py --input data/test/images --output masks --weights runs/a/best.pt --views flip,scales
 
-From Python:
-
-    from predict import FaceParser
-    parser = FaceParser()                    # the release; FaceParser("runs/a"): the weights of a run
-    mask = parser("photo.jpg").mask          # uint8 (H, W), values 0..18: indices into parser.names
-
-A photo that is one portrait, like those of the challenge, is parsed as a whole. In any other the faces are found
-first, and each is cropped from the full-size photo and parsed (photo.py).
+From Python: FaceParser; README.md shows how. A photo that is one portrait, like those of the challenge, is parsed
+as a whole. In any other the faces are found first, and each is cropped from the full-size photo and parsed (photo.py).
 """
 
 import argparse
