@@ -6,6 +6,7 @@ import ctypes
 import difflib
 import functools
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -148,7 +149,7 @@ def enough_memory():
         signs = "out of memory|can't allocate memory|ALLOC_FAILED"
         if isinstance(error, RuntimeError) and not re.search(signs, str(error)):
             raise
-        raise UserError("out of memory: try a smaller BATCH, SIZES, SIZE or VIEWS") from None
+        raise UserError("out of memory: try a smaller BATCH, SIZES, SIZE, VIEWS or image") from None
 
 
 def print_message(message, kind="warning"):
@@ -228,7 +229,10 @@ def in_parallel(function, tasks, label):
     pool = ProcessPoolExecutor(cores, initializer=_start_worker)
     start = time.monotonic()
     try:
-        for done, result in enumerate(pool.map(function, tasks, chunksize=8), 1):
+        # In parts, since the workers would run ahead of a slow disk and fill the memory.
+        parts = (tasks[start : start + 512] for start in range(0, len(tasks), 512))
+        results = itertools.chain.from_iterable(pool.map(function, part, chunksize=8) for part in parts)
+        for done, result in enumerate(results, 1):
             if done % 20 == 0:
                 show_progress(label, done, len(tasks), time.monotonic() - start)
             yield result

@@ -29,13 +29,8 @@ from views import ONE_VIEW, area, check_size, label_map, log_probabilities, pars
 
 def confusion(pred, true):
     """Pixel counts (19, 19) int64, rows true, columns predicted, of two label maps of the same shape, values 0..18."""
-    pairs = true.ravel().astype(np.uint16)  # 16 bits can hold every pair of labels
-    pairs *= NUM_CLASSES
-    pairs += pred.ravel().astype(np.uint16)
-    # Count runs of equal pairs: there are a hundred times fewer of them than pixels.
-    ends = np.append(np.flatnonzero(pairs[1:] != pairs[:-1]), len(pairs) - 1)
-    counts = np.bincount(pairs[ends], np.diff(ends, prepend=-1), NUM_CLASSES**2)
-    return counts.astype(np.int64).reshape(NUM_CLASSES, NUM_CLASSES)
+    pairs = true.ravel().astype(np.int64) * NUM_CLASSES + pred.ravel()
+    return np.bincount(pairs, minlength=NUM_CLASSES**2).reshape(NUM_CLASSES, NUM_CLASSES)
 
 
 def f_scores(confusions):
@@ -179,7 +174,7 @@ def main():
     views, device = parse_views(args.views), select_device(args.device, args.threads)
     check_size(args.size)
     path = register.find_weights(args.weights)
-    if not Path(args.weights or "").is_file():  # a run's
+    if path != Path(args.weights or ""):  # a run's
         path = register.scored_weights(path.parent)
     data = find_data_of(path, args.data)
     synthetic = " (synthetic faces)" if is_synthetic(data) else ""

@@ -133,23 +133,24 @@ def _scale_grey(values):
 
 
 def read_mask(path):
-    """Read a mask file as uint8 labels (H, W), by its palette's colours if it has a palette.
-
-    UserError if unreadable, not single-channel, of other colours than the labels', or above 18.
-    """
+    """Read a mask file as uint8 labels (H, W). UserError if it is unreadable or no mask (`mask_labels`)."""
     require_file(path)
     try:
         with open_image(path) as image:
-            if image.format == "JPEG":
-                raise UserError(f"{path} is a JPEG, which destroys labels; a mask must be a PNG")
-            if image.mode in ("RGB", "RGBA") and labels_from_colours(image) is not None:
-                remedy = "`make data RAW=FOLDER DATA=NEW` converts a data folder"
-                raise UserError(f"{path} contains the labels' colours, not labels; {remedy}")
-            if image.mode not in ("P", "L"):
-                raise UserError(f"{path} has mode {image.mode}; a mask has one channel (mode P or L)")
-            return palette_labels(image, path)
+            return mask_labels(image, path)
     except DECODE_ERRORS as error:
         raise UserError(f"cannot read mask {path}: {error}") from None
+
+
+def mask_labels(image, name):
+    """Labels (H, W) uint8 of a PIL image: its values (mode L or P) or the labels' colours. UserError otherwise."""
+    if image.format != "JPEG":  # which destroys labels
+        if image.mode in ("L", "P"):
+            return palette_labels(image, name)
+        if image.mode in ("RGB", "RGBA") and (labels := labels_from_colours(image)) is not None:
+            return labels
+    kind = f"{image.format} of mode {image.mode}"
+    raise UserError(f"{name}, {kind}, is not a PNG of labels or of their colours; replace it or leave it out")
 
 
 def palette_labels(image, name):

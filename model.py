@@ -34,12 +34,6 @@ def channel_map(x, weight, bias=None):
     return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
 
 
-def pointwise(x, conv):
-    """`channel_map` with the weights of a 1x1 convolution."""
-    weight = conv.weight.permute(0, 2, 3, 1).flatten(1)  # channels-last, the memory order its gradient should have
-    return channel_map(x, weight, conv.bias)
-
-
 def channel_means(x):
     """(B, C) means of (B, C, H, W); the gradient of torch's mean would be stored for every pixel."""
     return x.sum((2, 3)) / (x.shape[2] * x.shape[3])
@@ -114,7 +108,7 @@ class LMSA(nn.Module):
         )
 
     def forward(self, x):
-        branch = self.norm(pointwise(self.depthwise(x), self.pointwise))
+        branch = self.norm(self.pointwise(self.depthwise(x)))
         gate = self.gate(channel_means(branch))[:, :, None, None]
         return torch.addcmul(x, gate, branch)
 
@@ -179,7 +173,7 @@ class MicroSegFormer(nn.Module):
             else:
                 fused = upsample(channel_map(x, weight @ linear.weight, bias), fused.shape[2:]).add_(fused)
         mixed = channel_map(F.gelu(fused), self.mix.weight, self.mix.bias)
-        logits = pointwise(self.lmsa(mixed), self.classifier)
+        logits = self.classifier(self.lmsa(mixed))
         return upsample(logits, image.shape[2:]) if full_size else logits
 
 
@@ -298,7 +292,7 @@ class MicroUNet(nn.Module):
         x = grid(x, *size)
         for (join,), skip in zip(self.decoder, skips[-2::-1], strict=True):
             x = join(x, skip)
-        logits = pointwise(self.dropout(x), self.classifier)
+        logits = self.classifier(self.dropout(x))
         return upsample(logits, image.shape[2:]) if full_size else logits
 
 

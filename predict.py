@@ -38,7 +38,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from checkpoint import load_model
 from device import select_device
-from images import check_mask_target, image_files, mask_image, picture_pixels, read_image, read_picture
+from images import DECODE_ERRORS, check_mask_target, image_files, mask_image, picture_pixels, read_image, read_picture
 from labels import NAMES
 from locate import load_locator
 from photo import cut_out, describe, overlay, parse_labels, parse_photos
@@ -92,7 +92,10 @@ class FaceParser:
 def _pixels(image):
     if isinstance(image, (str, os.PathLike)):
         return read_image(image)
-    pixels = picture_pixels(image)[0] if isinstance(image, Image.Image) else image
+    try:
+        pixels = picture_pixels(image)[0] if isinstance(image, Image.Image) else image
+    except DECODE_ERRORS as error:
+        raise UserError(f"cannot read the image: {error}") from None
     if not isinstance(pixels, np.ndarray):
         raise UserError(f"an image is a path, a PIL image or a uint8 array, not a {type(image).__name__}")
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
@@ -210,8 +213,9 @@ def predict_all(parser, args):
                 how = "parsed as one portrait, perhaps wrongly" if parsed.mask.any() else "all background"
                 print_message(f"no face found in {path}: {how}; WHOLE=1 (--whole) or BOX=x,y,w,h (--box) parses it")
             elif not sys.stderr.isatty():
-                faces = f"{len(parsed.faces)} face{'s' * (len(parsed.faces) != 1)}"
-                print(f"{printable(path.name)}: {faces}, {time.monotonic() - start:.1f} s", flush=True)
+                count = len(parsed.faces)
+                what = "not searched" if args.whole or args.box else f"{count} face{'' if count == 1 else 's'}"
+                print(f"{printable(path.name)}: {what}, {time.monotonic() - start:.1f} s", flush=True)
             show_progress("predicting", done, len(files), time.monotonic() - begin)
     finally:  # also after Ctrl-C
         seconds = time.monotonic() - begin

@@ -32,9 +32,9 @@ def find_run(name, runs="runs"):
 
 
 def find_weights(text=None, runs="runs"):
-    """The checkpoint file for `text`: a file, or a run's name or folder; by default the release."""
+    """The checkpoint file for `text`: a run's name or folder, or a file; by default the release."""
     text = str(RELEASE if text is None else text)
-    if Path(text).is_file():
+    if Path(text).is_file() and not Path(runs, text, "args.json").is_file():
         return Path(text)
     path = find_run(text, runs) / "best.pt"
     if not path.is_file():

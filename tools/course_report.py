@@ -113,7 +113,9 @@ def draft(folder, author, matric, views="", data=None):
     scores = [report.image_score(f) for f in run["best"]["image_scores"].values()]
     if views:
         weights = scored_weights(folder)
-        scores = score(weights, views, find_data_of(weights, data))[0]
+        scores, doubt = score(weights, views, find_data_of(weights, data))
+        if doubt:
+            raise UserError(f"{weights} {doubt}")
     seen = "The weights were trained on all pairs, these images included; the score is of a training without them."
     start = f"one that starts from the weights of {args.start_from} (describe theirs)"
     augmentation = (f"{k} {v:g}" for k, v in vars(strength(args)).items() if v and not k.endswith("alpha"))

@@ -129,17 +129,6 @@ def read(raw, name, load=True):
     return content, image
 
 
-def labels_from_image(image, name):
-    """Labels (H, W) uint8 of a mask image: its values (mode L or P) or the labels' colours. UserError otherwise."""
-    if image.format != "JPEG":  # which destroys labels
-        if image.mode in ("L", "P"):
-            return images.palette_labels(image, f"mask {name}")
-        if image.mode in ("RGB", "RGBA") and (labels := images.labels_from_colours(image)) is not None:
-            return labels
-    kind = f"{image.format} of mode {image.mode}"
-    raise UserError(f"mask {name}, {kind}, is not a PNG of labels or of their colours; replace it or leave it out")
-
-
 def paint(raw, names):
     """Labels (H, W) uint8 of {label: file name}; higher labels cover lower ones, as in the release's g_mask.py."""
     parts = {label: read(raw, name)[1].convert("L") for label, name in sorted(names.items())}
@@ -178,7 +167,7 @@ def convert(task):
     else:
         mask = Image.fromarray(paint(raw, source)) if isinstance(source, dict) else read(raw, source)[1]
         require_match(raw, image_name, mask)
-        labels = Image.fromarray(labels_from_image(mask, source))
+        labels = Image.fromarray(images.mask_labels(mask, f"mask {source}"))
         images.mask_image(np.array(labels.resize((size, size), Image.Resampling.NEAREST))).save(buffer, "PNG")
     with atomic(path) as temporary:
         temporary.write_bytes(buffer.getvalue())
