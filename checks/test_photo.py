@@ -57,7 +57,7 @@ def candidates(monkeypatch):
     """Let `locator=` be what the network would find: rows of heat, x, y, side, roll. It knows no painted faces."""
 
     def known(locator, levels):
-        rows = torch.tensor(locator).view(-1, 5)
+        rows = torch.tensor(locator, dtype=torch.float32).view(-1, 5)
         return rows[:, 0], rows[:, 1:]
 
     monkeypatch.setattr(photo, "find_candidates", known)
@@ -82,17 +82,14 @@ def log_labels(labels):
     return one_hot.permute(2, 0, 1)[None].float().clamp_min(1e-6).log()
 
 
-def test_paste_clips_windows_at_the_edges():
+def test_paste_clips_windows_and_gives_an_overlap_to_the_nearer_centre_relative_to_the_portraits():
     log_p, windows = log_labels(np.full((4, 4), 1, np.uint8)), [Window(-2, -1, 4, 4), Window(4, 1, 4, 4)]
     parsed = paste(6, 8, [(None, window, window, log_p) for window in windows])
     assert (parsed.mask[:3, :2] == 1).all() and (parsed.mask[1:5, 4:] == 1).all() and parsed.mask.sum() == 3 * 2 + 4 * 4
     assert np.array_equal(parsed.owner >= 0, parsed.mask > 0) and (parsed.owner[1:5, 4:] == 1).all()
     assert [face.box for face in parsed.faces] == [(0, 0, 2, 3), (4, 1, 4, 4)]
-    assert parsed.faces[0].mask.shape == (3, 2) and (parsed.faces[0].mask == 1).all()
-
-
-def test_paste_gives_an_overlap_to_the_nearer_centre_relative_to_the_portraits():
-    portraits = [(Window(2, 2, 4, 4), Window(0, 0, 8, 8), 1), (Window(6, 2, 4, 4), Window(6, 2, 4, 4), 2)]
+    portraits = [(Window(2, 2, 4, 4), Window(0, 0, 8, 8), label) for label in (0, 1)]  # background gives way
+    portraits.append((Window(6, 2, 4, 4), Window(6, 2, 4, 4), 2))
     parsed = paste(8, 10, [(None, w, around, log_labels(np.full((8, 8), n, np.uint8))) for w, around, n in portraits])
     assert parsed.mask[4].tolist() == [1] * 6 + [2] * 4
 
@@ -110,8 +107,11 @@ def test_match_layout_recovers_scale_rotation_and_shift():
     assert torch.allclose(portraits[:3], torch.tensor(expected), atol=1e-3)
 
 
-def test_group_is_found_parsed_and_described(group):
-    parsed = parse(group, near(WINDOWS) + near(WINDOWS, roll=3))  # each face once
+@cases("scale", [1, 1.183])  # the faces are found in the whole photo, or in a reduced one
+def test_group_is_found_parsed_and_described(group, monkeypatch, scale):
+    monkeypatch.setattr(locate, "MAX_PIXELS", group.size / scale**2)
+    reduced = np.array(WINDOWS) / scale
+    parsed = parse(group, near(reduced) + near(reduced, roll=3))  # each face once
     assert not parsed.missed
     for index, (face, window) in enumerate(zip(parsed.faces, WINDOWS, strict=True)):
         left, top, side, _ = window
@@ -129,12 +129,6 @@ def test_group_is_found_parsed_and_described(group):
         assert areas[0] == sum(areas[1:]) == (parsed.mask == label).sum()
 
 
-def test_faces_that_were_found_in_a_reduced_photo_are_parsed_in_the_whole_one(group, monkeypatch):
-    monkeypatch.setattr(locate, "MAX_PIXELS", 550_000)
-    parsed = parse(group, near((np.array(WINDOWS) / 1.183).tolist()))
-    assert all(overlap(face.window, w) > 0.6 for face, w in zip(parsed.faces, WINDOWS, strict=True))
-
-
 @cases("roll", [-150, 60, 180])
 @cases("pixels", [1 << 22, 200 * 200])
 def test_tilted_face_is_found_and_parsed(faces, monkeypatch, roll, pixels):
@@ -148,30 +142,20 @@ def test_tilted_face_is_found_and_parsed(faces, monkeypatch, roll, pixels):
     assert (parsed.mask == canvas).mean() > 0.95
 
 
-def test_a_face_whose_roll_was_misjudged_is_found_level(group):
+def test_a_face_is_found_if_its_roll_was_misjudged_but_not_far_from_the_candidate(group):
     parsed = parse(group, near(WINDOWS, roll=50, heat=0.6))
     assert len(parsed.faces) == 3 and all(abs(face.angle) < 9 for face in parsed.faces)
+    assert parse(group, near(WINDOWS, factor=3, heat=0.5)).missed
 
 
-def test_windows_around_a_portrait_are_concentric(faces):
-    window = photo.square(150.4, 149.7, 83, 0)
-    around, _ = photo.parse_face(oracle(), painted(np.pad(faces[0], 90)), window)
-    centres = [(w.left + w.width / 2, w.top + w.height / 2) for w in (window, around)]
-    assert around.width > window.width and centres[0] == centres[1]
-
-
-@cases(("side", "size"), [(96, 384), (104, 512)])
-def test_small_portraits_are_parsed_at_a_lower_resolution(faces, monkeypatch, side, size):
-    parse_window, sizes = photo.parse_window, []
-    monkeypatch.setattr(photo, "parse_window", lambda *args: sizes.append(args[-1]) or parse_window(*args))
+@cases(("side", "size"), [(93, 384), (101, 512)])
+def test_windows_around_a_portrait_are_concentric_and_small_ones_parsed_coarsely(faces, monkeypatch, side, size):
+    parse_window, seen = photo.parse_window, []
+    monkeypatch.setattr(photo, "parse_window", lambda *args: seen.append(args[2:]) or parse_window(*args))
     parser = SimpleNamespace(**vars(oracle()) | {"size": 512})
-    photo.parse_face(parser, painted(faces[0]), Window(100, 100, side, side))
-    assert sizes[0] == size
-
-
-def test_a_face_far_from_the_candidate_is_not_its(group):
-    assert not parse(group, near(WINDOWS, heat=0.5)).missed
-    assert parse(group, near(WINDOWS, heat=0.5, factor=3)).missed
+    photo.parse_face(parser, painted(faces[0]), photo.square(150.4, 149.7, side, 0))
+    assert len({(w.left + w.width / 2, w.top + w.height / 2) for w, _ in seen}) == 1 < len(seen)
+    assert seen[0][1] == size
 
 
 def test_a_face_without_a_pixel_of_its_own_is_none(group, monkeypatch):
@@ -197,10 +181,12 @@ def test_portrait_is_parsed_as_a_whole(faces):
 
 
 @cases("turns", range(4))
-def test_portrait_that_is_not_found_is_parsed_at_its_roll(faces, turns):
-    portrait = np.rot90(faces[0][:, 20:480], -turns)  # clockwise
+@cases("pixels", [1 << 22, 300 * 300])  # parsed in full, or reduced
+def test_portrait_that_is_not_found_is_parsed_at_its_roll(faces, monkeypatch, pixels, turns):
+    monkeypatch.setattr(photo, "MAX_PIXELS", pixels)
+    portrait = np.rot90(faces[0][:501, 20:479], -turns)  # clockwise
     parsed = parse(portrait)
-    assert parsed.missed and parsed.faces[0].angle == 90 * turns and (parsed.mask == portrait).mean() > 0.95
+    assert parsed.missed and parsed.faces[0].angle == 90 * turns and (parsed.mask == portrait).mean() > 0.93
 
 
 def test_a_strip_is_turned_without_a_square_around_it():
@@ -219,24 +205,14 @@ def test_points_of_a_turned_window_are_where_its_cells_are():
     assert abs(x - np.arange(5.5, 25)).max() < 1 and abs(y - np.arange(40.5, 70)[:, None]).max() < 1
 
 
-def test_photo_without_a_face_is_background_unless_whole():
+def test_photo_without_a_face_is_background_unless_whole_or_box_says_where_it_is(group):
     cloth = np.full((200, 320), 18, np.uint8)
     parsed = parse(cloth)
     assert parsed.missed and not parsed.mask.any()
     assert (parse(cloth, whole=True).mask == 18).all()
-
-
-def test_box_is_the_only_portrait(group):
     parsed, inside = parse(group, box=(410, 240, 420, 450)), np.s_[240:690, 410:830]
     assert (parsed.mask[inside] == group[inside]).mean() > 0.9
     assert (parsed.owner == 0).sum() == 420 * 450 and not parsed.mask[parsed.owner < 0].any()
-
-
-def test_large_photos_are_parsed_coarsely(faces, monkeypatch):
-    fine = parse(faces[0][:501, :499], whole=True).mask
-    monkeypatch.setattr(photo, "MAX_PIXELS", 200 * 200)
-    coarse = parse(faces[0][:501, :499], whole=True).mask
-    assert coarse.shape == fine.shape == (501, 499) and (coarse == fine).mean() > 0.95
 
 
 def test_label_regions_by_hand():
