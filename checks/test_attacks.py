@@ -152,7 +152,7 @@ class Code:
 
 NETWORKS = [
     *[{"depths": [10**6] * 5}, {"depths": [0, 0, 0, 10**7, 0]}, {"attention": 10**9}, {"widths": [10**6] * 5}],
-    *[{"dilations": [0]}, {"dilations": [10**9]}, {"dropout": float("nan")}],
+    *[{"dilations": [0]}, {"dilations": [10**9]}, {"dropout": float("nan")}, {"decoder": [9]}, {"wings": 2}],
 ]
 ALTERED = {
     "another kind": [{"size": 65}, {"state_dict": {"a": 1}}, {"model_args": {5: 1}}],
@@ -212,8 +212,9 @@ def test_scores_and_counts_are_of_what_was_asked(copy, command, refused):
     masks = f"--masks={copy}/data/train/masks", f"--truth={copy}/data/train/masks"
     assert command(evaluate.main, *masks)[0] == 0 and "--views" in refused(evaluate.main, *masks, "--views=flip")
     refused(check_params.main, "--name=whole", f"--runs={copy}/runs", "--lr=1")
-    with pytest.raises(UserError, match="--dropout"):
-        options.parse(['--model-args={"dropout": 0.9}'])
+    for arguments in '{"dropout": 0.9}', "[1]", "{":
+        with pytest.raises(UserError, match="--model-args"):
+            options.parse([f"--model-args={arguments}"])
 
 
 def test_a_record_names_the_places_of_a_resumed_run_and_settings_that_are_gone(copy):

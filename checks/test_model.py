@@ -16,7 +16,6 @@ import model as networks
 from checks.conftest import cases
 from checks.references import plain_attention, plain_forward
 from model import PARAM_LIMIT, MicroSegFormer, build, check_logits, count_parameters, fold_batch_norm
-from options import json_object
 from tools import check_params
 
 REFERENCE = Path(__file__).with_name("reference")
@@ -98,12 +97,6 @@ def test_logits_on_another_grid_than_the_stride_are_refused():
     model.stride = 4
     with pytest.raises(UserError, match=r"\(1, 19, 32, 32\) of a 64 px image, not \(1, 19, 16, 16\)"):
         check_logits(model)
-
-
-@cases("text", ['{"decoder": [9]}', '{"depths": [1]}', '{"wings": 2}', "[1]", "{"])
-def test_impossible_arguments_are_refused(text):
-    with pytest.raises(UserError, match="arguments|--model-args"):
-        build("microunet", **json_object(text))
 
 
 @cases("name", BOTH)
