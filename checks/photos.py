@@ -47,14 +47,13 @@ def nose(face):
 
 def match(faces, truth):
     """For each true face, whether it was found, and the number of false faces."""
-    points, used, found = [nose(face) for face in faces], set(), []
+    points, found = [nose(face) for face in faces], []
     for face in truth:
         x0, y0, x1, y1 = face["box"]
-        hits = (i for i, (x, y) in enumerate(points) if i not in used and x0 <= x <= x1 and y0 <= y <= y1)
-        hit = next(hits, None)
-        used.add(hit)
-        found.append(hit is not None)
-    return found, len(points) - sum(found)
+        hits = [i for i, (x, y) in enumerate(points) if x0 <= x <= x1 and y0 <= y <= y1]
+        found.append(bool(hits))
+        points = [point for i, point in enumerate(points) if i not in hits[:1]]
+    return found, len(points)
 
 
 def longest_line(labelled):
@@ -128,7 +127,7 @@ def into_photo(image, side, rng):
 
 
 def measure_portraits(parser, pairs, count):
-    rng, scores, blank, content = np.random.default_rng(0), {}, {}, checkpoint.load(parser.source)
+    rng, scores, content = np.random.default_rng(0), {}, checkpoint.load(parser.source)
     indices = held_out(content, parser.source, pairs.keys())[:count]
     if doubt := checkpoint.doubt(content, pairs.keys(indices)):
         print_message(f"{parser.source} {doubt}")
@@ -147,9 +146,9 @@ def measure_portraits(parser, pairs, count):
         predicted["inner two thirds found"] = paste(512, 512, [(None, found, around, log_p)]).mask, true
         for name, (mask, truth) in predicted.items():
             scores.setdefault(name, []).append(confusion(mask, truth))
-            blank[name] = blank.get(name, 0) + (not mask.any())
     for name, confusions in scores.items():
-        print(f"{name:<26}{official_score(np.stack(confusions)):.4f}{blank[name]:4d} blank of {len(confusions)}")
+        blank = sum(not predicted[:, 1:].any() for predicted in confusions)
+        print(f"{name:<26}{official_score(np.stack(confusions)):.4f}{blank:4d} blank of {len(confusions)}")
 
 
 def measure_agreement(parser, folder):

@@ -11,6 +11,7 @@ import torch
 
 import locate
 import register
+from checks.conftest import cases
 from tools.synth import draw_face, make_dataset
 
 
@@ -21,7 +22,7 @@ def scenes():
     return locate.Scenes(SimpleNamespace(images=images, masks=masks), [0, 1, 2], 0)
 
 
-@pytest.mark.parametrize("look", [0, 1])  # the second sees the photo reduced four times
+@cases("look", [0, 1])  # the second sees the photo reduced four times
 def test_search_inverts_the_training_targets(scenes, monkeypatch, look):
     faces = [(40.3, 60.7, 64.0, 0.5), (130.0, 120.2, 100.0, -2.8)]
     monkeypatch.setattr(scenes, "scene", lambda: (np.zeros((192, 192, 3), np.uint8), faces))

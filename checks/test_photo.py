@@ -1,6 +1,6 @@
 """Photos: faces found in composed images and a real one, windows cropped and pasted, masks described and cut out.
 
-Most images are masks of synthetic faces in the labels' colours, and `Oracle` reads the labels from the colours: an
+Most images are masks of synthetic faces in the labels' colours, and `oracle` reads the labels from the colours: an
 error is then one of the search or the arithmetic, never of a network.
 """
 
@@ -25,12 +25,10 @@ from views import ONE_VIEW, label_map, log_probabilities
 WINDOWS = [(30, 60, 230, 230), (420, 260, 400, 400), (860, 20, 200, 200)]
 
 
-class Oracle:
+def oracle(view, full_size=False):
     """A network that reads the labels from the palette's colours."""
-
-    def __call__(self, view, full_size=False):
-        distance = view[:, None, :, ::2, ::2] - torch.tensor(COLOURS)[:, :, None, None] / 255
-        return -60 * distance.square().sum(2)
+    distance = view[:, None, :, ::2, ::2] - torch.tensor(COLOURS)[:, :, None, None] / 255
+    return -60 * distance.square().sum(2)
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +66,12 @@ def near(windows, roll=0, heat=0.9, factor=1.1):
     return [(heat, x + 0.6 * side, y + 0.4 * side, factor * side, roll + 7) for x, y, side, _ in windows]
 
 
-def oracle(locator=()):
-    return SimpleNamespace(models=[Oracle()], size=256, views=ONE_VIEW, device="cpu", locator=locator)
+def parser(locator=(), size=256):
+    return SimpleNamespace(models=[oracle], size=size, views=ONE_VIEW, device="cpu", locator=locator)
 
 
 def parse(mask, locator=(), **settings):
-    return parse_photos(oracle(locator), [painted(mask)], **settings)[0]
+    return parse_photos(parser(locator), [painted(mask)], **settings)[0]
 
 
 def log_labels(labels):
@@ -152,8 +150,7 @@ def test_a_face_is_found_if_its_roll_was_misjudged_but_not_far_from_the_candidat
 def test_windows_around_a_portrait_are_concentric_and_small_ones_parsed_coarsely(faces, monkeypatch, side, size):
     parse_window, seen = photo.parse_window, []
     monkeypatch.setattr(photo, "parse_window", lambda *args: seen.append(args[2:]) or parse_window(*args))
-    parser = SimpleNamespace(**vars(oracle()) | {"size": 512})
-    photo.parse_face(parser, painted(faces[0]), photo.square(150.4, 149.7, side, 0))
+    photo.parse_face(parser(size=512), painted(faces[0]), photo.square(150.4, 149.7, side, 0))
     assert len({(w.left + w.width / 2, w.top + w.height / 2) for w, _ in seen}) == 1 < len(seen)
     assert seen[0][1] == size
 
@@ -175,7 +172,7 @@ def test_hair_is_parsed_until_it_ends(faces):
 
 def test_portrait_is_parsed_as_a_whole(faces):
     images = torch.from_numpy(painted(faces[0])).permute(2, 0, 1)[None]
-    expected = label_map(log_probabilities([Oracle()], images, 256, ONE_VIEW), 512, 512)[0].numpy()
+    expected = label_map(log_probabilities([oracle], images, 256, ONE_VIEW), 512, 512)[0].numpy()
     parsed = parse(faces[0], near([(0, 0, 512, 512)]))
     assert np.array_equal(parsed.mask, expected) and parsed.faces[0].window == (0, 0, 512, 512) and not parsed.missed
 

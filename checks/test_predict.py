@@ -179,29 +179,24 @@ def test_ensemble_averages_predictions_and_warns_that_it_may_not_be_submitted(ru
     assert status == 2 and "sizes [64, 96]: choose one with --size" in error
 
 
-def test_face_parser_takes_paths_images_and_arrays(run, weights):
+def test_face_parser_takes_paths_images_arrays_and_lists(run, weights):
     assert predict.FaceParser(weights / "a.pt", device="cpu", size=96).size == 96
-    parser = predict.FaceParser(weights / "a.pt", device="cpu")
+    parser = predict.FaceParser(weights / "a.pt", device="cpu", views="flip")
     with Image.open("a.png") as image:
         masks = [parser(given, whole=True).mask for given in ("a.png", image, np.array(image))]
     assert masks[0].shape == (30, 40) and all(np.array_equal(mask, masks[0]) for mask in masks)
-    with pytest.raises(UserError, match="uint8"):
-        parser(np.zeros((30, 40, 3)))
     for box, whole in ((1, 2, 3), False), ((1, 2, 3, 0), False), ((1.0, 2, 3, 4), False), ((1, 2, 3, 4), True):
         with pytest.raises(UserError, match="in whole pixels, without whole=True"):
             parser("a.png", box=box, whole=whole)
     assert np.array_equal(parser("a.png", box=np.array([4, 4, 20, 20])).mask, parser("a.png", box=(4, 4, 20, 20)).mask)
-
-
-def test_a_list_is_parsed_as_one_batch(run, weights):
-    parser = predict.FaceParser(weights / "a.pt", device="cpu", views="flip")
     images = list(np.random.default_rng(0).integers(0, 256, (3, 30, 40, 3), dtype=np.uint8))
     for settings in ({"whole": True}, {"box": (4, 4, 20, 20)}, {}):
         batch = parser(images, **settings)
         assert all(np.array_equal(parser(a, **settings).mask, b.mask) for a, b in zip(images, batch, strict=True))
     assert parser([]) == [] and parser.names[17] == "neck"
-    with pytest.raises(UserError, match="one size"):
-        parser([images[0], images[1][1:]])
+    for wrong, error in (np.zeros((30, 40, 3)), "uint8"), ([images[0], images[1][1:]], "one size"):
+        with pytest.raises(UserError, match=error):
+            parser(wrong)
 
 
 def test_as_a_library_predict_changes_nothing_of_its_host():
