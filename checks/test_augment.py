@@ -50,10 +50,9 @@ def test_warp_equals_grid_sample():
     params = draw(8, Strength(flip=0.5, rotate=180, scale=1.5, shift=0.6, empty=0.5), (3, 2, 1))
     points = F.affine_grid(params["theta"], (8, 1, 64, 64), align_corners=False)
     settings = {"padding_mode": "reflection", "align_corners": False}
-    tint, roll = params["surround"].split([3, 1], 1)
-    roll = roll.double()
-    turn = torch.stack([roll.cos(), -roll.sin(), roll.sin(), roll.cos()], -1).view(8, 2, 2)
-    turned = (points.double().view(8, -1, 2) @ turn).view(8, 64, 64, 2)
+    tint, roll = params["surround"][:, :3], params["surround"][:, 3]
+    turn = torch.exp(-1j * roll.double())[:, None, None]
+    turned = torch.view_as_real(torch.view_as_complex(points.double()) * turn)
     empty = ((points.abs() > 1) | (turned.abs() > 1)).any(3) & (tint[:, 0] >= 0)[:, None, None]
     assert (tint[:, 0] < 0).any() and (tint[:, 0] > 0).any() and 0.05 < empty.float().mean() < 0.5
     assert (roll == 0).any() and (roll[tint[:, 0] >= 0].abs() > 0.1).any()
