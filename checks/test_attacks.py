@@ -186,8 +186,8 @@ def test_a_picture_starts_no_program_a_pipe_is_none_and_a_file_of_zeros_takes_no
     os.truncate(tmp_path / "c.jpg", 3 << 30)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     tracemalloc.start()
-    for name in ("a.jpg", "b.jpg", "c.jpg"):
-        with pytest.raises(UserError, match="cannot read"):
+    for name, error in ("a.jpg", "cannot read"), ("b.jpg", "not a file"), ("c.jpg", "64 MiB"):
+        with pytest.raises(UserError, match=error):
             prepare.read(tmp_path, name)
         assert prepare.inspect(tmp_path / name)[0][0].startswith("cannot read") and not (tmp_path / "started").exists()
     assert tracemalloc.get_traced_memory()[1] < 2**28
