@@ -48,7 +48,7 @@ def require_packages(*names):
 
 
 def did_you_mean(known, *words, count=3):
-    """ "did you mean a or b?" of the `count` most similar names in `known` for each word; "" if none is similar."""
+    """A question, "did you mean a or b?", with the `count` names of `known` most like each word; "" if none is."""
     similar = [match for word in words for match in difflib.get_close_matches(word, known, count)]
     return f"did you mean {' or '.join(similar)}?" if similar else ""
 

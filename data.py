@@ -76,8 +76,8 @@ class Pairs:
                 raise UserError(f"the cache {self.path} is damaged; delete it, and it is built again")
         self.verified.update(indices)
         if fix_sides:
-            for i in np.flatnonzero(self.reversed[indices]):
-                masks[i] = swap_sides(masks[i])
+            for row in np.flatnonzero(self.reversed[indices]):
+                masks[row] = swap_sides(masks[row])
         return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(masks)
 
 

@@ -18,14 +18,13 @@ def main():
     args = parser.parse_args()
     if len(args.weights) > 1:
         print_message("an ensemble of models; the challenge forbids submitting its masks")
-    parsers = [FaceParser(weights, **parser_settings(args)) for weights in args.weights]
-    sizes = {parser.size for parser in parsers}
+    members = [FaceParser(weights, **parser_settings(args)) for weights in args.weights]
+    sizes = {member.size for member in members}
     if len(sizes) > 1:
         raise UserError(f"the checkpoints are for sizes {sorted(sizes)}: choose one with --size")
-    face_parser = parsers[0]
     # The finest logits first: the others are upsampled to their grid.
-    face_parser.models = sorted((parser.models[0] for parser in parsers), key=lambda model: model.stride)
-    return predict_all(face_parser, args)
+    members[0].models = sorted((member.models[0] for member in members), key=lambda model: model.stride)
+    return predict_all(members[0], args)
 
 
 if __name__ == "__main__":

@@ -34,11 +34,11 @@ from views import to_input
 
 STRIDE = 8
 UNIT = 64  # pixels: the portrait side whose logarithm is 0
-SIDES = 24, 176  # pixels of the portraits in training
+PORTRAIT_SIDES = 24, 176  # pixels of the portraits in training
 HALVINGS = 2  # from one look to the next
 AGAIN = 96, 128  # portrait sides in the second looks
 CENTRE = 0.56  # height of a face's centre (the bridge of the nose to the lips) in its portrait, from the top
-MAX_PIXELS = 1_600_000  # of the first look: larger photos are reduced
+FIRST_PIXELS = 1_600_000  # of the first look: larger photos are reduced
 HEAT = 0.25  # minimum of a candidate, also on average with the looks at it alone
 CANVAS = 192  # side of the training images
 BATCH = 16
@@ -99,14 +99,14 @@ def load_locator(device="cpu", path=register.RELEASE / "locator.pt"):
 def pyramid(pixels, device):
     """A photo's uint8 pixels (H, W, 3) as float images (1, 3, h, w), values 0..1, and its width over the first's.
 
-    The first has at most about MAX_PIXELS, each other half the sides of the one before.
+    The first has at most about FIRST_PIXELS, each other half the sides of the one before.
     """
     height, width = pixels.shape[:2]
-    scale = max(1, math.sqrt(height * width / MAX_PIXELS))
+    scale = max(1, math.sqrt(height * width / FIRST_PIXELS))
     size = max(1, round(width / scale)), max(1, round(height / scale))
     image = Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, reducing_gap=2)
     levels = [to_input(np.array(image)[None], device).float() / 255]
-    while max(levels[-1].shape[2:]) > SIDES[0] and min(levels[-1].shape[2:]) > 1:
+    while max(levels[-1].shape[2:]) > PORTRAIT_SIDES[0] and min(levels[-1].shape[2:]) > 1:
         levels.append(F.avg_pool2d(levels[-1], 2))
     return levels, width / size[0]
 
@@ -294,7 +294,7 @@ class Scenes(IterableDataset):
     def paste(self, canvas, taken, spoilt=False):
         """Paste a portrait and append its (x, y, side, roll in radians, spoilt) to `taken`, if there is a place."""
         rng = self.rng
-        side, (x, y) = round(np.exp(rng.uniform(*np.log(SIDES)))), rng.uniform(0, CANVAS, 2)
+        side, (x, y) = round(np.exp(rng.uniform(*np.log(PORTRAIT_SIDES)))), rng.uniform(0, CANVAS, 2)
         if any(math.hypot(x - a, y - b) < 0.33 * (side + other) for a, b, other, *_ in taken):
             return
         roll = rng.normal(0, 0.25) if self.chance(0.5) else rng.uniform(-np.pi, np.pi)

@@ -36,7 +36,7 @@ LAYOUT = {
     "l_lip": (0.501, 0.769, 0.081),
     "eye_g": (0.502, 0.490, 0.230),  # replaces the eyes that glasses hide
 }
-PARTS = tuple(NAMES.index(name) for name in LAYOUT)
+PART_IDS = tuple(NAMES.index(name) for name in LAYOUT)
 FACE_LABELS = list(range(1, 13))  # skin to lower lip
 PLACE_TOLERANCE = 0.06  # of a part's centre, as a fraction of the side
 SIZE_TOLERANCE = 0.7  # of the logarithm of a part's size
@@ -85,13 +85,13 @@ def square(x, y, side, angle):
 
 
 def measure(log_p):
-    """Centre, size and certainty of PARTS in log-probabilities (B, 19, h, w): (B, 8, 4).
+    """Centre, size and certainty of PART_IDS in log-probabilities (B, 19, h, w): (B, 8, 4).
 
     x, y of the centre and the root of the area, as fractions of the sides, over the pixels where the part is the most
     likely label, and their mean probability; all 0 if there are none.
     """
     top, labels = log_p.max(1)
-    found = (labels[:, None] == torch.tensor(PARTS, device=log_p.device)[:, None, None]).float()  # (B, 8, h, w)
+    found = (labels[:, None] == torch.tensor(PART_IDS, device=log_p.device)[:, None, None]).float()  # (B, 8, h, w)
     y, x = ((torch.arange(n, device=log_p.device) + 0.5) / n for n in labels.shape[1:])
     count, divisor = found.sum((2, 3)), found.sum((2, 3)).clamp_min(1)
     means = [(found * values).sum((2, 3)) / divisor for values in (x, y[:, None], top.exp()[:, None])]

@@ -184,7 +184,7 @@ def files_to_parse(args):
     return left
 
 
-def predict_all(parser, args):
+def predict_all(face_parser, args):
     """Write the masks of args.input into args.output: 0, or 2 if some images could not be read, which are reported."""
     if args.crop and not args.cutout:
         raise UserError("--crop crops the cut-out: add --cutout head")
@@ -200,7 +200,7 @@ def predict_all(parser, args):
             try:
                 with enough_memory():
                     pixels, opacity = read_picture(path)
-                    parsed = parser(pixels, whole=args.whole, box=args.box, cutout=args.cutout)
+                    parsed = face_parser(pixels, whole=args.whole, box=args.box, cutout=args.cutout)
                 write_results(args, path, pixels, opacity, parsed)
             except UserError as error:
                 if parsed and "name too long" not in str(error):  # a full disk fails for every image

@@ -207,12 +207,12 @@ class Training:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype is torch.float16)
         self.folder = on_rank_0(self.rank, open_run, args)
         self.signals, self.progress, self.unread = catch_signals(self.rank), NO_PROGRESS.copy(), []
-        used = {"training": len(indices), "validation": len(self.val_indices), "content": self.pairs.digest}
-        used["drawn"] = is_synthetic(data)
+        pairs_record = {"training": len(indices), "validation": len(self.val_indices), "content": self.pairs.digest}
+        pairs_record["drawn"] = is_synthetic(data)  # by tools/synth.py
         if args.resume:
-            resume(self, used)
+            resume(self, pairs_record)
         elif self.rank == 0:
-            create_run(self, used)
+            create_run(self, pairs_record)
 
 
 def hardware(training):
@@ -248,9 +248,9 @@ def start_from(training, source):
         print(f"weights from {source}")
 
 
-def create_run(training, used):
+def create_run(training, pairs_record):
     """Write the first files of a new run; those of an older run stay until these are on the disk."""
-    record = {"args": vars(training.args), "parameters": count_parameters(training.model), "pairs": used}
+    record = {"args": vars(training.args), "parameters": count_parameters(training.model), "pairs": pairs_record}
     record |= {"processes": training.processes, "device": training.device.type, **hardware(training)}
     record |= {"tf32": torch.get_float32_matmul_precision() == "high", "command": sys.argv, **environment()}
     with register.replace_run(training.folder) as made:
@@ -259,11 +259,11 @@ def create_run(training, used):
         write_text(made / "args.json", json.dumps(record, indent=1) + "\n")
 
 
-def resume(training, used):
+def resume(training, pairs_record):
     """Load the state of last.pt into the training. UserError if it was trained on other pairs or does not fit."""
     folder, source = training.folder, training.folder / "last.pt"
     record, state = register.run_record(source), checkpoint.load(source)
-    if record.get("pairs") != used:
+    if record.get("pairs") != pairs_record:
         remedy = "give its data folder with DATA=, or start a new run"
         raise UserError(f"{folder} was trained on other pairs than {training.args.data or 'data'} has now; {remedy}")
     try:

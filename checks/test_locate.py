@@ -29,7 +29,7 @@ def test_search_inverts_the_training_targets(scenes, monkeypatch, look):
     _, targets = scenes.batch(1)
     nothing = torch.full((1, 6, 1, 1), -9.0)
     outputs = iter([nothing] * look + [torch.cat([targets[:, :1].clamp(1e-6, 1 - 1e-6).logit(), targets[:, 1:]], 1)])
-    monkeypatch.setattr(locate, "MAX_PIXELS", 192 * 192)
+    monkeypatch.setattr(locate, "FIRST_PIXELS", 192 * 192)
     monkeypatch.setattr(locate, "AGAIN", ())
     levels, scale = locate.pyramid(np.zeros((384, 384, 3), np.uint8), "cpu")
     heats, places = locate.find_candidates(lambda images: next(outputs, nothing), levels)

@@ -107,7 +107,7 @@ def test_match_layout_recovers_scale_rotation_and_shift():
 
 @cases("scale", [1, 1.183])  # the faces are found in the whole photo, or in a reduced one
 def test_group_is_found_parsed_and_described(group, monkeypatch, scale):
-    monkeypatch.setattr(locate, "MAX_PIXELS", group.size / scale**2)
+    monkeypatch.setattr(locate, "FIRST_PIXELS", group.size / scale**2)
     reduced = np.array(WINDOWS) / scale
     parsed = parse(group, near(reduced) + near(reduced, roll=3))  # each face once
     assert not parsed.missed

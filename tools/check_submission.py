@@ -114,7 +114,7 @@ def check_masks(files, images):
     return masks, verdict("masks", faults, f"{len(masks)}, one per image; size, mode, palette and labels are right")
 
 
-def count_parameters(files):
+def check_checkpoint(files):
     """The number of parameters in solution/, as text; executes nothing in it. UserError if ckpt.pth is invalid.
 
     All tensors in ckpt.pth count, but for batch norm's buffers, and what exceeds MAX_REST beside them.
@@ -147,7 +147,7 @@ def check_solution(files):
     findings = verdict("solution", missing, ", ".join(FILES))
     if "solution/ckpt.pth" in files:
         try:
-            findings += verdict("checkpoint", [], count_parameters(files))
+            findings += verdict("checkpoint", [], check_checkpoint(files))
         except (UserError, RuntimeError) as error:  # torch raises the latter for unusual tensors
             findings += verdict("checkpoint", [str(error)])
     return findings

@@ -31,7 +31,7 @@ from labels import HEX_COLOURS, NAMES, NUM_CLASSES
 from register import is_running, make_name, read_metrics, scored_weights
 from views import parse_whole
 
-NEUTRAL = options.NEUTRAL | {"name", "recipe", "overwrite"}
+NOT_COMPARED = options.NEUTRAL | {"name", "recipe", "overwrite"}
 RECORDS = ("release", "cycles")  # the runs of the repository that are folders
 EXPERIMENTS = "experiments.jsonl"  # its others: each line is a name and the content of that run's files
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -71,7 +71,7 @@ def read_run(folder, files):
     run["own"] = folder.name not in RECORDS and folder.parent.name != EXPERIMENTS
     run |= {"epochs": sum(length for _, length in phases), "running": is_running(folder)}
     run["changed"] = {key: str(value) for key, value in changed.items()}
-    run["settings"] = {key: str(value) for key, value in args.items() if key not in NEUTRAL}
+    run["settings"] = {key: str(value) for key, value in args.items() if key not in NOT_COMPARED}
     facts = [record.get("device_name") or record.get("device"), record.get("amp")]
     facts += [f"{name} {value}" for name, value in record["versions"].items() if value]
     commit = record["commit"][:12] + "+" * record["commit"].endswith("+")  # +: files differed from it
@@ -125,7 +125,7 @@ def settings_of(recipe=None):
 def changed_settings(args):
     """{setting: value} of a run that differ from the current recipe; one that no longer exists only if it was set."""
     usual, own = settings_of(args["recipe"]), settings_of() | args  # a run older than a flag used the flag's default
-    changed = (k for k, v in own.items() if k not in NEUTRAL and (v not in (usual[k], None) if k in usual else v))
+    changed = (k for k, v in own.items() if k not in NOT_COMPARED and (v not in (usual[k], None) if k in usual else v))
     return {"from" if key == "start_from" else key: own[key] for key in changed}
 
 
