@@ -10,7 +10,7 @@ import subprocess
 import zipfile
 from types import SimpleNamespace
 
-from common import UserError, show_line, show_progress
+from common import UserError, printable, show_line, show_progress
 
 import numpy as np
 import pytest
@@ -20,7 +20,6 @@ import register
 import train
 from checks.conftest import cases, untrained
 from data import swap_sides
-from evaluate import confusion
 from images import mask_image, read_mask
 from labels import NUM_CLASSES
 from options import parse
@@ -28,10 +27,9 @@ from tools import course_report, report, report_zip
 from tools.package import make_submission
 from tools.report import EXPERIMENTS, LEGEND, leaderboard, make_line, read_folder, recipe_table, survey
 
-DEFAULTS = vars(parse([])[0])
 HELD_OUT = {"validated": True, "trained_on": [("another", "hash")]}
 LOADS_NOTHING = "default-src 'none'; img-src data:;"
-NASTY = """<b>"O'Neil" & co #1%<!--<script>"""
+NASTY = """<b>"O'Neil" & co\n#1%<!--<script>\x1b]0;\x07"""
 needs_browser = pytest.mark.skipif(not any(map(shutil.which, course_report.BROWSERS)), reason="no Chromium")
 
 
@@ -46,11 +44,9 @@ def write_run(runs, name, scores, *flags, names=("p", "q", "r", "s"), **record):
         for i, score in enumerate([*scores, scores[-1] / 2], 1)
     ]
     train.write_metrics(folder, lines)
-    rng = np.random.default_rng(len(name))
-    truth = rng.integers(0, NUM_CLASSES, (len(names), 20, 20))
-    truth[truth == 3] = 1
-    predictions = np.where(rng.random(truth.shape) < 0.7, truth, 1)
-    confusions = np.stack([confusion(*pair) for pair in zip(predictions, truth, strict=True)])
+    shape = len(names), NUM_CLASSES, NUM_CLASSES
+    confusions = np.random.default_rng(len(name)).integers(1, 9, shape) + 99 * np.eye(NUM_CLASSES, dtype=int)
+    confusions[:, 3] = 0  # no truth has label 3
     own = SimpleNamespace(folder=folder, pairs=SimpleNamespace(names=names), val_indices=range(len(names)))
     train.write_best(own, lines[0], confusions)
     return folder
@@ -84,7 +80,7 @@ def test_leaderboard_has_real_faces_by_best_score_then_synthetic_ones(runs):
     untrained(runs / "high/best.pt", validated=False)
     with open(runs / "high/metrics.jsonl", "a") as file:
         file.write('{"epoch": 4, "offi')  # a crash while writing
-    rows = [row.split() for row in leaderboard(survey(runs)[0]).replace(NASTY, "nasty").splitlines()[1:]]
+    rows = [row.split() for row in leaderboard(survey(runs)[0]).replace(printable(NASTY), "nasty").splitlines()[1:]]
     assert [row[0] for row in rows] == ["high", "nasty", "low", "synthetic"]
     assert " ".join(rows[0][1:7]) == "0.9000 0.4500 2/3 1748k 3.0 all"
     assert "sizes=32:1,64:2" in rows[0]
@@ -106,7 +102,7 @@ def test_experiments_are_listed_like_runs_after_those_of_the_user(experiments, c
     (experiments / "low").rename(experiments / "high")  # another run of that name
     for flags, expected in (["--all"], ["high", "synthetic", "records", "high", "nasty"]), ([], ["high", "synthetic"]):
         _, out, error = command(report.main, "--table", "--runs", experiments, *flags)
-        text = out.replace(NASTY, "nasty")
+        text = out.replace(printable(NASTY), "nasty")
         assert re.findall("^(your runs|records|low|high|nasty|synthetic)", text, re.M) == ["your runs", *expected]
         assert ("skipped line 1 of" in error) == bool(flags)
     long = [run | {"changed": {"model_args": "x" * 99}} for run in survey(experiments)[0]]
@@ -152,11 +148,9 @@ def test_the_make_line_repeats_a_run():
 LINE = dict(epoch=1, lr=1, loss=1, official=0.5, batch32=0.5, minutes=1)
 CHANGES = {"loss": [1]}, {"loss": float("nan")}, {"minutes": int("9" * 400)}
 DAMAGES = [
-    *[("args.json", text) for text in ("", "[]", '{"args": {}}', "[" * 100_000)],
-    ("args.json", '{"args": {"sizes": "64", "epochs": 9, "lr": "fast"}}'),
+    *[("args.json", text) for text in ("[]", "[" * 100_000, '{"args": {"sizes": "64", "epochs": 9, "lr": "fast"}}')],
     *[("args.json", change) for change in ({"pairs": {"validation": [1]}}, {"parameters": "<b>"}, {"commit": 5})],
-    *[("metrics.jsonl", json.dumps(line)) for line in ({"epoch": 1}, *(LINE | change for change in CHANGES))],
-    *[("best.json", text) for text in ("{", "{}", "[" * 100_000)],
+    *[("metrics.jsonl", json.dumps(LINE | change)) for change in CHANGES],
     ("best.json", '{"confusion": [[1]], "labels": [], "images_with_label": [], "image_scores": {}}'),
 ]
 
@@ -174,14 +168,7 @@ def test_damaged_runs_are_named_and_the_others_shown(runs, command, refused):
     assert [run["name"] for run in data["runs"]] == ["high", NASTY, "low", "synthetic", "cut"]
     status, out, error = command(report.main, "--table", f"--runs={runs}")
     assert status == 0 and "high" in out and error.count("skipped bad-") == len(DAMAGES)
-    refused(train.main, f"--runs={runs}", "--resume=bad-03")
-
-
-def test_names_and_settings_reach_the_terminal_as_text(tmp_path, command):
-    write_run(tmp_path, "a\x1b[31m\nb", [0.5], args=DEFAULTS | {"recipe": "x\x1b]0;\x07"})
-    status, out, _ = command(report.main, "--table", f"--runs={tmp_path}")
-    assert status == 0 and not {"\x1b", "\x07"} & set(out)
-    assert len(out.split("\n\n")[0].splitlines()) == 3  # title, head, run
+    refused(train.main, f"--runs={runs}", "--resume=bad-01")
 
 
 @pytest.fixture(scope="module")
@@ -339,13 +326,9 @@ def test_chromium_keeps_its_sandbox(monkeypatch, user, count):
     assert course_report.browse("x")[0].count("--no-sandbox") == count
 
 
-NO_DRAFT = [({"parameters": 1}, "check out its commit: .* 0000"), ({"args": DEFAULTS | {"val_split": "x"}}, "--val-")]
-
-
-@cases(("record", "error"), NO_DRAFT)
-def test_a_network_of_another_version_and_an_edited_record_are_refused(tmp_path, record, error):
-    with pytest.raises(UserError, match=error):
-        course_report.draft(write_run(tmp_path, "a", [0.5], **record), None, None)
+def test_a_network_of_another_version_is_refused(tmp_path):
+    with pytest.raises(UserError, match="check out its commit: .* 0000"):
+        course_report.draft(write_run(tmp_path, "a", [0.5], parameters=1), None, None)
 
 
 def test_a_pdf_of_the_user_is_replaced_only_if_asked(scored, monkeypatch):
@@ -373,14 +356,17 @@ def test_the_draft_prints_on_few_pages(scored, monkeypatch):
         course_report.main()
 
 
-def test_progress_lines_overwrite_a_terminal_and_are_one_a_minute_elsewhere(monkeypatch):
+LINES = {True: f"\r{'x' * 19}\r{'y' * 19}\r{' ' * 19}\r", False: f"{'x' * 50}\n"}
+
+
+@cases("terminal", LINES)
+def test_progress_lines_overwrite_a_terminal_and_are_one_a_minute_elsewhere(monkeypatch, terminal):
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
     monkeypatch.setenv("COLUMNS", "20")
-    screen, pipe = io.StringIO(), io.StringIO()
-    monkeypatch.setattr(screen, "isatty", lambda: True)
-    for stream in (screen, pipe):
-        monkeypatch.setattr("common._printed", -1e9)
-        monkeypatch.setattr("sys.stderr", stream)
-        show_line("x" * 50, stream)
-        show_line("y" * 50, pipe)
-        show_progress("predicting", 1, 1, 1)  # the last item clears the line
-    assert (screen.getvalue(), pipe.getvalue()) == (f"\r{'x' * 19}\r{' ' * 19}\r", f"{'y' * 50}\n{'x' * 50}\n")
+    monkeypatch.setattr("common._printed", -1e9)
+    monkeypatch.setattr("sys.stderr", stream)
+    show_line("x" * 50, stream)
+    show_line("y" * 50, stream)
+    show_progress("predicting", 1, 1, 1)  # the last item clears the line
+    assert stream.getvalue() == LINES[terminal]
