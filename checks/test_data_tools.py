@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import zipfile
 
 from common import UserError
 
@@ -15,6 +14,7 @@ from data import SYNTHETIC_MARKER, reversed_sides, swap_sides
 from images import mask_image, read_mask
 from labels import COLOURS, NAMES, NUM_CLASSES, PALETTE
 from tools import prepare, synth
+from tools.package import write_zip
 
 SIZE = 32
 TURNED = Image.Exif()
@@ -48,11 +48,7 @@ def release():
 
 def pack(files, path):
     """Write {name: bytes} to a folder or zip, which is returned."""
-    if path.suffix != ".zip":
-        return write(files, path)
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
+    write_zip(path, files) if path.suffix == ".zip" else write(files, path)
     return path
 
 
@@ -168,12 +164,10 @@ AUDITED = [
     ("train/images/c.jpg", jpeg(9, 512), "image without mask"),
     ("train/masks/c.png", encoded(mask_image(MASK)), "mask without image"),
     ("train/images/a.webp", jpeg(9, 512), "name of another file"),
-    ("train/images/b.jpg", jpeg(1, 512)[:-200], "cannot read image file: the file is truncated"),
     ("train/images/b.jpg", encoded(Image.open(io.BytesIO(jpeg(1, 512))), exif=TURNED), "EXIF orientation"),
     ("train/masks/b.png", encoded(mask_image(MASK[:, :500].copy())), "not 512 x 512"),
     ("train/masks/b.png", encoded(mask_image(MASK).convert("RGB")), "file contains the labels' colours, not labels"),
     ("train/masks/b.png", encoded(Image.fromarray(MASK), "JPEG"), "file is a JPEG, which destroys labels"),
-    ("train/masks/b.png", encoded(Image.new("L", (512, 512), 19)), "file contains label 19"),
     ("train/masks/b.png", encoded(mask_image(swap_sides(MASK))), prepare.REVERSED),
     ("dev/images/copy.png", encoded(Image.open(io.BytesIO(jpeg(1, 512)))), "same pixels as {}/train/images/b.jpg"),
 ]
