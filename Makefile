@@ -120,7 +120,7 @@ test: $(READY) ## lint and tests
 	$(PY) -m ruff format --check .
 	OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -q $(value ARGS)
 
-faults: $(READY) ## kill trainings; feed damaged disks, images, checkpoints and zips
+faults: $(READY) ## kill trainings, fill disks, lock folders; feed damaged images and zips
 	$(PY) -m pip install --quiet --disable-pip-version-check -r checks/requirements.txt
 	OMP_WAIT_POLICY=PASSIVE $(PY) -m checks.faults $(flags)
 

@@ -61,18 +61,18 @@ def runs(tmp_path):
     return tmp_path
 
 
-def best(folder):
-    return json.loads((folder / "best.json").read_text())
+def image_scores(folder):
+    """{image: its official score} of a run."""
+    rows = json.loads((folder / "best.json").read_text())["image_scores"]
+    return {name: report.image_score(row) for name, row in rows.items()}
 
 
-def experiments_in(page):
-    """{name: source} of the runs in a draft's table."""
-    rows = json.loads(re.search('id="data">(.*?)</script>', page)[1])["experiments"]
-    return {name: source for name, source, *_ in rows}
+def data_in(page):
+    return json.loads(re.search('id="data">(.*?)</script>', page)[1])
 
 
 def page_data(runs):
-    return json.loads(re.search('id="data">(.*?)</script>', report.write_page(runs).read_text())[1])
+    return data_in(report.write_page(runs).read_text())
 
 
 def test_leaderboard_has_real_faces_by_best_score_then_synthetic_ones(runs):
@@ -186,7 +186,7 @@ def scored(place, tmp_path_factory):
 
 def test_images_are_ranked_and_reversed_masks_listed_apart(scored):
     data = page_data(scored.parent)["runs"][0]["pictures"]
-    scores = {name: report.image_score(row) for name, row in best(scored)["image_scores"].items()}
+    scores = image_scores(scored)
     flawed = sorted(scores)[2]
     order = sorted(scores.keys() - {flawed}, key=scores.get)
     groups = [[p["name"] for p in data["pictures"] if p["group"] == key] for key in ("lowest", "highest", "reversed")]
@@ -252,10 +252,7 @@ def test_the_page_sorts_filters_and_compares(runs):
     assert console == []
     assert seen[:5] == ["h<ls", "<lhs", "shl<", "sh<l", "<"]
     assert seen[5:7] == [["0 3", "0.2 1", "0 0.001"], 36]
-    high, low = (
-        [report.image_score(f) for f in best(runs / name)["image_scores"].values()] for name in ("high", "low")
-    )
-    gains = np.subtract(low, high)
+    gains = np.subtract(*(list(image_scores(runs / name).values()) for name in ("low", "high")))
     gain = f"{gains.mean():+.4f} ± {gains.std(ddof=1) / 2:.4f} (4 images)".replace("-", "\u2212")
     assert seen[7].startswith(f"official score0.90000.5000difference ± paired standard error{gain}")
     assert "lr0.0010.002" in seen[7]
@@ -277,18 +274,19 @@ def test_the_page_fits_a_phone_and_its_table_a_screen(runs, width):
 def test_the_draft_states_the_figures_of_the_run(scored):
     untrained(scored / "best.pt", validated=False)
     page = course_report.draft(scored, "A & B", "A12345678B")
-    own = np.mean([report.image_score(row) for row in best(scored)["image_scores"].values()])
+    own = np.mean(list(image_scores(scored).values()))
     assert f"(official score) is {own:.4f}</b> on 10 images" in page and page.count(f"{own:.4f}") == 1
     assert "1,758,835 parameters</b>" in page and "1.5 times a Dice loss averaged over the labels present" in page
     assert "A &amp; B · A12345678B" in page and "None" not in page.split("<script")[0] and LOADS_NOTHING in page
     *modules, total = [int(n.replace(",", "")) for n in re.search("<pre>(.*?)<", page, re.DOTALL)[1].split()[1::2]]
     assert sum(modules) == total == 1_758_835
-    assert "trained on all pairs" in page and experiments_in(page) == {"a": "own"}
+    assert "trained on all pairs" in page and [row[:2] for row in data_in(page)["experiments"]] == [["a", "own"]]
 
 
 def test_the_draft_marks_the_repositorys_records_and_synthetic_faces(experiments):
     page = course_report.draft(experiments / "low", None, None)
-    assert experiments_in(page) == {"low": "own", "high": "repository", NASTY: "repository"}
+    sources = [row[:2] for row in data_in(page)["experiments"]]
+    assert sources == [["low", "own"], ["high", "repository"], [NASTY, "repository"]]
     assert "say nothing about real ones" in course_report.draft(experiments / "synthetic", None, None)
 
 
