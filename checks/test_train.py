@@ -270,6 +270,7 @@ def test_weights_that_have_seen_the_held_out_pairs_are_refused(place):
     checkpoint.save(path, content | {"trained_on": [("x", "y")]})
     run = set_up(place, f"--name=after-other --from={path} {FLAGS}")
     assert ("x", "y") in run.pair_keys["trained_on"]
+    assert len(content["held_out"]) == 3 and sorted(content["trained_on"] + content["held_out"]) == run.pairs.keys()
     register._locks.clear()
     assert ("x", "y") in set_up(place, "--resume=after-other").pair_keys["trained_on"]
 
