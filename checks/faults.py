@@ -1,7 +1,7 @@
 """Attack trainings, disks, files and images, and count the losses. `make faults`
 
-python -m checks.faults --write                              # everything; writes runs/faults.json
-python -m checks.faults --short                              # a few attempts of each attack
+python -m checks.faults             # everything
+python -m checks.faults --short     # a few attempts of each attack
 
 An attempt is lost if a resumed run differs by a bit, a file is torn, or bad input is neither handled nor refused by one
 error with status 2; and if there is a traceback, a hang or a process left behind.
@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import functools
 import itertools
-import json
 import multiprocessing
 import os
 import pkgutil
@@ -24,12 +23,11 @@ import signal
 import struct
 import sys
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from common import ArgumentParser, UserError, run_main, write_text
+from common import ArgumentParser, UserError, run_main
 
 import numpy as np
 import torch
@@ -257,30 +255,23 @@ ATTACKS = interrupt_trainings, fill_disk, lock_folders, judge_zips, read_images
 
 
 def count(attack, place):
-    """(what, {"attempts": their number, "losses": ...}) of an attack; runs in a worker process."""
+    """The number of losses of an attack, which are printed; runs in a worker process."""
     attempts = list(attack(place))
     losses = [f"{case}: {problem}" for case, problem in attempts if problem]
     print(f"{len(attempts)} attempts, {len(losses)} losses: {attack.__doc__}", *losses, sep="\nLOSS  ", flush=True)
-    return attack.__doc__, {"attempts": len(attempts), "losses": losses}
+    return len(losses)
 
 
 def main():
     parser = ArgumentParser(description="Attack everything and count the losses.")
     parser.switch("--short", help="only a few attempts of each attack")
-    parser.switch("--write", help="write runs/faults.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="faults-") as root:
         os.chdir(root)
         place = Place(Path(root).resolve(), args.short)
         with ProcessPoolExecutor(2) as pool:
-            counts = dict(pool.map(count, ATTACKS, [place] * len(ATTACKS)))
-    minutes = round((time.monotonic() - begin) / 60, 1)
-    print(f"{minutes} minutes")
-    if args.write:
-        write_text(ROOT / "runs/faults.json", json.dumps({"minutes": minutes, "attacks": counts}, indent=1) + "\n")
-    return int(any(each["losses"] for each in counts.values()))
+            return int(any(list(pool.map(count, ATTACKS, [place] * len(ATTACKS)))))
 
 
 if __name__ == "__main__":
