@@ -150,7 +150,7 @@ def mask_labels(image, name):
         if image.mode in ("RGB", "RGBA") and (labels := labels_from_colours(image)) is not None:
             return labels
     kind = f"{image.format} of mode {image.mode}"
-    raise UserError(f"{name}, {kind}, is not a PNG of labels or of their colours; replace it or leave it out")
+    raise UserError(f"{name}, {kind}, is no PNG of labels or their colours; replace it or leave it out")
 
 
 def palette_labels(image, name):

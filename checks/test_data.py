@@ -106,7 +106,7 @@ FAULTS = {
     "cannot read image": lambda image, mask: image.write_bytes(image.read_bytes()[:3000]),
     "label 200": lambda image, mask: mask_image(np.full((512, 512), 200, np.uint8)).save(mask),
     "512 x 100": lambda image, mask: mask_image(np.zeros((100, 512), np.uint8)).save(mask),
-    "colours": lambda image, mask: mask_image(FACE).convert("RGB").save(mask),
+    "mode RGB": lambda image, mask: Image.new("RGB", (512, 512), "pink").save(mask),
 }
 
 
