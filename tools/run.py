@@ -14,7 +14,7 @@ from common import ArgumentParser, UserError, atomic, make_folder, run_main, sho
 import torch
 
 from checkpoint import load_model
-from images import image_files, mask_image, read_image
+from images import check_mask_target, image_files, mask_image, read_image
 from views import parse_views, parse_whole
 
 
@@ -26,8 +26,7 @@ def find_outputs(source, output):
         target = output / f"{path.stem}.png" if several else output
         if (first := outputs.setdefault(target, path)) != path:
             raise UserError(f"{first} and {path} would both be written to {target.name}; rename one")
-        if target.exists() and target.samefile(path):
-            raise UserError(f"the mask would replace its image {path}; give another --output")
+        check_mask_target(target)
     return outputs
 
 
