@@ -100,7 +100,7 @@ release: $(READY) ## copy run NAME to runs/release, the default weights, in half
 	$(call needs,NAME,make release NAME=a)$(PY) -m tools.export --release $(flags)
 
 locator: $(READY) ## train the network that finds faces in photos, runs/release/locator.pt, on the pairs
-	$(PY) locate.py $(flags)
+	$(PY) -m tools.train_locator $(flags)
 
 export: $(READY) ## one ONNX file of run NAME, compared with torch; needs tools/requirements.txt
 	$(call needs,OUT,make export NAME=a OUT=parser.onnx)$(PY) -m tools.export $(flags)

@@ -39,13 +39,13 @@ from PIL.PngImagePlugin import PngInfo
 from checkpoint import load_model
 from device import select_device
 from images import DECODE_ERRORS, check_mask_target, image_files, mask_image, picture_pixels, read_image, read_picture
-from labels import NAMES
-from locate import load_locator
-from photo import cut_out, describe, overlay, parse_labels, parse_photos
+from labels import COLOURS, NAMES
+from photo import load_locator, parse_photos
 from register import find_weights
 from views import check_size, parse_views
 
 TITLE = "face parsing"  # of the pictures that we write: such files may be replaced
+GROUPS = {"head": tuple(name for name in NAMES if name not in ("background", "neck_l", "neck", "cloth"))}
 
 
 class FaceParser:
@@ -101,6 +101,67 @@ def _pixels(image):
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         raise UserError(f"an image array must be uint8 (H, W, 3), not {pixels.dtype} {pixels.shape}")
     return pixels
+
+
+def overlay(pixels, mask):
+    """Blend the mask's colours half and half with pixels (H, W, 3), background unchanged: uint8 (H, W, 3)."""
+    tint = np.where(mask[..., None] > 0, np.array(COLOURS, np.uint8)[mask], pixels)
+    return np.array(Image.blend(Image.fromarray(pixels), Image.fromarray(tint), 0.5))
+
+
+def parse_labels(text):
+    """Sorted label ids of names and GROUPS, as "hair,hat" or "head". UserError if one is unknown."""
+    chosen = set()
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        if part not in GROUPS and part not in NAMES:
+            raise UserError(f"--cutout {text}: no label {part}; choose from {', '.join((*GROUPS, *NAMES))}")
+        chosen.update(NAMES.index(name) for name in GROUPS.get(part, (part,)))
+    if not chosen:
+        raise UserError("--cutout names no label; use for example --cutout hair,hat or --cutout head")
+    return sorted(chosen)
+
+
+def cut_out(pixels, alpha, opacity=None):
+    """RGBA (H, W, 4) uint8 of pixels (H, W, 3) with `alpha` (H, W) uint8, times the photo's own `opacity` (H, W)."""
+    if opacity is not None:
+        alpha = (alpha.astype(np.uint16) * opacity // 255).astype(np.uint8)
+    return np.dstack([pixels * (alpha > 0)[..., None], alpha])
+
+
+def label_regions(mask, left=0, top=0):
+    """{name: {"area", "box", "centroid"}} of the labels in mask (H, W), whose corner lies at (left, top).
+
+    Area in pixels; box as left, top, width, height; centroid as the mean x, y of the pixels' indices. 255 is no label.
+    """
+    regions = {}
+    for label, name in enumerate(NAMES):
+        found = mask == label
+        rows, columns = found.sum(1), found.sum(0)
+        if not (area := int(rows.sum())):
+            continue
+        (y0, y1), (x0, x1) = ((int(n[0]), int(n[-1])) for n in map(np.flatnonzero, (rows, columns)))
+        x, y = (float(n @ np.arange(len(n)) / area) for n in (columns, rows))
+        regions[name] = {
+            "area": area,
+            "box": [left + x0, top + y0, x1 - x0 + 1, y1 - y0 + 1],
+            "centroid": [round(left + x, 2), round(top + y, 2)],
+        }
+    return regions
+
+
+def describe(parsed):
+    """A Parsed as numbers for JSON: the regions of the whole photo, and of each face from left to right.
+
+    `face_found` is null with `box` or `whole`. A face's `window` is turned clockwise by `angle` degrees.
+    """
+    height, width = parsed.mask.shape
+    faces = []
+    for face in [] if parsed.missed else parsed.faces:
+        labels = label_regions(np.where(face.mask > 0, face.mask, 255), *face.box[:2])
+        record = {"window": list(face.window), "angle": face.angle, "score": face.score, "box": list(face.box)}
+        faces.append(record | {"labels": labels})
+    found = None if faces and faces[0]["score"] is None else bool(faces)
+    return {"width": width, "height": height, "face_found": found, "labels": label_regions(parsed.mask), "faces": faces}
 
 
 def add_arguments(parser):

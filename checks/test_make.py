@@ -78,7 +78,7 @@ def test_switches_take_values():
 
 def test_each_script_imports_three_packages_and_those_before_it():
     order = ["common", "labels", "model", "checkpoint", "register", "device", "views", "losses", "augment", "images"]
-    order += ["data", "evaluate", "options", "train", "locate", "photo", "predict", "ensemble_tta"]
+    order += ["data", "evaluate", "options", "train", "photo", "predict", "ensemble_tta"]
     scripts = {path.stem: path.read_text().partition('"""\n\n')[2] for path in Path().glob("*.py")}
     assert sorted(order) == sorted(scripts)
     for place, name in enumerate(order):

@@ -13,12 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-import locate
 import photo
 from checks.conftest import cases
 from labels import COLOURS, NAMES
-from photo import FACE_SCORE, LAYOUT, Window, label_regions, match_layout, overlap, parse_photos, paste
-from predict import FaceParser
+from photo import FACE_SCORE, LAYOUT, Window, find_candidates, match_layout, overlap, parse_photos, paste
+from predict import FaceParser, cut_out, describe, label_regions, parse_labels
 from tools.synth import draw_face
 from views import ONE_VIEW, label_map, log_probabilities
 
@@ -107,7 +106,7 @@ def test_match_layout_recovers_scale_rotation_and_shift():
 
 @cases("scale", [1, 1.183])  # the faces are found in the whole photo, or in a reduced one
 def test_group_is_found_parsed_and_described(group, monkeypatch, scale):
-    monkeypatch.setattr(locate, "FIRST_PIXELS", group.size / scale**2)
+    monkeypatch.setattr(photo, "FIRST_PIXELS", group.size / scale**2)
     reduced = np.array(WINDOWS) / scale
     parsed = parse(group, near(reduced) + near(reduced, roll=3))  # each face once
     assert not parsed.missed
@@ -117,7 +116,7 @@ def test_group_is_found_parsed_and_described(group, monkeypatch, scale):
         assert overlap(face.window, window) > 0.6 and abs(face.angle) < 9
         assert (parsed.mask[inside] == group[inside]).mean() > 0.8 and (parsed.owner[middle] == index).all()
         assert face.mask.any(0)[[0, -1]].all() and face.mask.any(1)[[0, -1]].all()
-    record = json.loads(json.dumps(photo.describe(parsed)))
+    record = json.loads(json.dumps(describe(parsed)))
     assert (record["width"], record["height"], len(record["faces"]), record["face_found"]) == (1100, 700, 3, True)
     for (left, top, side, _), part in zip(WINDOWS, record["faces"], strict=True):
         x, y = part["labels"]["nose"]["centroid"]
@@ -158,7 +157,7 @@ def test_windows_around_a_portrait_are_concentric_and_small_ones_parsed_coarsely
 def test_a_face_without_a_pixel_of_its_own_is_none(group, monkeypatch):
     monkeypatch.setattr(photo, "confine", lambda log_p, *_: log_p - 999 * (torch.arange(19) > 0)[:, None, None])
     parsed = parse(group, near(WINDOWS))
-    assert parsed.missed and not parsed.faces and photo.describe(parsed)["face_found"] is False
+    assert parsed.missed and not parsed.faces and describe(parsed)["face_found"] is False
 
 
 def test_hair_is_parsed_until_it_ends(faces):
@@ -219,20 +218,20 @@ def test_label_regions_by_hand():
 
 
 def test_cut_out_has_soft_edges(faces):
-    labels, pixels = photo.parse_labels("hair, hat"), painted(faces[1])
+    labels, pixels = parse_labels("hair, hat"), painted(faces[1])
     parsed = parse(faces[1], cutout=labels)
     inside = np.isin(parsed.mask, labels)
     assert (parsed.alpha[inside] > 0).mean() > 0.99 and (parsed.alpha[~inside] < 255).mean() > 0.99
     assert 0 < ((parsed.alpha > 0) & (parsed.alpha < 255)).mean() < 0.2
     near = torch.nn.functional.max_pool2d(torch.from_numpy(inside)[None].float(), 13, 1, 6)[0].numpy()
     assert not parsed.alpha[near == 0].any()  # nothing far from the labels
-    rgba, seen = photo.cut_out(pixels, parsed.alpha), parsed.alpha > 0
+    rgba, seen = cut_out(pixels, parsed.alpha), parsed.alpha > 0
     assert np.array_equal(rgba[seen, :3], pixels[seen]) and not rgba[~seen].any()
 
 
 @cases("roll", [0, 75])
 def test_release_finds_and_parses_the_astronaut(monkeypatch, roll):
-    monkeypatch.setattr(photo, "find_candidates", locate.find_candidates)
+    monkeypatch.setattr(photo, "find_candidates", find_candidates)
     with Image.open("docs/astronaut.jpg") as image:
         parsed = FaceParser(device="cpu")(image.rotate(-roll, Image.Resampling.BICUBIC))
     (face,) = parsed.faces

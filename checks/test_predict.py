@@ -21,7 +21,7 @@ from checks.conftest import cases, untrained
 from checks.test_data_tools import TURNED
 from images import read_image, read_mask
 from labels import NAMES, PALETTE
-from photo import parse_labels
+from predict import parse_labels
 from views import Views, label_map, log_probabilities
 
 

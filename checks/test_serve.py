@@ -19,8 +19,7 @@ from PIL import Image
 from checks.conftest import cases, untrained
 from images import read_image
 from labels import COLOURS
-from photo import overlay
-from predict import FaceParser
+from predict import FaceParser, overlay
 from tools import serve
 from tools.course_report import BROWSERS
 

@@ -1,13 +1,11 @@
-"""Where faces may be in a photo: a small fully convolutional network, its training from the pairs, and the search.
+"""Train the Locator of photo.py, which proposes where faces are in a photo, on scenes made of the pairs.
 
-python locate.py --data data --overwrite                 # trains runs/release/locator.pt on the training pairs
-python locate.py --start a.pt --steps 200 --output b.pt  # from other weights
+python -m tools.train_locator --data data --overwrite                 # runs/release/locator.pt, on the training pairs
+python -m tools.train_locator --start a.pt --steps 200 --output b.pt  # from other weights
 
-Like CenterNet (arXiv 1904.07850) the network gives a heat map of face centres, and for each centre the side and the
-roll of the portrait around it. It sees portraits of 24 to 176 pixels; further looks at the photo, each reduced four
-times, find the larger ones, and each candidate is seen again upright, in two sizes. It is trained on portraits cut out
-by their masks and pasted at any size, roll and place, among some whose faces are spoilt. The parser then confirms what
-it found (photo.py).
+As in CenterNet (arXiv 1904.07850) the targets are a heat map of face centres, and around each centre the side and the
+roll of the portrait. Portraits are cut out by their masks and pasted at any size, roll and place, among some whose
+faces are spoilt.
 """
 
 import math
@@ -30,171 +28,14 @@ from augment import PRESETS, Strength, colour, degrade, draw
 from data import find_data, load_pairs, split
 from device import select_device
 from labels import NAMES
+from photo import CANVAS, CENTRE, PORTRAIT_SIDES, STRIDE, UNIT, Locator, load_locator
 from views import to_input
 
-STRIDE = 8
-UNIT = 64  # pixels: the portrait side whose logarithm is 0
-PORTRAIT_SIDES = 24, 176  # pixels of the portraits in training
-HALVINGS = 2  # from one look to the next
-AGAIN = 96, 128  # portrait sides in the second looks
-CENTRE = 0.56  # height of a face's centre (the bridge of the nose to the lips) in its portrait, from the top
-FIRST_PIXELS = 1_600_000  # of the first look: larger photos are reduced
-HEAT = 0.25  # minimum of a candidate, also on average with the looks at it alone
-CANVAS = 192  # side of the training images
 BATCH = 16
 LEARNING_RATE = 2e-3
 QUALITY = replace(
     Strength(**PRESETS["robust"]), contrast=0.4, saturation=0.6, gamma=0.3, defocus=0.3, grain=0.2, jpeg=0.3
 )
-
-
-class Block(nn.Module):
-    """Residual depthwise 7 x 7 and two pointwise convolutions, as in ConvNeXt (arXiv 2201.03545) with batch norm."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.depthwise = nn.Conv2d(width, width, 7, padding=3, groups=width, bias=False)
-        self.norm = nn.BatchNorm2d(width)
-        self.expand, self.project = nn.Conv2d(width, 2 * width, 1), nn.Conv2d(2 * width, width, 1)
-
-    def forward(self, x):
-        return x + self.project(F.relu(self.expand(self.norm(self.depthwise(x)))))
-
-
-class Locator(nn.Module):
-    """Images (B, 3, H, W), values 0..1, sides multiples of 8, to (B, 6, H/8, W/8).
-
-    Channels: logit of a face centre; its x and y from the middle of the cell, in cells; logarithm of the portrait's
-    side over UNIT; cosine and sine of the roll, of any length.
-    """
-
-    def __init__(self, width=64, blocks=6):
-        super().__init__()
-        layers = []
-        for inputs, outputs in ((3, width // 4), (width // 4, width // 2), (width // 2, width)):
-            convolution = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
-            layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
-        self.body = nn.Sequential(*layers, *(Block(width) for _ in range(blocks)), nn.BatchNorm2d(width), nn.ReLU())
-        self.head = nn.Conv2d(width, 6, 1)
-        nn.init.constant_(self.head.bias[:1], -4.0)  # few cells are centres
-
-    def forward(self, images):
-        return self.head(self.body(images * 4 - 2))
-
-
-def load_locator(device="cpu", path=register.RELEASE / "locator.pt"):
-    """The trained Locator, ready for inference. UserError if the file is missing or damaged."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = {name: value.float() for name, value in state.items()}
-    except Exception as error:  # noqa: BLE001 - foreign bytes make the unpickler raise anything
-        why = f"is missing, damaged or of another network ({type(error).__name__})"
-        remedy = "`make locator` trains one, WHOLE=1 (--whole) needs none"
-        raise UserError(f"{path}, a network that finds faces, {why}; {remedy}") from None
-    locator = Locator()
-    checkpoint.load_state(locator, state, path)
-    return locator.to(device, memory_format=torch.channels_last).eval()
-
-
-def pyramid(pixels, device):
-    """A photo's uint8 pixels (H, W, 3) as float images (1, 3, h, w), values 0..1, and its width over the first's.
-
-    The first has at most about FIRST_PIXELS, each other half the sides of the one before.
-    """
-    height, width = pixels.shape[:2]
-    scale = max(1, math.sqrt(height * width / FIRST_PIXELS))
-    size = max(1, round(width / scale)), max(1, round(height / scale))
-    image = Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR, reducing_gap=2)
-    levels = [to_input(np.array(image)[None], device).float() / 255]
-    while max(levels[-1].shape[2:]) > PORTRAIT_SIDES[0] and min(levels[-1].shape[2:]) > 1:
-        levels.append(F.avg_pool2d(levels[-1], 2))
-    return levels, width / size[0]
-
-
-def sample(levels, places, size, factor=1):
-    """Upright squares around places (N, 4), `factor` times their sides: float (N, 3, size, size), values 0..1.
-
-    A place is x, y and side in pixels of levels[0] and the clockwise roll in degrees. The photo's edge is repeated.
-    """
-    along = ((torch.arange(size, device=places.device) + 0.5) / size - 0.5).expand(size, size) * factor
-    views = places.new_empty(len(places), 3, size, size)
-    reduction = (places[:, 2] * factor / size).log2().floor().clamp(0, len(levels) - 1)  # never coarser than the view
-    for k, image in enumerate(levels):
-        chosen = reduction == k
-        points = to_photo(places[chosen, None, None], along, along.T) / 2**k
-        grid = points / points.new_tensor(image.shape[:1:-1]) * 2 - 1
-        # One tall grid, since a batch would need as many copies of the image.
-        tall = F.grid_sample(image, grid.view(1, -1, size, 2), padding_mode="border", align_corners=False)
-        views[chosen] = tall[0].unflatten(1, (-1, size)).transpose(0, 1)
-    return views
-
-
-def to_photo(places, u, v):
-    """x, y (..., 2) of the points u, v from the middle of places (..., 4), in their sides and upright axes."""
-    x, y, side, roll = places.unbind(-1)
-    cos, sin = side * roll.deg2rad().cos(), side * roll.deg2rad().sin()
-    return torch.stack([x + cos * u - sin * v, y + sin * u + cos * v], -1)
-
-
-def read_places(values, rows, columns):
-    """Places (N, 4) in pixels of an image, where the Locator's outputs at these cells (N,) are `values` (N, 6)."""
-    _, dx, dy, size, cos, sin = values.unbind(1)
-    side, roll = UNIT * size.exp(), torch.atan2(sin, cos)
-    # From the face's centre to the portrait's, which lies above it.
-    x = (columns + 0.5 + dx) * STRIDE + (CENTRE - 0.5) * side * roll.sin()
-    y = (rows + 0.5 + dy) * STRIDE - (CENTRE - 0.5) * side * roll.cos()
-    return torch.stack([x, y, side, roll.rad2deg()], 1)
-
-
-def distinct(found, ratio=math.inf):
-    """Of [(score, (x, y, side, ...)), ...] the best first, without those close to a better one.
-
-    Close: a centre lies in the other's face, the inner half of the portrait, and the sides differ by at most `ratio`.
-    """
-    kept = []
-    for score, place in sorted(found, key=lambda item: -item[0]):
-        for _, other in kept:
-            small, large = sorted([place[2], other[2]])
-            if math.dist(place[:2], other[:2]) <= large / 4 and large <= ratio * small:
-                break
-        else:
-            kept.append((score, place))
-    return kept
-
-
-@torch.inference_mode()
-def find_candidates(locator, levels):
-    """Candidates for faces in the `levels` of a photo: heats (N,), 0..1, and places (N, 4) as `sample` takes them."""
-    found = []
-    for k in range(0, len(levels), HALVINGS):
-        output = locator(levels[k].contiguous(memory_format=torch.channels_last))[0]
-        heat = output[0].sigmoid()
-        rows, columns = ((heat == F.max_pool2d(heat[None], 3, 1, 1)[0]) & (heat > HEAT)).nonzero(as_tuple=True)
-        places = read_places(output[:, rows, columns].T, rows, columns)
-        places[:, :3] *= 2**k
-        found += zip(heat[rows, columns].tolist(), places.tolist(), strict=True)
-    found = distinct(found, 3)  # a large place without a face must not hide small ones with one
-    heats, places = ([item[i] for item in found] for i in (0, 1))
-    heats, places = refine(locator, levels, levels[0].new_tensor(heats), levels[0].new_tensor(places).view(-1, 4))
-    return heats[heats > HEAT], places[heats > HEAT]
-
-
-@torch.inference_mode()
-def refine(locator, levels, heats, places):
-    """Heats (N,) and places (N, 4) averaged with those seen in upright squares around the places, in AGAIN sizes."""
-    total, moved = heats[:, None], heats[:, None] * places
-    middle = (torch.arange(CANVAS // STRIDE, device=heats.device) + 0.5) * STRIDE - CANVAS / 2
-    for side in AGAIN if len(places) else ():
-        views = sample(levels, places, CANVAS, CANVAS / side).contiguous(memory_format=torch.channels_last)
-        output = torch.cat([locator(part) for part in views.split(BATCH)])
-        near = torch.hypot(middle, middle[:, None] - (CENTRE - 0.5) * side) < side / 5
-        heat, cell = (output[:, 0].sigmoid() * near).flatten(1).max(1)
-        values = output.flatten(2)[torch.arange(len(cell)), :, cell]
-        x, y, seen, roll = read_places(values, cell // len(middle), cell % len(middle)).T
-        centre = to_photo(places, (x - CANVAS / 2) / side, (y - CANVAS / 2) / side)
-        again = torch.stack([*centre.T, places[:, 2] * seen / side, places[:, 3] + roll], 1)
-        total, moved = total + heat[:, None], moved + heat[:, None] * again
-    return total[:, 0] / (1 + len(AGAIN)), moved / total
 
 
 class Scenes(IterableDataset):
