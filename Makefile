@@ -42,8 +42,7 @@ help: ## list the targets
 
 $(VENV)/.ready: requirements.txt
 	'$(PYTHON)' -m venv '$(VENV)'
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	@touch '$@'
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt && touch '$@'
 
 install: $(READY) ## create the environment (every target does, once)
 
@@ -116,8 +115,7 @@ demo: $(READY) ## no data needed: synthetic faces, a short training, masks, a ve
 
 test: $(READY) ## lint and tests
 	$(PY) -m pip install --quiet --disable-pip-version-check -r checks/requirements.txt -r tools/requirements.txt
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 	OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -q $(value ARGS)
 
 faults: $(READY) ## kill trainings, fill disks, lock folders; feed damaged images and zips
@@ -129,5 +127,4 @@ bench: $(READY) ## speed and memory of MicroSegFormer against its layers one by 
 
 clean: ## remove the environment and caches; never runs/ or data
 	test ! -f '$(VENV)/.ready' -o ! -f '$(VENV)/pyvenv.cfg' || rm -rf '$(VENV)'
-	rm -rf build/cache build/speedrun build/synthetic-faces build/demo-masks
-	rm -rf .pytest_cache .ruff_cache __pycache__ */__pycache__
+	rm -rf build/cache build/speedrun build/synthetic-faces build/demo-masks .pytest_cache .ruff_cache __pycache__ */__pycache__
