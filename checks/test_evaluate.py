@@ -17,6 +17,7 @@ from images import mask_image
 from labels import FLIP
 from losses import segmentation_loss, soft_labels, training_loss
 from model import build, upsample
+from register import find_weights
 from views import Views, input_size, log_probabilities, parse_views, resize
 
 
@@ -72,6 +73,11 @@ def test_a_folder_of_masks_is_scored_if_the_truth_has_them_all(tmp_path, command
         write({f"{kind}/{n}.png": encoded(mask_image(np.uint8(rows))) for n, rows in masks.items()}, tmp_path)
     ended, out, said = command(main, f"--masks={tmp_path}/pred", f"--truth={tmp_path}/true")
     assert ended == status and text in said and ("official score 1.0000" in out) == (status == 0)
+
+
+def test_a_run_comes_before_a_file_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(write({"a": b"", "b": b"", "runs/a/args.json": b"", "runs/a/best.pt": b""}, tmp_path))
+    assert [str(find_weights(name)) for name in "ab"] == ["runs/a/best.pt", "b"]
 
 
 def test_views_are_parsed():

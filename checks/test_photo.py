@@ -205,7 +205,7 @@ def test_photo_without_a_face_is_background_unless_whole_or_box_says_where_it_is
     cloth = np.full((200, 320), 18, np.uint8)
     parsed = parse(cloth)
     assert parsed.missed and not parsed.mask.any()
-    assert (parse(cloth, whole=True).mask == 18).all()
+    assert (parse(cloth, whole=True).mask == 18).all() and (parse(cloth, cutout=[0]).alpha == 255).all()
     parsed, inside = parse(group, box=(410, 240, 420, 450)), np.s_[240:690, 410:830]
     assert (parsed.mask[inside] == group[inside]).mean() > 0.9
     assert (parsed.owner == 0).sum() == 420 * 450 and not parsed.mask[parsed.owner < 0].any()
@@ -246,5 +246,7 @@ def test_parts_of_a_face_lie_in_its_portrait():
     log_p = torch.full((1, 19, 90, 90), -9.0)
     log_p[:, NAMES.index("cloth")] = -1
     log_p[:, NAMES.index("eye_g"), 40:48, 40:48], log_p[:, NAMES.index("eye_g"), 78:86, 40:48] = 0, 0
-    labels = photo.confine(log_p, False, 0.5).argmax(1)[0]
+    log_p = photo.confine(log_p, False, 0.5)
+    assert torch.allclose(log_p.exp().sum(1), torch.ones(1))
+    labels = log_p.argmax(1)[0]
     assert (labels[40:48, 40:48] == NAMES.index("eye_g")).all() and (labels[78:86, 40:48] == NAMES.index("cloth")).all()

@@ -1,5 +1,6 @@
 """Masks of image files of every kind, and the files, images and checkpoints that are refused."""
 
+import io
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import checkpoint
 import ensemble_tta
 import predict
 from checks.conftest import cases, untrained
-from checks.test_data_tools import TURNED
+from checks.test_data_tools import TURNED, jpeg
 from images import read_image, read_mask
 from labels import NAMES, PALETTE
 from predict import parse_labels
@@ -195,7 +196,8 @@ def test_face_parser_takes_paths_images_arrays_and_lists(run, weights):
         for image, parsed in zip(images, parser(images, **settings), strict=True):
             assert abs(parser(image, **settings).alpha.astype(int) - parsed.alpha).max() <= 1
     assert parser([]) == [] and parser.names[17] == "neck"
-    for wrong, error in (np.zeros((30, 40, 3)), "uint8"), ([images[0], images[1][1:]], "one size"):
+    damaged = Image.open(io.BytesIO(jpeg(0, 64)[:-200]))
+    for wrong, error in (np.zeros((30, 40, 3)), "uint8"), ([images[0], images[1][1:]], "one size"), (damaged, "trunc"):
         with pytest.raises(UserError, match=error):
             parser(wrong)
 
