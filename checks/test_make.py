@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import ArgumentParser, duration, run_main
+from common import ArgumentParser, duration, in_parallel, run_main
 
 import pytest
 import torch
@@ -95,3 +95,7 @@ def test_mistakes_and_lack_of_memory_are_one_line_and_bugs_keep_their_traceback(
     assert "out of memory: try a smaller BATCH" in refused(lambda: torch.empty(1 << 62, dtype=torch.uint8))
     with pytest.raises(RuntimeError, match="size"):
         run_main(lambda: torch.zeros(2) + torch.zeros(3))
+
+
+def test_tasks_in_parallel_are_done_once_in_order():
+    assert list(in_parallel(abs, range(-1100, 0), "counting")) == list(range(1100, 0, -1))
