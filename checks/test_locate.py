@@ -62,6 +62,16 @@ def test_a_candidate_is_seen_again_upright_and_the_looks_are_averaged(monkeypatc
     assert abs(heats.item() - 0.75) < 1e-6 and torch.allclose(places, torch.tensor([expected]), atol=0.01)
 
 
+@cases(("heat", "count"), [(0.95, 1), (0.6, 0)])
+def test_candidates_keep_their_heat_on_average_with_second_looks(heat, count):
+    first = torch.zeros(1, 6, 6, 6)
+    first[0, 0], first[0, 0, 3, 3] = -20, math.log(heat / (1 - heat))
+    outputs, nothing = iter([first]), torch.full((1, 6, 24, 24), -20.0)
+    levels, _ = photo.pyramid(np.zeros((48, 48, 3), np.uint8), "cpu")
+    heats, places = photo.find_candidates(lambda images: next(outputs, nothing), levels)
+    assert len(heats) == len(places) == count
+
+
 def test_a_large_candidate_hides_no_small_one():
     large, small, twin = (0.9, (50, 50, 400, 0)), (0.8, (20, 60, 40, 0)), (0.7, (24, 62, 44, 0))
     assert photo.distinct([small, twin, large]) == [large]

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -110,6 +111,11 @@ def test_crop_shows_only_the_cut_out_which_keeps_the_images_opacity(run, tmp_pat
     assert run("--input=a.png --whole --crop --cutout=background,head,neck,neck_l,cloth")[0] == 0
     alpha = np.asarray(Image.open(tmp_path / "out/a-cutout.png"))[..., 3]
     assert alpha.shape == (15, 22) and (alpha == 200).all()
+
+
+def test_what_was_found_is_said_of_each_image(run, weights, command):
+    out = command(predict.main, "--input=a.png", "--output=out", "--whole", "--weights", weights / "a.pt")[1]
+    assert "a.png: not searched, 0.0 s" in re.sub(r"\d+\.\d s", "0.0 s", out)
 
 
 def test_skip_leaves_finished_files(run, tmp_path):
