@@ -397,7 +397,7 @@ def parse_photos(face_parser, photos, whole=False, box=None, cutout=None):
     height, width = photos[0].shape[:2]
     window = Window(*(box or (0, 0, width, height)))
     if not overlap(window, (0, 0, width, height)) or max(window[2:4]) > 2 * max(height, width):
-        raise UserError(f"box {box}: give one that overlaps the {width} x {height} pixels, at most twice as large")
+        raise UserError(f"box {box}: give one that overlaps the {width} x {height} pixels, at most twice as long")
     if box or whole:
         batch = parse_window(face_parser, photos, window, face_parser.size).split(1)
         return [paste(height, width, [Portrait(None, window, window, log_p)], cutout) for log_p in batch]
