@@ -126,7 +126,7 @@ def recipe_layers(name):
     while name:
         if name not in recipes:
             similar = did_you_mean(recipes, name, count=1)
-            raise UserError(f"no recipe {name!r} in recipes.toml; {similar or '`make recipes` lists them'}")
+            raise UserError(f"no recipe {name!r} in recipes.toml: {similar or '`make recipes` lists them'}")
         table = recipes.pop(name)  # a recipe that is `like` itself is missing the second time
         own = table.get("set", {}).items()
         layers.insert(0, [f"--{key}={json.dumps(v) if isinstance(v, dict) else v}" for key, v in own])
