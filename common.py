@@ -230,7 +230,7 @@ def in_parallel(function, tasks, label):
     start = time.monotonic()
     try:
         # In parts, since the workers would run ahead of a slow disk and fill the memory.
-        parts = (tasks[start : start + 512] for start in range(0, len(tasks), 512))
+        parts = (tasks[first : first + 512] for first in range(0, len(tasks), 512))
         results = itertools.chain.from_iterable(pool.map(function, part, chunksize=8) for part in parts)
         for done, result in enumerate(results, 1):
             if done % 20 == 0:

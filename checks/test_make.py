@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import ArgumentParser, duration, in_parallel, run_main
+from common import ArgumentParser, UserError, atomic, duration, in_parallel, run_main, write_text
 
 import pytest
 import torch
@@ -95,6 +95,14 @@ def test_mistakes_and_lack_of_memory_are_one_line_and_bugs_keep_their_traceback(
     assert "out of memory: try a smaller BATCH" in refused(lambda: torch.empty(1 << 62, dtype=torch.uint8))
     with pytest.raises(RuntimeError, match="size"):
         run_main(lambda: torch.zeros(2) + torch.zeros(3))
+
+
+def test_failed_write_keeps_the_old_file(tmp_path):
+    write_text(tmp_path / "a", "old")
+    with pytest.raises(UserError, match="disk full"), atomic(tmp_path / "a") as temporary:
+        temporary.write_text("new")
+        raise OSError("disk full")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_tasks_in_parallel_are_done_once_in_order():

@@ -177,12 +177,13 @@ def test_portrait_is_parsed_as_a_whole(faces):
 
 
 @cases("turns", range(4))
-@cases("pixels", [1 << 22, 300 * 300])  # parsed in full, or reduced
+@cases("pixels", [1 << 22, 300 * 300])  # parsed in full, or reduced, which moves a turned one by up to a reduced pixel
 def test_portrait_that_is_not_found_is_parsed_at_its_roll(faces, monkeypatch, pixels, turns):
     monkeypatch.setattr(photo, "MAX_PIXELS", pixels)
     portrait = np.rot90(faces[0][:501, 20:479], -turns)  # clockwise
     parsed = parse(portrait)
-    assert parsed.missed and parsed.faces[0].angle == 90 * turns and (parsed.mask == portrait).mean() > 0.93
+    least = 0.93 if turns and pixels < 1 << 22 else 0.95
+    assert parsed.missed and parsed.faces[0].angle == 90 * turns and (parsed.mask == portrait).mean() > least
 
 
 def test_a_strip_is_turned_without_a_square_around_it():
