@@ -130,6 +130,15 @@ def slice_batch(params, start, stop):
     return {name: value[start:stop] for name, value in params.items()}
 
 
+def send(params, device):
+    """The parameters on the device, in one copy."""
+    if device.type == "cpu":
+        return params
+    columns = [value.flatten(1) if value.dim() > 1 else value[:, None] for value in params.values()]
+    parts = to_device(torch.cat(columns, 1), device).split([column.shape[1] for column in columns], 1)
+    return {name: part.view(value.shape) for (name, value), part in zip(params.items(), parts, strict=True)}
+
+
 def warp(images, masks, theta, size, surround=None):
     """Flip, rotate, scale and shift in one resampling.
 
@@ -273,7 +282,7 @@ def augment(images, masks, params, size, stride=1, exchange_sides=True):
 
     `params` stay on the CPU, where they decide what is done; a GPU receives a copy and is never waited for.
     """
-    sent, changed = {name: to_device(value, images.device) for name, value in params.items()}, []
+    sent, changed = send(params, images.device), []
     # One image at a time stays in a CPU's cache; a GPU processes them together.
     step = 1 if images.device.type == "cpu" else len(images)
     for start in range(0, len(images), step):
