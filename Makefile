@@ -7,7 +7,7 @@ VENV = .venv
 # PYTHON creates the environment; with VENV= (empty) it is the environment.
 PYTHON = python3
 ARGS =
-WRONG := $(strip $(foreach v,VENV PYTHON,$(if $(word 2,$($(v))),$(v))))
+WRONG := $(strip $(foreach .v,VENV PYTHON,$(if $(word 2,$($(.v))),$(.v))))
 $(if $(WRONG),$(error $(WRONG): give one path without spaces))
 PY := '$(if $(VENV),$(VENV)/bin/python,$(PYTHON))'
 READY := $(if $(VENV),$(VENV)/.ready)
@@ -19,9 +19,9 @@ TARGETS := help install data check-data train resume sweep speedrun recipes runs
 STRAY := $(firstword $(filter-out $(TARGETS) $(READY),$(MAKECMDGOALS)))
 $(if $(STRAY),$(error no target $(STRAY); settings are NAME=value without spaces around "="; `make help` lists both))
 
-given = $(sort $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $(v))),$(v))))
+given = $(sort $(foreach .v,$(.VARIABLES),$(if $(findstring command line,$(origin $(.v))),$(.v))))
 SETTINGS := $(filter-out PYTHON VENV ARGS MAKE% -*-command-variables-*-,$(given))
-EMPTY := $(firstword $(foreach v,$(SETTINGS),$(if $(value $(v)),,$(v))))
+EMPTY := $(firstword $(foreach .v,$(SETTINGS),$(if $(value $(.v)),,$(.v))))
 $(if $(EMPTY),$(error $(EMPTY) is empty: give a value, or leave it out))
 FIXED := $(firstword $(filter help install demo test clean,$(MAKECMDGOALS)))
 $(if $(and $(FIXED),$(SETTINGS)),$(error $(firstword $(SETTINGS)) has no effect on `make $(FIXED)`))
@@ -29,11 +29,11 @@ ODD := $(shell printf %s '$(subst ','\'',$(SETTINGS))' | tr -d 'A-Za-z0-9_ ')
 $(if $(ODD),$(error $(ODD) is in the name of no setting; names have letters, digits and _))
 # Values reach the script as typed, whatever quotes, dollars or line breaks they contain: in variables of the shell,
 # each as it is; make would expand what it exports itself.
-$(foreach v,$(SETTINGS),$(eval export typed_$(v) := $$(value $(v)))$(eval unexport $(v)))
+$(foreach .v,$(SETTINGS),$(eval export typed_$(.v) := $$(value $(.v)))$(eval unexport $(.v)))
 # $(call flags,A B) are the flags of all settings but A and B, and then ARGS, which is the shell's.
-flags = $(foreach v,$(filter-out $(1),$(SETTINGS)),--$(shell echo $(v) | tr A-Z_ a-z-)="$$typed_$(v)") $(value ARGS)
+flags = $(foreach .v,$(filter-out $(1),$(SETTINGS)),--$(shell echo $(.v) | tr A-Z_ a-z-)="$$typed_$(.v)") $(value ARGS)
 unexport ARGS
-needs = $(foreach v,$(1),$(if $(filter $(v),$(SETTINGS))$(value ARGS),,$(error `make $@` needs $(v)=, as in: $(2))))
+needs = $(foreach .v,$(1),$(if $(filter $(.v),$(SETTINGS))$(value ARGS),,$(error `make $@` needs $(.v)=, as in: $(2))))
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{printf "%-20s%s\n", $$1, $$2}'

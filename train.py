@@ -57,6 +57,8 @@ def resumed_args(args, given):
     if not args.resume:
         return args
     folder = find_run(args.resume, args.runs)
+    if not (folder / "last.pt").is_file():
+        raise UserError(f"{folder} has no last.pt to continue from; start a new run")
     settings = run_arguments(folder)
     recorded = vars(from_record(settings, folder / "args.json"))
     if removed := sorted(key for key in settings.keys() - vars(args).keys() - NEUTRAL if settings[key]):

@@ -115,6 +115,8 @@ def test_a_reduced_image_keeps_only_its_cells():
     params = draw(1, Strength(), (0,)) | {"reduce": torch.tensor([0.125]), "bicubic": torch.tensor([0.0])}
     expected = F.interpolate(F.avg_pool2d(images, 8), 64, mode="bilinear")
     assert torch.allclose(degrade(images.clone(), params), expected, atol=1e-6)
+    dark = draw(1, Strength(), (0,)) | {"gamma": torch.tensor([3.0])}
+    assert torch.allclose(degrade(images.clone(), dark), images * images * images, atol=1e-6)
     assert torch.allclose(blur(torch.full((3, 16, 16), 0.5), 2.0), torch.tensor(0.5))
 
 
@@ -134,3 +136,8 @@ def test_labels_are_mixed_as_the_images_are(count, strength):
     soft = target if target.dim() == 4 else soft_labels(target.byte())
     assert torch.allclose(torch.einsum("blhw,lc->bchw", soft, COLOUR_TABLE.float() / 255), mixed, atol=1e-5)
     assert count == 1 or not torch.allclose(mixed, images.float() / 255, atol=1e-3)
+
+
+def test_cutmix_takes_a_box_of_the_fraction_drawn():
+    boxes = draw(99, Strength(cutmix=1, cutmix_alpha=1000), (0,))["box"]  # such fractions are close to a half
+    assert (boxes[:, 2:] - boxes[:, :2]).max() == pytest.approx(0.5**0.5, abs=0.03)

@@ -50,8 +50,8 @@ def test_environment_sets_nothing():
 
 
 MISTAKES = [
-    *[("train DCIE=2", "--dcie"), ("trian", "trian"), ("predict OUT=d", "IN="), ("train LR=", "LR is empty")],
-    *[("train x;id=1", ";"), ("train x`id`=1", "`")],
+    *[("train DCIE=2", "--dcie"), ("train v=1", "--v"), ("train LR=", "LR is empty")],
+    *[("trian", "trian"), ("predict OUT=d", "IN="), ("train x;id=1", ";"), ("train x`id`=1", "`")],
     *[("install LR=1", "LR has no effect"), ("help PYTHON=a b", "PYTHON")],
 ]
 

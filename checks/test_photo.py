@@ -102,6 +102,11 @@ def test_match_layout_recovers_scale_rotation_and_shift():
     assert torch.allclose(scores[:3], torch.ones(3), atol=1e-3) and scores[3] < FACE_SCORE
     expected = [[0.5, 0.5, 1, 0], [0.5, 0.3, 0.4, 0], [0.5, 0.5, 1, 90]]
     assert torch.allclose(portraits[:3], torch.tensor(expected), atol=1e-3)
+    wrong = parts[:1].repeat(2, 1, 1)
+    wrong[0, 4, 0], wrong[1, 4, 2] = 0.7, 1  # the nose beside the face, or as large as it: it counts for nothing
+    scores, portraits = match_layout(wrong)
+    assert torch.allclose(scores, torch.tensor(6 / 7), atol=0.02)
+    assert torch.allclose(portraits, torch.tensor(expected[0]), atol=0.02)
 
 
 @cases("scale", [1, 1.183])  # the faces are found in the whole photo, or in a reduced one
