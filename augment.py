@@ -226,12 +226,12 @@ def jpeg_tables(device):
 
 
 def jpeg(image, quality):
-    """What JPEG (ITU-T T.81) at a quality of 1..100 leaves of an image (1, 3, H, W), values 0..1.
+    """What JPEG (ITU-T T.81) at a quality of 1..50 leaves of an image (1, 3, H, W), values 0..1.
 
     Chroma has half the resolution, as usual; H and W are multiples of 16.
     """
     basis, steps, ycc, rgb = jpeg_tables(image.device)
-    steps = (steps * (50 / quality if quality < 50 else 2 - quality / 50)).clamp(min=1)
+    steps = (steps * 50 / quality).clamp(min=1)
     planes = (255 * ycc @ image.flatten(2)).view_as(image).transpose(0, 1)  # (3, 1, H, W)
     planes[0] -= 128
     coded = []

@@ -1,6 +1,8 @@
 """Augmentation moves image and mask together, exchanges left and right, and depends on its seed alone."""
 
 import io
+import itertools
+import math
 
 import numpy as np
 import pytest
@@ -86,6 +88,15 @@ def test_colour_equals_its_three_steps():
     assert torch.allclose(colour(images, params), expected, atol=1e-5)
 
 
+def test_each_preset_changes_no_less_than_the_weaker_one_and_every_preset_mirrors():
+    order = [vars(Strength(**PRESETS[name])) for name in ("none", "basic", "strong", "robust")]
+    for weak, strong in itertools.pairwise(order):
+        assert strong["flip"] == 0.5 and weak != strong and all(weak[name] <= strong[name] for name in weak)
+    mixing = {"mixup": 0.3, "cutmix": 0.3}
+    assert PRESETS["advanced"] == PRESETS["basic"] | mixing
+    assert {name for name, value in order[-1].items() if not value} == {"mixup", "cutmix"}
+
+
 @cases("quality", [5, 10])
 def test_jpeg_loses_what_a_file_loses(quality):
     pixels = read_image("docs/astronaut.jpg")[:256, :256]
@@ -118,6 +129,20 @@ def test_a_reduced_image_keeps_only_its_cells():
     dark = draw(1, Strength(), (0,)) | {"gamma": torch.tensor([3.0])}
     assert torch.allclose(degrade(images.clone(), dark), images * images * images, atol=1e-6)
     assert torch.allclose(blur(torch.full((3, 16, 16), 0.5), 2.0), torch.tensor(0.5))
+    along = torch.arange(-16.0, 17)
+    profile = blur((along == 0).float().expand(3, 33, 33), 2.0)[0, 16]  # of a vertical line
+    assert (profile * along**2).sum().sqrt() == pytest.approx(2, abs=0.1)
+
+
+RANGES = dict(dark=("brightness", 0.2, 0.7), reduce=("reduce", 1 / 16, 2 / 3), defocus=("defocus", 0, 1 / 128))
+RANGES |= dict(gamma=("gamma", math.exp(-0.9), math.exp(0.9)), grain=("grain", 0, 0.13), jpeg=("jpeg", 5, 50))
+
+
+@cases("name", RANGES)
+def test_low_quality_spans_the_ranges_in_the_help(name):
+    key, low, high = RANGES[name]
+    found = draw(999, Strength(**{name: 1}), (0,))[key]
+    assert [found.min(), found.max()] == [pytest.approx(value, rel=0.03, abs=0.01 * high) for value in (low, high)]
 
 
 @cases("stride", [1, 2, 4])
