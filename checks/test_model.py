@@ -90,13 +90,17 @@ def test_parameters_of_a_network_are_counted_shown_and_limited(command):
     assert status == 1 and "FAIL" in error
 
 
-def test_logits_on_another_grid_than_the_stride_are_refused():
+def test_networks_of_another_grid_or_without_their_attributes_are_refused(monkeypatch):
     model = build("microunet").train()
     check_logits(model)
     assert model.training
     model.stride = 4
     with pytest.raises(UserError, match=r"\(1, 19, 32, 32\) of a 64 px image, not \(1, 19, 16, 16\)"):
         check_logits(model)
+    for missing in ("ends", "stride"):
+        monkeypatch.delattr(networks.MicroUNet, missing)
+        with pytest.raises(UserError, match=f"needs an attribute {missing}"):
+            check_logits(build("microunet"))
 
 
 @cases("name", BOTH)
