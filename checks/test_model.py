@@ -64,6 +64,12 @@ def test_logits_equal_those_of_the_reference_code(key, forward, monkeypatch):
     assert np.abs(logits - np.load(REFERENCE / "logits.npz")[key]).max() < 1e-5
 
 
+def test_first_weights_are_drawn_as_the_references():
+    model = MicroSegFormer()
+    for layer, expected in ((model.embeddings[0], (2 / (32 * 7 * 7)) ** 0.5), (model.fuse, 0.02)):
+        assert layer.weight.std().item() == pytest.approx(expected, rel=0.05) and not layer.bias.any()
+
+
 def test_parts_of_the_unet_equal_the_plain_layers():
     x, y = torch.rand(2, 8, 4, 6), torch.rand(2, 4, 8, 12)
     join, block = networks.JoinNorm(12, 5), networks.ResidualBlock(8)
