@@ -607,7 +607,6 @@ def train(training):
     total, before = pixels(epochs), pixels(progress["epoch"] + progress["step"] / training.steps)
     begin = time.monotonic()
     lag = 1 if training.device.type == "cuda" else 0  # a GPU has the next step to do while the loss of one is read
-    training.model.train()
     while not is_finished(training):
         epoch, first, start = progress["epoch"], progress["step"], time.monotonic()
         order = np.random.default_rng((args.seed, epoch)).permutation(len(training.batches.indices))

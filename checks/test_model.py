@@ -65,8 +65,8 @@ def test_logits_equal_those_of_the_reference_code(key, forward, monkeypatch):
 
 
 def test_first_weights_are_drawn_as_the_references():
-    model = MicroSegFormer()
-    for layer, expected in ((model.embeddings[0], (2 / (32 * 7 * 7)) ** 0.5), (model.fuse, 0.02)):
+    model, mlp = MicroSegFormer(), build("microunet").attention[0].mlp
+    for layer, expected in ((model.embeddings[0], (2 / (32 * 7 * 7)) ** 0.5), (model.fuse, 0.02), (mlp[0], 0.02)):
         assert layer.weight.std().item() == pytest.approx(expected, rel=0.05) and not layer.bias.any()
 
 
