@@ -109,9 +109,9 @@ try: $(READY) ## a page in your browser: drop a picture, see and save its mask
 
 demo: $(READY) ## no data needed: synthetic faces, a short training, masks, a verified zip
 	$(PY) -m tools.synth --out=build/synthetic-faces
-	$(PY) train.py --recipe=demo --overwrite --name=demo --data=build/synthetic-faces
-	$(PY) predict.py --weights=demo --input=build/synthetic-faces/dev/images --output=build/demo-masks --overlay --whole
-	$(PY) -m tools.package --name=demo --data=build/synthetic-faces
+	$(PY) train.py --recipe=demo --overwrite --runs=build --name=demo --data=build/synthetic-faces
+	$(PY) predict.py --weights=build/demo --input=build/synthetic-faces/dev/images --output=build/demo-masks --overlay --whole
+	$(PY) -m tools.package --name=build/demo --data=build/synthetic-faces
 
 test: $(READY) ## lint and tests
 	$(PY) -m pip install --quiet --disable-pip-version-check -r checks/requirements.txt -r tools/requirements.txt
@@ -127,4 +127,5 @@ bench: $(READY) ## speed and memory of MicroSegFormer against its layers one by 
 
 clean: ## remove the environment and caches; never runs/ or data
 	test ! -f '$(VENV)/.ready' -o ! -f '$(VENV)/pyvenv.cfg' || rm -rf '$(VENV)'
-	rm -rf build/cache build/speedrun build/synthetic-faces build/demo-masks .pytest_cache .ruff_cache __pycache__ */__pycache__
+	rm -rf build/cache build/speedrun build/synthetic-faces build/demo build/demo-masks
+	rm -rf .pytest_cache .ruff_cache __pycache__ */__pycache__

@@ -185,8 +185,11 @@ def main():
     indices = held_out(info, path, pairs.keys())
     if doubt := checkpoint.doubt(info, pairs.keys(indices)):
         print_message(f"{path} {doubt}")
-    if args.record and (doubt or args.size or path.name not in ("best.pt", "validated.pt")):
-        raise UserError("--record is for unseen images and the weights that best.json has the scores of, at their size")
+    if args.record:
+        own = (register.run_record(path).get("pairs") or {}).get("content") == pairs.digest
+        scored = path.name in ("best.pt", "validated.pt") and path.with_name("best.json").is_file()
+        if doubt or args.size or not (own and scored):
+            raise UserError("--record is for the weights and pairs that best.json has the scores of, at their size")
     confusions, _ = evaluate(model, pairs, indices, args.size or info["size"], device, views=views, batch=args.batch)
     print(score_table(confusions))
     if args.record:

@@ -346,7 +346,7 @@ def find_faces(face_parser, pixels):
     return [(score, square(*place)) for score, place in distinct(found) if score >= FACE_SCORE]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Face:
     """A face of a photo: its label map (h, w) uint8 inside `box` (left, top, w, h), 0 where the photo is not its own.
 
@@ -373,7 +373,7 @@ class Portrait(NamedTuple):
     log_p: torch.Tensor | None
 
 
-@dataclass
+@dataclass(eq=False)
 class Parsed:
     """The label map of a photo, and the face each pixel belongs to."""
 

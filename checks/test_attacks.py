@@ -118,7 +118,8 @@ def test_the_cache_and_a_lock_keep_other_files(copy):
 @cases("name", ["x.png", "x-overlay.png", "x-cutout.png", "x.json"])
 def test_predictions_replace_only_predictions(copy, command, name):
     Image.new("RGB", (64, 48)).save(copy / "x.jpg")
-    before = contents(write({name: encoded(Image.new("RGB", (64, 48)))}, copy / "photos"))
+    mine = b'{"image": "x.jpg", "caption": "mine"}' if name == "x.json" else encoded(Image.new("RGB", (64, 48)))
+    before = contents(write({name: mine}, copy / "photos"))
     flags = f"--input={copy}/x.jpg --weights={copy}/runs/whole/best.pt --whole --overlay --cutout=hair --json".split()
     outs = [command(predict.main, *flags, f"--output={copy}/{out}")[0] for out in ("o", "o", "photos")]
     assert outs == [0, 0, 2] and contents(copy / "photos") == before
@@ -129,12 +130,12 @@ def test_predictions_replace_only_predictions(copy, command, name):
 def test_other_files_are_not_replaced(copy, monkeypatch, refused):
     weights, photo, data = copy / "runs/whole/last.pt", copy / "data/test/images/test_00000.jpg", copy / "data/train"
     page = write({"index.html": b"mine"}, copy / "runs") / "index.html"
-    write({"photos/a.png": encoded(Image.new("RGB", (64, 48)))}, copy)
+    write({"photos/a.png": encoded(Image.new("RGB", (64, 48))), "photos/notes": b"about pytorch"}, copy)
     before, own = contents(copy / "data") | contents(copy / "photos"), weights.read_bytes()
     monkeypatch.setattr(export, "PACKAGES", ())
     for main, *flags in [
         (package.main, f"--data={copy}/data", f"--zip={weights}", "--run=0"),
-        (export.main, f"--out={photo}"),
+        *((export.main, f"--out={path}") for path in (photo, copy / "photos/notes")),
         (tools_run.main, f"--input={photo}", f"--output={photo}"),
         *((main, f"--input={data}/images", f"--output={data}/masks") for main in (predict.main, tools_run.main)),
         *((main, f"--input={copy}/photos", f"--output={copy}/photos") for main in (predict.main, tools_run.main)),
@@ -203,8 +204,9 @@ def test_scores_and_counts_are_of_what_was_asked(copy, command, refused):
     said = command(evaluate.main, *flags)[2]
     assert "1 of the 3 pairs held out" in said and "whole/validated.pt" in said  # the weights that have its scores
     refused(evaluate.main, *flags, "--batch=-4")
-    assert "error: --record is for" in command(evaluate.main, *flags, "--record", "--size=64")[2]
+    assert "error: --record is for" in command(evaluate.main, *flags, "--record")[2]  # other pairs than the run's
     masks = f"--masks={copy}/data/train/masks", f"--truth={copy}/data/train/masks"
+    assert "two folders" in refused(evaluate.main, masks[0])
     assert command(evaluate.main, *masks)[0] == 0 and "--views" in refused(evaluate.main, *masks, "--views=flip")
     refused(check_params.main, "--name=whole", f"--runs={copy}/runs", "--lr=1")
     for arguments in '{"dropout": 0.9}', "[1]", "{":

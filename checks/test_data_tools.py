@@ -58,7 +58,7 @@ def run_prepare(raw, out, count=None):
 
 @cases("raw", ["folder", "raw.zip"])
 def test_prepare_challenge(raw, tmp_path):
-    files = {f"top/{name}": content for name, content in challenge().items()}
+    files = {f"./top/{name}": content for name, content in challenge().items()}
     files |= {"__MACOSX/top/train/images/._a.jpg": b"", "top/train/images/.hidden.jpg": b""}
     run_prepare(pack(files, tmp_path / raw), tmp_path / "out")
     # Images of the right size are copied byte for byte.

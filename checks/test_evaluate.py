@@ -97,6 +97,7 @@ def test_flipped_view_of_a_mirrored_image_is_mirrored():
 
 def test_input_has_the_aspect_ratio_of_the_image():
     assert input_size(512, 512, 256, 1.25) == (320, 320) and input_size(200, 800, 256) == (128, 512)
+    assert input_size(10**6, 1, 512) == (8192, 32)
     widths, image = [], torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
     network = lambda x, full_size: widths.append(x.shape[3]) or torch.zeros(1, 19, 8, 8)  # noqa: E731
     log_probabilities([network], image, 64, Views(scales=(0.5, 2.0)))

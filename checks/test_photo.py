@@ -116,6 +116,7 @@ def test_group_is_found_parsed_and_described(group, monkeypatch, scale):
     parsed = parse(group, near(reduced) + near(reduced, roll=3))  # each face once
     assert not parsed.missed
     for index, (face, window) in enumerate(zip(parsed.faces, WINDOWS, strict=True)):
+        assert parsed.faces.index(face) == index
         left, top, side, _ = window
         inside, middle = (np.s_[top + m : top + side - m, left + m : left + side - m] for m in (0, side // 3))
         assert overlap(face.window, window) > 0.6 and abs(face.angle) < 9

@@ -124,7 +124,8 @@ def check_checkpoint(files):
         if zipfile.is_zipfile(io.BytesIO(data)) and (faults := read_zip(io.BytesIO(data))[1]):
             raise ValueError(faults[0])
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        tensors = [value for value in leaves(content) if isinstance(value, torch.Tensor)]
+        # Those that share their values count once.
+        tensors = {(t.data_ptr(), t.shape): t for t in leaves(content) if isinstance(t, torch.Tensor)}.values()
     except Exception as error:  # foreign bytes make the reader raise anything
         raise UserError(f"ckpt.pth is damaged or contains more than tensors: {str(error)[:120]}") from None
     state = content.get("state_dict") if isinstance(content, dict) else None

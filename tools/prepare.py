@@ -50,7 +50,7 @@ def list_files(raw, data):
                 names = archive.namelist()
     except (zipfile.BadZipFile, OSError) as error:
         raise UserError(f"cannot read {raw} ({error}); give the downloaded zip or folder as RAW") from None
-    names = (name for name in names if not re.search(r"(^|/)(\.|__MACOSX/)", name))
+    names = (name for name in names if not re.search(r"(^|/)(\.(?!/)|__MACOSX/)", name))  # ./a is a
     return sorted(name for name in names if PurePosixPath(name).suffix.lower() in images.IMAGE_SUFFIXES)
 
 
@@ -99,7 +99,9 @@ def plan(raw, data, count=None):
     found, (photos, masks) = find_challenge(names), find_release(names)
     if bool(found) == bool(photos or masks):  # neither or both
         expected = "train/images and train/masks, or CelebA-HQ-img and CelebAMask-HQ-mask-anno"
-        raise UserError(f"{raw} must contain either {expected}, not both; unpack zips inside it first")
+        raise UserError(
+            f"{raw} must contain either {expected}, not both; unpack zips inside it, or give the folder above"
+        )
     photos, masks = photos or found.pop(("train", "images"), {}), masks or found.pop(("train", "masks"), {})
     stems = sorted(photos.keys() | masks.keys())[:count]
     for partners, what in ((masks, "images without a mask"), (photos, "masks without an image")):
