@@ -100,6 +100,7 @@ def test_training_lowers_the_loss(scenes):
     locator, (images, targets) = photo.Locator(width=16, blocks=1), scenes.batch(4)
     before = train_locator.locator_loss(locator(images), targets).item()
     train_locator.train(locator, [(images, targets)] * 30, 30)
+    assert locator.body[1].num_batches_tracked >= 30 and not locator.training
     with torch.no_grad():
         assert train_locator.locator_loss(locator(images), targets).item() < 0.8 * before
 

@@ -98,10 +98,8 @@ def plan(raw, data, count=None):
     names = list_files(raw, data)
     found, (photos, masks) = find_challenge(names), find_release(names)
     if bool(found) == bool(photos or masks):  # neither or both
-        expected = "train/images and train/masks, or CelebA-HQ-img and CelebAMask-HQ-mask-anno"
-        raise UserError(
-            f"{raw} must contain either {expected}, not both; unpack zips inside it, or give the folder above"
-        )
+        expected = "either train/images and train/masks, or CelebA-HQ-img and CelebAMask-HQ-mask-anno, not both"
+        raise UserError(f"{raw} must contain {expected}; unpack zips inside it, or give the folder above")
     photos, masks = photos or found.pop(("train", "images"), {}), masks or found.pop(("train", "masks"), {})
     stems = sorted(photos.keys() | masks.keys())[:count]
     for partners, what in ((masks, "images without a mask"), (photos, "masks without an image")):
