@@ -86,6 +86,12 @@ def test_each_script_imports_three_packages_and_those_before_it():
         assert modules <= {"torch", "numpy", "PIL", *order[:place]} | sys.stdlib_module_names, name
 
 
+def test_scripts_are_commands():
+    for path in [*Path().glob("*.py"), *Path().glob("tools/*.py"), *Path().glob("checks/*.py")]:
+        text = path.read_text()
+        assert ("\ndef main(" in text) == text.endswith('if __name__ == "__main__":\n    run_main(main)\n'), path
+
+
 def test_durations():
     assert [duration(s) for s in (0.4, 89, 90, 5400, 11100)] == ["0 s", "89 s", "2 min", "1 h 30 min", "3 h 05 min"]
 
