@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -112,7 +113,8 @@ def find_data(folder=None):
             "`make data RAW=/path/to/download` prepares the real ones"
         )
     elif Path(folder) != SYNTHETIC:
-        raise UserError(f"no data folder {folder}; `make data RAW=/path/to/download DATA={folder}` creates it")
+        creates = f"`make data RAW=/path/to/download DATA={shlex.quote(str(folder))}` creates it"
+        raise UserError(f"no data folder {folder}: DATA= names another, {creates}")
     # A process of its own, since tools/synth.py imports this file.
     command = [sys.executable, "-m", "tools.synth", "--out", str(SYNTHETIC.resolve())]
     if subprocess.run(command, cwd=Path(__file__).parent, stdout=subprocess.DEVNULL).returncode:

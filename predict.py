@@ -56,7 +56,8 @@ class FaceParser:
 
     weights: a checkpoint file or the name or folder of a run; default the release.
     views: views to average, as "flip,scales". size: side of the network's input, 0 for the checkpoint's own.
-    UserError for weights or settings that cannot be used.
+    UserError for weights or settings that cannot be used. Start other processes with `spawn`: one that is forked after
+    its use may wait for OpenMP's threads for ever.
     """
 
     names = NAMES

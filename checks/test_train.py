@@ -159,6 +159,7 @@ def test_decay_shrinks_biases_and_norms_only_if_asked(start, monkeypatch, flags,
 
 
 ENDS = [("", [0.2, 0.1, 0.5, 0.5, 0.4], (5, 3)), ("--val-every=3", [0.2, 0.1], (6, 3)), ("--target=.2", [0.2], (1, 1))]
+ENDS += [("--val-every=4", [0.1, 0.2, 0.3], (9, 9))]  # the last epoch is always scored
 
 
 @cases(("flags", "scores", "end"), ENDS)
@@ -167,7 +168,8 @@ def test_patience_counts_epochs_since_the_last_gain(start, monkeypatch, flags, s
     monkeypatch.setattr("train.official_score", lambda confusions: next(scores))
     train.train(run := start(f"--patience=2 --sizes=32:8,64:1 {flags}"))
     assert (run.progress["epoch"], run.progress["best_epoch"]) == end
-    assert checkpoint.load(run.folder / "best.pt")["size"] == 32 and start("--no-fix-sides").batches.fix_sides is False
+    assert checkpoint.load(run.folder / "best.pt")["size"] == (64 if end[1] == 9 else 32)
+    assert start("--no-fix-sides").batches.fix_sides is False
 
 
 def test_steps_use_the_network_compiled_for_each_size(start, monkeypatch):
