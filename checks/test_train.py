@@ -24,7 +24,7 @@ import device
 import evaluate
 import register
 import train
-from checks.conftest import FLAGS, cases, set_up, train_here
+from checks.conftest import FLAGS, cases, set_up, train_here, write
 from checks.references import difference, metrics
 from options import load_recipes, parse
 from train import COEFFICIENTS, Muon, orthogonalise
@@ -326,8 +326,10 @@ def test_a_training_stopped_by_numbers_that_are_not_finite_can_be_resumed(place,
         context.setattr(target, lambda *args, **more: real(*args, **more) * (math.nan if next(calls) == 3 else 1))
         train_here(place, f"--name={name} {FLAGS} --save-minutes=0")
     register._locks.clear()
+    # A killed process leaves what it had not finished, or the line of an epoch that last.pt lacks.
+    write({".best.pt.a1b2c3d4.tmp": b""}, place / "runs" / name)
     with open(place / "runs" / name / "metrics.jsonl", "a") as file:
-        file.write('{"epoch": 9}\n')  # of an epoch that last.pt lacks, since the process was killed between the two
+        file.write('{"epoch": 9}\n')
     train_here(place, f"--resume={name}")
     assert difference(place / "runs" / name, place / "runs/whole") == ""
 
@@ -339,6 +341,14 @@ def test_states_of_other_networks_and_trainings_are_refused(copy, change):
     with pytest.raises(UserError, match="last.pt"):
         checkpoint.load_model(path)
         set_up(copy, "--resume=whole")
+
+
+def test_a_resumed_run_takes_the_scale_of_fp16(copy, monkeypatch):
+    path, loaded = copy / "runs/whole/last.pt", []
+    checkpoint.save(path, checkpoint.load(path) | {"scaler": {"scale": 4.0}})
+    monkeypatch.setattr("torch.amp.GradScaler.load_state_dict", lambda scaler, state: loaded.append(state))
+    set_up(copy, "--resume=whole")
+    assert loaded == [{"scale": 4.0}]
 
 
 def test_second_training_of_a_run_is_refused(place):
