@@ -77,7 +77,8 @@ def place(tmp_path_factory):
     torch.nn.init.normal_(model.classifier.weight, std=1.0)
     state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     checkpoint.save(run / "best.pt", {"model": "microsegformer", "model_args": {}, "size": 64, "state_dict": state})
-    make_submission(run / "best.pt", root / IMAGES, "test", run / "submission-test.zip", "flip", run=1)
+    flags = "--name", run, "--data", root / "data", "--views=flip", "--run=1"
+    subprocess.run([sys.executable, "-m", "tools.package", *flags], check=True)
     return root
 
 
