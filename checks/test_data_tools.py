@@ -56,10 +56,12 @@ def run_prepare(raw, out, count=None):
     return prepare.prepare(raw, out, count, SIZE)[1]
 
 
-@cases("raw", ["folder", "raw.zip"])
+@cases("raw", ["folder", "raw.zip", "windows.zip"])
 def test_prepare_challenge(raw, tmp_path):
     files = {f"./top/{name}": content for name, content in challenge().items()}
     files |= {"__MACOSX/top/train/images/._a.jpg": b"", "top/train/images/.hidden.jpg": b""}
+    if raw == "windows.zip":
+        files = {name.replace("/", "\\"): content for name, content in files.items()}
     run_prepare(pack(files, tmp_path / raw), tmp_path / "out")
     # Images of the right size are copied byte for byte.
     made = {name: content for name, content in contents(tmp_path / "out").items() if not name.startswith(".")}

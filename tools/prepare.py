@@ -17,7 +17,7 @@ import os
 import re
 import zipfile
 from collections import defaultdict
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import common
 from common import ArgumentParser, UserError, atomic, in_parallel, make_folder, positive, printable, run_main
@@ -50,20 +50,20 @@ def list_files(raw, data):
                 names = archive.namelist()
     except (zipfile.BadZipFile, OSError) as error:
         raise UserError(f"cannot read {raw} ({error}); give the downloaded zip or folder as RAW") from None
-    names = (name for name in names if not re.search(r"(^|/)(\.(?!/)|__MACOSX/)", name))  # ./a is a
-    return sorted(name for name in names if PurePosixPath(name).suffix.lower() in images.IMAGE_SUFFIXES)
+    names = (name for name in names if not re.search(r"(^|[/\\])(\.(?![/\\])|__MACOSX/)", name))  # ./a is a
+    return sorted(name for name in names if PureWindowsPath(name).suffix.lower() in images.IMAGE_SUFFIXES)
 
 
 def find_challenge(names):
     """Map (split, "images" or "masks") to {stem: name} for the challenge's files. UserError for two data sets."""
     found = {}
     for name in names:
-        path = PurePosixPath(name)
+        path = PureWindowsPath(name)  # some zips of Windows have backslashes
         split, kind = path.parent.parent.name.lower(), path.parent.name.lower()
         if split in SPLITS and (kind == "images" or (split, kind) == ("train", "masks")):
             files = found.setdefault((SPLITS[split], kind), {})
             first = next(iter(files.values()), name)
-            if PurePosixPath(first).parent != path.parent:
+            if PureWindowsPath(first).parent != path.parent:
                 raise UserError(f"{first} and {name} are of two data sets; give one of them as RAW")
             _add(files, path.stem, name)
     return found
@@ -73,7 +73,7 @@ def find_release(names):
     """({"00000": image name}, {"00000": {label: part name}}) of the raw CelebAMask-HQ release."""
     photos, parts = {}, {}
     for name in names:
-        path = PurePosixPath(name)
+        path = PureWindowsPath(name)
         if path.parent.name == "CelebA-HQ-img" and path.stem.isdecimal():
             _add(photos, f"{int(path.stem):05d}", name)
         elif "CelebAMask-HQ-mask-anno" in path.parts:
