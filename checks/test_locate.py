@@ -59,6 +59,8 @@ def test_a_candidate_is_seen_again_upright_and_the_looks_are_averaged(monkeypatc
     monkeypatch.setattr(photo, "AGAIN", (64,))
     heats, places = photo.refine(see, photo.pyramid(pixels, "cpu")[0], torch.tensor([0.5]), place)
     expected = [150, 150 + 2 / 3 * 96 * 8 / 64, 96 * (1 + 0.2 * 2 / 3), 90 + math.degrees(roll) * 2 / 3]
+    corner = photo.sample([torch.ones(1, 3, 40, 40)], torch.tensor([[0.0, 0, 30, 45]]), 16)
+    assert torch.allclose(corner, torch.tensor(1.0))  # the edge is repeated
     assert abs(heats.item() - 0.75) < 1e-6 and torch.allclose(places, torch.tensor([expected]), atol=0.01)
 
 
