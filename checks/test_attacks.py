@@ -24,6 +24,7 @@ import train
 from checks.conftest import FLAGS, cases, contents, encoded, full, set_up, write
 from checks.references import TINY
 from data import load_pairs
+from images import read_image
 from model import build
 from tools import check_params, export, package, prepare, report
 from tools import run as tools_run
@@ -191,6 +192,10 @@ def test_a_picture_starts_no_program_a_pipe_is_none_and_a_file_of_zeros_takes_no
         with pytest.raises(UserError, match=error):
             prepare.read(tmp_path, name)
         assert prepare.inspect(tmp_path / name)[0][0].startswith("cannot read") and not (tmp_path / "started").exists()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 99)
+    write({"d.png": encoded(Image.new("RGB", (10, 10)))}, tmp_path)
+    with pytest.raises(UserError, match="more than 0 megapixels"), pytest.warns(Image.DecompressionBombWarning):
+        read_image(tmp_path / "d.png")
     assert tracemalloc.get_traced_memory()[1] < 2**28
     tracemalloc.stop()
 

@@ -180,6 +180,17 @@ def test_portrait_is_parsed_as_a_whole(faces):
     expected = label_map(log_probabilities([oracle], images, 256, ONE_VIEW), 512, 512)[0].numpy()
     parsed = parse(faces[0], near([(0, 0, 512, 512)]))
     assert np.array_equal(parsed.mask, expected) and parsed.faces[0].window == (0, 0, 512, 512) and not parsed.missed
+    for side, whole in ((380, True), (350, False)):  # IoU of 0.55 and 0.47
+        canvas, place = np.zeros((512, 512), np.uint8), ((512 - side) // 2, (512 - side) // 2, side, side)
+        canvas[place[1] :, place[0] :][:side, :side] = Image.fromarray(faces[0]).resize((side, side), 0)
+        assert (parse(canvas, near([place])).faces[0].window == (0, 0, 512, 512)) == whole
+
+
+def test_a_portrait_fades_into_its_surroundings_at_each_edge_alike():
+    inner, outer = (torch.rand(1, 19, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    blended = photo.blend(inner, outer, 1.5)
+    for axis in (2, 3):
+        assert torch.allclose(photo.blend(inner.flip(axis), outer.flip(axis), 1.5), blended.flip(axis), atol=1e-6)
 
 
 @cases("turns", range(4))
