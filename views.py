@@ -56,7 +56,7 @@ def check_size(size):
 def input_size(height, width, size, scale=1.0):
     """(height, width) of the network's input: about (size * scale)^2 pixels, sides of 32s, the image's aspect ratio.
 
-    One beyond 256 becomes that: with a side of 32, the other would grow without bound.
+    At most 256, or its inverse: with one side at 32, the other would grow without bound.
     """
     aspect = min(max(math.sqrt(height / width), 1 / 16), 16)
     return tuple(max(32, round(size * scale * side / 32) * 32) for side in (aspect, 1 / aspect))
