@@ -127,5 +127,4 @@ bench: $(READY) ## speed and memory of MicroSegFormer against its layers one by 
 
 clean: ## remove the environment and caches; never runs/ or data
 	test ! -f '$(VENV)/.ready' -o ! -f '$(VENV)/pyvenv.cfg' || rm -rf '$(VENV)'
-	rm -rf build/cache build/speedrun build/synthetic-faces build/demo build/demo-masks
-	rm -rf .pytest_cache .ruff_cache __pycache__ */__pycache__
+	rm -rf build/cache build/speedrun build/synthetic-faces build/demo build/demo-masks .*_cache __pycache__ */__pycache__
