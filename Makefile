@@ -110,7 +110,7 @@ try: $(READY) ## a page in your browser: drop a picture, see and save its mask
 demo: $(READY) ## no data needed: synthetic faces, a short training, masks, a verified zip
 	$(PY) -m tools.synth --out=build/synthetic-faces
 	$(PY) train.py --recipe=demo --overwrite --runs=build --name=demo --data=build/synthetic-faces
-	$(PY) predict.py --weights=build/demo --input=build/synthetic-faces/dev/images --output=build/demo-masks --overlay --whole
+	$(PY) predict.py --weights=build/demo --in=build/synthetic-faces/dev/images --out=build/demo-masks --overlay --whole
 	$(PY) -m tools.package --name=build/demo --data=build/synthetic-faces
 
 test: $(READY) ## lint and tests
