@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import ArgumentParser, UserError, atomic, duration, in_parallel, run_main, write_text
+from common import ArgumentParser, UserError, atomic, duration, in_parallel, remove_unfinished, run_main, write_text
 
 import pytest
 import torch
@@ -107,6 +107,8 @@ def test_failed_write_keeps_the_old_file(tmp_path):
     write_text(tmp_path / "a", "old")
     with pytest.raises(UserError, match="disk full"), atomic(tmp_path / "a") as temporary:
         temporary.write_text("new")
+        remove_unfinished(tmp_path, {"a"})  # what a killed process would leave
+        assert not temporary.exists()
         raise OSError("disk full")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 

@@ -186,8 +186,10 @@ def test_ensemble_averages_predictions_and_warns_that_it_may_not_be_submitted(ru
     assert status == 2 and "sizes [64, 96]: choose one with --size" in error
 
 
-def test_face_parser_takes_paths_images_arrays_and_lists(run, weights):
-    assert predict.FaceParser(weights / "a.pt", device="cpu", size=96).size == 96
+def test_face_parser_takes_paths_images_arrays_and_lists(run, weights, monkeypatch):
+    monkeypatch.setattr("torch.set_num_threads", threads := Mock())
+    assert predict.FaceParser(weights / "a.pt", device="cpu", size=96, threads=3).size == 96
+    threads.assert_called_once_with(3)
     parser = predict.FaceParser(weights / "a.pt", device="cpu", views="flip")
     with Image.open("a.png") as image:
         masks = [parser(given, whole=True).mask for given in ("a.png", image, np.array(image))]
