@@ -461,7 +461,7 @@ def confine(log_p, rounded, portrait):
     labels = log_p.argmax(1, keepdim=True)
     allowed = labels > 0
     if rounded:
-        allowed &= (along / BUST[0]).abs() ** 1.5 + ((along[:, None] - BUST[1]) / (0.5 - BUST[1])).abs() ** 1.5 < 1
+        allowed &= (along / BUST[0]).abs() ** 1.4 + ((along[:, None] - BUST[1]) / (0.5 - BUST[1])).abs() ** 1.4 < 1
     # Grow from the centre in steps of 4 cells.
     coarse = F.max_pool2d(allowed.float(), 4, ceil_mode=True)
     middle = F.max_pool2d((torch.hypot(along, along[:, None]) < 0.1).float()[None, None], 4, ceil_mode=True)
