@@ -183,12 +183,15 @@ def atomic(path):
             Path(temporary).unlink(missing_ok=True)
 
 
+TITLE = "face parsing"  # in our pictures and ONNX files
+
+
 def check_target(path, ours):
-    """UserError if a file would be lost at `path`: one whose first bytes do not match `ours`, a pattern of bytes."""
+    """UserError if a file would be lost at `path`: one that does not begin as `ours` says, a pattern of bytes."""
     if Path(path).is_file():
         with open(path, "rb") as file:
             head = file.read(4096)
-        if not head or re.search(ours, head, re.DOTALL):
+        if not head or re.match(ours, head, re.DOTALL):
             return
     if Path(path).exists():
         raise UserError(f"{path} exists and is not a file of this kind; move it away or choose another name")

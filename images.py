@@ -15,7 +15,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from labels import COLOURS, NUM_CLASSES, PALETTE
 
-_MASK = b"PLTE" + re.escape(bytes(PALETTE))  # in the first bytes of our masks
+_MASK = rb"\x89PNG.*PLTE" + re.escape(bytes(PALETTE))  # how our masks begin
 # Pillow cannot read the last two; listed, so that such files are an error instead of being skipped.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".heif")
 # What Pillow's decoders raise for damaged bytes.

@@ -17,6 +17,7 @@ from numbers import Integral
 from pathlib import Path
 
 from common import (
+    TITLE,
     ArgumentParser,
     UserError,
     atomic,
@@ -44,8 +45,9 @@ from photo import load_locator, parse_photos
 from register import find_weights
 from views import check_size, parse_views
 
-TITLE = "face parsing"  # of the pictures that we write: they may be replaced, as may our JSON
-OUR_JSON = rb'\A\{"image": ".*", "width": \d+, "height": \d+, "face_found": '
+# How the pictures and the JSON begin that we write: they may be replaced.
+OUR_PICTURE = rb"\x89PNG.*" + TITLE.encode()
+OUR_JSON = rb'\{"image": ".*", "width": \d+, "height": \d+, "face_found": '
 GROUPS = {"head": tuple(name for name in NAMES if name not in ("background", "neck_l", "neck", "cloth"))}
 
 
@@ -241,7 +243,7 @@ def files_to_parse(args):
         left.append(path)
         check_mask_target(outputs.pop(".png"))
         for ending, target in outputs.items():
-            check_target(target, OUR_JSON if ending == ".json" else TITLE.encode())
+            check_target(target, OUR_JSON if ending == ".json" else OUR_PICTURE)
     if args.skip:
         print(f"{len(files) - len(left)} of {len(files)} skipped: their files are in {args.output}")
     return left

@@ -168,7 +168,7 @@ def print_draft(folder, overwrite=False):
     require_packages("pypdf")
     source, target = folder / "report.html", folder / "report.pdf"
     if not overwrite:
-        check_target(target, b"Title .Face parsing report")
+        check_target(target, b"%PDF.*Title .Face parsing report")
     with atomic(target) as temporary:
         browse("--no-pdf-header-footer", f"--print-to-pdf={temporary.resolve()}", source.resolve().as_uri())
     return count_pages(target)

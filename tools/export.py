@@ -17,6 +17,7 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import common
 from common import ArgumentParser, UserError, atomic, check_target, make_folder, require_packages, run_main, write_text
 
 import torch
@@ -31,7 +32,7 @@ from labels import HEX_COLOURS, NAMES
 from views import label_map, predict_logits, resize
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-TITLE, OURS = "face parsing", rb"\A\x08.{,60}face parsing"  # doc_string of our ONNX files, and how they begin
+OURS = rb"\x08.{,60}" + common.TITLE.encode()  # how our ONNX files begin, up to their doc_string
 SAME, SAME_INT8 = 0.9999, 0.95  # least fraction of pixels to which torch and onnxruntime give the same label
 CALIBRATION = 50  # images
 ASTRONAUT = Path(__file__).parent.parent / "docs" / "astronaut.jpg"
@@ -62,7 +63,7 @@ def convert(model, size):
         warnings.simplefilter("ignore")
         network = Exported(model).eval()
         program = torch.onnx.export(network, (example,), dynamic_shapes=(shapes,), verbose=False, **names)
-    program.model.doc_string = TITLE
+    program.model.doc_string = common.TITLE
     program.model.metadata_props.update(
         labels=json.dumps(NAMES),
         colours=json.dumps(HEX_COLOURS),

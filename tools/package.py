@@ -24,7 +24,7 @@ from tools.check_submission import PYTHON, judge, show
 from views import ONE_VIEW, parse_views
 
 ROOT = Path(__file__).resolve().parent.parent
-ZIP = rb"\APK\x03\x04....\x08\x00\x00\x00!\x00"  # how the zips of `write_zip` begin: dated 1980-01-01
+ZIP = rb"PK\x03\x04....\x08\x00\x00\x00!\x00"  # how the zips of `write_zip` begin: dated 1980-01-01
 # The modules that run.py imports, directly or not.
 MODULES = ("common.py", "labels.py", "images.py", "views.py", "model.py", "checkpoint.py")
 CODE_OF_RUN = (ROOT / "tools" / "run.py", *(ROOT / name for name in MODULES))

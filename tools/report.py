@@ -271,7 +271,7 @@ def write_page(runs, device="auto", data=None):
     content = {"runs": found, "unreadable": unreadable, "labels": NAMES, "colours": HEX_COLOURS}
     content["written"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     path = Path(runs, "index.html")
-    check_target(path, b"<title>Runs")
+    check_target(path, b"<!doctype html>.*<title>Runs")
     write_text(path, fill_template(TEMPLATE.read_text(encoding="utf-8"), content))
     return path
 
