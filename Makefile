@@ -1,7 +1,7 @@
 # Face parsing with fewer than 1,821,085 parameters. `make` lists the targets.
 # Settings are variables and become flags of the script behind the target: `make train NAME=a LR=8e-4 DICE=1.5` runs
 # `train.py --name=a --lr=8e-4 --dice=1.5`. Any flag works, switches as LMSA=0 or OVERWRITE=1; an unknown one is an
-# error. Only the command line counts, not the environment.
+# error. Only the command line counts, not the environment. Loops use .v, the name of no setting.
 
 VENV = .venv
 # PYTHON creates the environment; with VENV= (empty) it is the environment.

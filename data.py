@@ -113,13 +113,16 @@ def find_data(folder=None):
             "`make data RAW=/path/to/download` prepares the real ones"
         )
     elif Path(folder) != SYNTHETIC:
-        creates = f"`make data RAW=/path/to/download DATA={shlex.quote(str(folder))}` creates it"
-        raise UserError(f"no data folder {folder}: DATA= names another, {creates}")
+        raise UserError(f"no data folder {folder}: DATA= names another, {_creation(folder)}")
     # A process of its own, since tools/synth.py imports this file.
     command = [sys.executable, "-m", "tools.synth", "--out", str(SYNTHETIC.resolve())]
     if subprocess.run(command, cwd=Path(__file__).parent, stdout=subprocess.DEVNULL).returncode:
         raise UserError(f"could not create the synthetic faces in {SYNTHETIC}")
     return SYNTHETIC
+
+
+def _creation(data):
+    return f"`make data RAW=/path/to/download DATA={shlex.quote(str(data))}` creates it"
 
 
 def is_synthetic(data):
@@ -134,7 +137,7 @@ def find_data_of(weights, folder=None):
     """
     record = run_record(weights)
     folder = folder or record.get("args", {}).get("data")
-    if folder is None and (record.get("pairs") or {}).get("drawn"):
+    if folder is None and record.get("pairs", {}).get("drawn"):
         return find_data(SYNTHETIC)
     if folder is None and not Path("data").is_dir():
         raise UserError("no data/ folder: `make data RAW=/path/to/download` creates it; DATA=FOLDER names another")
@@ -146,7 +149,7 @@ def find_pairs(data):
     images, masks = {}, {}  # by name
     for kind, files in (("images", images), ("masks", masks)):
         if not Path(data, "train", kind).is_dir():
-            raise UserError(f"no folder {data}/train/{kind}; `make data RAW=/path/to/download DATA={data}` creates it")
+            raise UserError(f"no folder {data}/train/{kind}; {_creation(data)}")
         for path in image_files(Path(data, "train", kind)):
             if (first := files.setdefault(path.stem, path)) != path:
                 raise UserError(f"{first} and {path} would share a partner; rename or remove one")

@@ -186,7 +186,7 @@ def main():
     if doubt := checkpoint.doubt(info, pairs.keys(indices)):
         print_message(f"{path} {doubt}")
     if args.record:
-        own = (register.run_record(path).get("pairs") or {}).get("content") == pairs.digest
+        own = register.run_record(path).get("pairs", {}).get("content") == pairs.digest
         scored = path.name in ("best.pt", "validated.pt") and path.with_name("best.json").is_file()
         if doubt or args.size or not (own and scored):
             raise UserError("--record is for the weights and pairs that best.json has the scores of, at their size")

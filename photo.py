@@ -68,7 +68,7 @@ SMALL_INPUT = 384  # least network input for the surroundings of a portrait, in 
 SMALL = 96  # pixels: portraits of at most this side gain nothing from a larger input either
 FEATHER = 0.1  # width of the transition from a parse to its surroundings, as a fraction of its side
 GROWTH = 1.5, 1.5  # from a portrait to the window around it, and to the next; in larger ones the network errs
-BUST = 0.46, 0.08  # half width and centre, in the largest window, of the shape that ends what reaches beyond it
+BUST = 0.46, 0.08, 1.4  # half width, centre and power, in the largest window, of what ends all that reaches beyond it
 BEYOND = np.float32(99)  # all distances
 REACH = 0.02  # minimum fraction of a window's border that must be labelled to parse a larger one
 
@@ -461,7 +461,9 @@ def confine(log_p, rounded, portrait):
     labels = log_p.argmax(1, keepdim=True)
     allowed = labels > 0
     if rounded:
-        allowed &= (along / BUST[0]).abs() ** 1.4 + ((along[:, None] - BUST[1]) / (0.5 - BUST[1])).abs() ** 1.4 < 1
+        half, centre, power = BUST
+        across, down = along / half, (along[:, None] - centre) / (0.5 - centre)
+        allowed &= across.abs() ** power + down.abs() ** power < 1
     # Grow from the centre in steps of 4 cells.
     coarse = F.max_pool2d(allowed.float(), 4, ceil_mode=True)
     middle = F.max_pool2d((torch.hypot(along, along[:, None]) < 0.1).float()[None, None], 4, ceil_mode=True)

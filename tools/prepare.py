@@ -17,7 +17,7 @@ import os
 import re
 import zipfile
 from collections import defaultdict
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 
 import common
 from common import ArgumentParser, UserError, atomic, in_parallel, make_folder, positive, printable, run_main
@@ -51,19 +51,19 @@ def list_files(raw, data):
     except (zipfile.BadZipFile, OSError) as error:
         raise UserError(f"cannot read {raw} ({error}); give the downloaded zip or folder as RAW") from None
     names = (name for name in names if not re.search(r"(^|[/\\])(\.(?![/\\])|__MACOSX/)", name))  # ./a is a
-    return sorted(name for name in names if PureWindowsPath(name).suffix.lower() in images.IMAGE_SUFFIXES)
+    return sorted(name for name in names if _path(name).suffix.lower() in images.IMAGE_SUFFIXES)
 
 
 def find_challenge(names):
     """Map (split, "images" or "masks") to {stem: name} for the challenge's files. UserError for two data sets."""
     found = {}
     for name in names:
-        path = PureWindowsPath(name)  # some zips of Windows have backslashes
+        path = _path(name)
         split, kind = path.parent.parent.name.lower(), path.parent.name.lower()
         if split in SPLITS and (kind == "images" or (split, kind) == ("train", "masks")):
             files = found.setdefault((SPLITS[split], kind), {})
             first = next(iter(files.values()), name)
-            if PureWindowsPath(first).parent != path.parent:
+            if _path(first).parent != path.parent:
                 raise UserError(f"{first} and {name} are of two data sets; give one of them as RAW")
             _add(files, path.stem, name)
     return found
@@ -73,7 +73,7 @@ def find_release(names):
     """({"00000": image name}, {"00000": {label: part name}}) of the raw CelebAMask-HQ release."""
     photos, parts = {}, {}
     for name in names:
-        path = PureWindowsPath(name)
+        path = _path(name)
         if path.parent.name == "CelebA-HQ-img" and path.stem.isdecimal():
             _add(photos, f"{int(path.stem):05d}", name)
         elif "CelebAMask-HQ-mask-anno" in path.parts:
@@ -82,6 +82,11 @@ def find_release(names):
                 raise UserError(f"{name} is not NUMBER_PART.png with a part of {', '.join(PARTS)}; remove it")
             _add(parts.setdefault(f"{int(number):05d}", {}), PARTS[part], name)
     return photos, parts
+
+
+def _path(name):
+    """The path of a file's name in RAW; some zips of Windows have backslashes."""
+    return PurePosixPath(name.replace("\\", "/"))
 
 
 def _add(found, key, name):
