@@ -1,11 +1,7 @@
 """The 19 labels of CelebAMask-HQ (Lee et al., arXiv 1907.11922): names, colours, left and right.
 
-python labels.py     # print the table
-
 Left and right are the person's own, so label 4 (l_eye) lies at the image's right.
 """
-
-from common import ArgumentParser, run_main
 
 NAMES = (
     *("background", "skin", "nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow", "l_ear", "r_ear"),
@@ -28,12 +24,3 @@ SIDES = ((4, 5), (6, 7), (8, 9))
 FLIP = list(range(NUM_CLASSES))
 for _left, _right in SIDES:
     FLIP[_left], FLIP[_right] = _right, _left
-
-
-def main():
-    ArgumentParser(description="Print the labels with their colours.").parse_args()
-    print("\n".join(f"{label:>2} {NAMES[label]:<12}{HEX_COLOURS[label]}" for label in range(NUM_CLASSES)))
-
-
-if __name__ == "__main__":
-    run_main(main)
